@@ -1,0 +1,48 @@
+"""Devices and dtypes by name, and how much memory is in use."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from library.core.errors import ConfigError
+
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "float": torch.float32,
+    "no": torch.float32,  # --mixed_precision no
+}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the torch dtype that a flag calls `name`. Raises ConfigError for an unknown name."""
+    if name not in _DTYPES:
+        raise ConfigError(f"unknown precision '{name}'; choose one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def best_device() -> torch.device:
+    """Return the accelerator that torch sees (CUDA, XPU, MPS ...), or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of this process: allocated on the device for CUDA, resident for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory of freed models back, so that the next model finds it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,20 @@
+"""How every script ends: a user's mistake is one sentence and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from library.core.errors import UserError
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main`; print a UserError as `error: ...` on stderr and exit with its code. Ctrl-C exits with 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr)
+        sys.exit(130)

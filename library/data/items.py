@@ -1,0 +1,148 @@
+"""The nouns of the data path: options of a dataset, a picture with its place in a bucket, a planned draw of it.
+
+Everything here is frozen and free of torch, so that datasets are checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Size = tuple[int, int]  # (width, height) in pixels, everywhere in the data path
+Kind = Literal["dreambooth", "finetuning", "conditioning"]
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """How pictures are resized and cropped. `max_bucket_reso=None`: as long as the area rule asks for."""
+
+    resolution: Size
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int | None = None
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """How a caption is made from the text beside a picture."""
+
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_separator: str = ","
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0.0
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How pixels are made from a picture."""
+
+    color_aug: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    alpha_mask: bool = False
+    resize_interpolation: str | None = None
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One folder or metadata file of a dataset."""
+
+    kind: Kind
+    image_dir: Path | None
+    captions: CaptionOptions
+    images: ImageOptions
+    num_repeats: int = 1
+    is_reg: bool = False
+    recursive: bool = False
+    caption_extension: str = ".caption"
+    class_tokens: str | None = None
+    metadata_file: Path | None = None
+    conditioning_data_dir: Path | None = None
+    cache_directory: Path | None = None
+    cache_info: bool = False
+    custom_attributes: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Subsets that share a batch size and buckets; a batch never mixes datasets."""
+
+    subsets: tuple[Subset, ...]
+    buckets: BucketOptions
+    batch_size: int = 1
+    validation_split: float = 0.0
+    validation_seed: int | None = None
+    network_multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a picture lands: resized to `resized`, then cut to `bucket` at `crop` (left, top)."""
+
+    resized: Size
+    crop: tuple[int, int]
+    bucket: Size
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of one dataset, ready to be planned. `index` is its place in `Manifest.items`."""
+
+    index: int
+    dataset: Dataset = field(repr=False)
+    dataset_index: int
+    subset: Subset = field(repr=False)
+    path: Path
+    size: Size  # after EXIF orientation
+    geometry: Geometry
+    text: str  # caption text as written, all lines; "" when there is none
+    repeats: int
+    digest: str  # SHA-256 of the picture's bytes (and of its mask's, when it has one)
+    mask_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a dataset configuration means, after looking at the disk."""
+
+    datasets: tuple[Dataset, ...]
+    items: tuple[Item, ...]
+    train: tuple[int, ...]  # indices into items
+    validation: tuple[int, ...]
+    skipped: tuple[str, ...] = ()  # sentences about pictures left out by --skip_bad_images
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One use of an item in training: the key of every random choice about it."""
+
+    item: int
+    repeat: int
+    epoch: int
+    step: int  # optimizer step, from 0
+    micro: int  # micro-batch within the step
+    slot: int  # place in the global micro-batch, over all processes
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Items of one bucket that go through the model together, over all processes."""
+
+    draws: tuple[Draw, ...]
+
+    def of_rank(self, rank: int, world: int) -> tuple[Draw, ...]:
+        """The part of one process; may be empty in the last batch of a bucket."""
+        return self.draws[rank::world]

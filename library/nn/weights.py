@@ -1,0 +1,113 @@
+"""Weights from memory-mapped safetensors files into a module that was built on the meta device.
+
+Each tensor goes from the mapped file to its device and dtype on its own, so there is never a second full copy in RAM;
+on the CPU, in the file's own dtype, it stays a view of the mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from library.core.checkpoint_files import Checkpoint
+from library.core.errors import CheckpointError
+from library.core.suggest import did_you_mean
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a parameter is made from the checkpoint: the named tensors, joined along dim 0 when there are several."""
+
+    names: tuple[str, ...]
+
+
+DtypeRule = Callable[[str], torch.dtype | None]
+
+
+def load_module(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    *,
+    device: torch.device,
+    dtype: DtypeRule | torch.dtype | None = None,
+) -> None:
+    """Fill every parameter and buffer of `module` (on meta) from `checkpoint`.
+
+    Args:
+        sources: for each parameter name of the module, where it comes from.
+        dtype: target dtype, or a rule from parameter name to dtype; None keeps the file's dtype.
+
+    Raises:
+        CheckpointError: a parameter without a source, a tensor missing from the file, or a shape that differs.
+    """
+    targets = dict(module.state_dict(keep_vars=True))
+    check_complete(checkpoint, targets, sources)
+    with _TensorReader() as reader:
+        for name, target in targets.items():
+            tensor = reader.read(checkpoint, sources[name])
+            if tensor.shape != target.shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: '{' + '.join(sources[name].names)}' has shape {tuple(tensor.shape)}, "
+                    f"but the model needs {tuple(target.shape)}."
+                )
+            wanted = dtype(name) if callable(dtype) else dtype
+            _assign(module, name, tensor.to(device=device, dtype=wanted or tensor.dtype))
+
+
+def check_complete(checkpoint: Checkpoint, targets: Iterable[str], sources: Mapping[str, Source]) -> None:
+    """Raise CheckpointError naming the parameters that the checkpoint does not provide."""
+    absent = [n for n in targets if n not in sources]
+    missing = absent + [k for s in sources.values() for k in s.names if k not in checkpoint.tensors]
+    if missing:
+        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {len(missing)} tensors that the model needs: {shown}"
+            f"{did_you_mean(missing[0], checkpoint.tensors)}"
+        )
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Read one tensor on the CPU, in the file's dtype."""
+    with _TensorReader() as reader:
+        return reader.read(checkpoint, Source((name,)))
+
+
+class _TensorReader:
+    """Keeps each file of a checkpoint open (memory-mapped) while tensors are read from it."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._open: dict[Path, safe_open] = {}
+
+    def __enter__(self) -> _TensorReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def read(self, checkpoint: Checkpoint, source: Source) -> Tensor:
+        parts = [self._read_one(checkpoint, name) for name in source.names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
+
+    def _read_one(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        info = checkpoint.tensors[name]
+        if info.file not in self._open:
+            self._open[info.file] = self._stack.enter_context(safe_open(info.file, framework="pt", device="cpu"))
+        return self._open[info.file].get_tensor(info.name)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the meta parameter or buffer `name` was; weights come in frozen."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor

@@ -1,0 +1,174 @@
+"""Options declared once: a frozen dataclass field is a command-line flag and a config-file key.
+
+    @dataclass(frozen=True, kw_only=True)
+    class OptimizerOptions(OptionGroup):
+        \"\"\"Which optimizer, and how fast.\"\"\"
+        learning_rate: float = option(2e-6, "peak learning rate")
+
+A script's options are a frozen dataclass whose fields are such groups; `parse_options` fills it from defaults, then
+`--config_file`, then the command line, with the same words for a mistake wherever it was made. Nothing here or in the
+groups imports torch, so `--help` and every mistake answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from library.core.errors import ConfigError
+from library.core.suggest import did_you_mean
+from library.core.toml_file import read_config
+
+REQUIRED = MISSING
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    nargs: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """Declare an option. `default=REQUIRED` makes it obligatory; `parse` converts one word and raises ValueError."""
+    metadata = {"help": help, "choices": choices, "nargs": nargs, "parse": parse, "metavar": metavar}
+    return field(metadata=metadata) if default is REQUIRED else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionGroup:
+    """Base of all groups. A subclass raises ConfigError in `__post_init__` for values that cannot be."""
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Add one flag for each field; the class docstring heads the group in `--help`."""
+        title, _, rest = (cls.__doc__ or cls.__name__).strip().partition("\n")
+        group = parser.add_argument_group(title.rstrip("."), " ".join(rest.split()) or None)
+        hints = typing.get_type_hints(cls)
+        for f in fields(cls):
+            kind, meta = _scalar_type(hints[f.name]), f.metadata
+            text = _help_with_default(meta["help"], f.default)
+            if kind is bool:
+                group.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=text)
+                continue
+            group.add_argument(
+                f"--{f.name}",
+                type=meta["parse"] or kind,
+                choices=meta["choices"],
+                nargs=meta["nargs"],
+                metavar=meta["metavar"],
+                default=argparse.SUPPRESS,
+                help=text,
+            )
+
+    @classmethod
+    def take(cls, values: dict[str, Any]) -> typing.Self:
+        """Build the group from parsed values; lists become tuples. Raises ConfigError for a missing obligatory one."""
+        missing = [f"--{f.name}" for f in fields(cls) if f.default is REQUIRED and f.name not in values]
+        if missing:
+            raise ConfigError(f"missing: {', '.join(missing)}. See --help.")
+        given = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+Options = TypeVar("Options")
+
+
+def parse_options(options_class: type[Options], argv: Sequence[str] | None = None, description: str = "") -> Options:
+    """Read a script's options: defaults < `--config_file` < command line.
+
+    Args:
+        options_class: a frozen dataclass whose fields are OptionGroup subclasses.
+
+    Raises:
+        ConfigError: unknown flag or key, wrong type or choice, or a combination that a group refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    groups = group_classes(options_class)
+    parser = build_parser(options_class, description)
+    given = vars(_parse(parser, argv))
+    if given.get("config_file"):
+        file_words = _words_of_config_file(given["config_file"], parser)
+        given = vars(_parse(parser, file_words + argv, given["config_file"]))
+    return options_class(**{name: group.take(given) for name, group in groups.items()})
+
+
+def build_parser(options_class: type, description: str = "") -> argparse.ArgumentParser:
+    """Return the argparse parser of a script's options."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser.add_argument(
+        "--config_file",
+        type=Path,
+        help="read options from this TOML or JSON file (sections are flattened); the command line wins",
+    )
+    for group in group_classes(options_class).values():
+        group.add_to(parser)
+    return parser
+
+
+def group_classes(options_class: type) -> dict[str, type[OptionGroup]]:
+    """Return the groups of an options class by field name."""
+    return typing.get_type_hints(options_class)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are ConfigError, with a suggestion for a misspelt flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.strip().rstrip(".") + ".")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str], config_file: Path | None = None) -> argparse.Namespace:
+    try:
+        namespace, unknown = parser.parse_known_args(words)
+    except ConfigError as error:
+        raise ConfigError(f"{config_file}: {error}" if config_file else str(error)) from None
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        near = did_you_mean(word, parser._option_string_actions) if word.startswith("--") else ""
+        raise ConfigError(f"unknown argument '{word}'{near or '.'} See --help.")
+    return namespace
+
+
+def _words_of_config_file(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """Turn a config file into command-line words, so that both are checked by the same rules."""
+    path = path if path.suffix else path.with_suffix(".toml")  # the reference tool adds the ending too
+    flat: dict[str, object] = {}
+    for key, value in read_config(path, "The config file").items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    known = {name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")}
+    words: list[str] = []
+    for key, value in flat.items():
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key '{key}'{did_you_mean(key, known) or '.'}")
+        if isinstance(value, bool):
+            words += [f"--{key}"] if value else []
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words += [f"--{key}={value}"]
+    return words
+
+
+def _scalar_type(hint: Any) -> Any:
+    """float | None -> float, tuple[str, ...] | None -> str: what argparse converts one word to."""
+    parts = [t for t in typing.get_args(hint) if t not in (type(None), Ellipsis)]
+    return _scalar_type(parts[0]) if parts else hint
+
+
+def _help_with_default(text: str, default: object) -> str:
+    """argparse formats help with %, so a literal percent sign is doubled."""
+    shown = "" if default in (REQUIRED, None, False, "", ()) else f" (default: {default})"
+    shown = " (required)" if default is REQUIRED else shown
+    return (text + shown).replace("%", "%%")

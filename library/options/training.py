@@ -1,0 +1,50 @@
+"""How long to train, in which precision, and what is checked on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.core.errors import ConfigError
+from library.options.group import OptionGroup, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(OptionGroup):
+    """Training."""
+
+    max_train_steps: int = option(1600, "optimizer steps to train")
+    max_train_epochs: int | None = option(None, "epochs to train; wins over --max_train_steps")
+    seed: int | None = option(None, "seed of everything random; default: a random one, printed")
+    mixed_precision: str = option("no", "precision of the frozen model and activations", choices=("no", "fp16", "bf16"))
+    gradient_checkpointing: bool = option(False, "keep only each block's input and compute the rest again")
+    gradient_accumulation_steps: int = option(1, "batches added up for one optimizer step")
+    max_data_loader_n_workers: int = option(8, "threads that prepare batches ahead; 0 prepares them in the main thread")
+    prior_loss_weight: float = option(1.0, "weight of the loss of regularisation pictures")
+    ddp_timeout: int | None = option(None, "minutes that processes wait for each other before giving up")
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.max_train_epochs is not None and self.max_train_epochs < 1:
+            raise ConfigError(f"--max_train_epochs is {self.max_train_epochs}; it must be 1 or more.")
+        if self.max_data_loader_n_workers < 0:
+            raise ConfigError(f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions(OptionGroup):
+    """Validation.
+
+    The loss on pictures held out by validation_split, on a fixed grid of sigmas with fixed noise.
+    """
+
+    validate_every_n_steps: int | None = option(None, "validate after every N steps")
+    validate_every_n_epochs: int | None = option(None, "validate after every N epochs (default: every epoch)")
+    max_validation_steps: int | None = option(None, "validate on at most this many batches")
+
+    def __post_init__(self) -> None:
+        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}; it must be 1 or more.")

@@ -1,7 +1,8 @@
 """What weight files hold, read from their headers: names, shapes, dtypes, metadata. No tensor is loaded.
 
-A checkpoint may be one `.safetensors` file, a folder with one or several of them, or a sharded `*.index.json`.
-Pickled files (`.ckpt`, `.pt`, `.bin`) are refused: unpickling runs whatever code the file contains.
+A checkpoint may be one `.safetensors` file, a folder with one or several of them, or a sharded
+`*.index.json`. Pickled files (`.ckpt`, `.pt`, `.bin`) are refused: unpickling runs whatever code the file
+contains.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Checkpoint:
         return tuple(sorted({info.file for info in self.tensors.values()}))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape; a missing name is a KeyError, which callers prevent by detecting the format."""
+        """Return a tensor's shape; a missing name is a KeyError, which callers prevent by detecting the
+        format."""
         return self.tensors[name].shape
 
     def with_prefix_stripped(self, prefix: str) -> Checkpoint:
@@ -58,10 +60,11 @@ def open_checkpoint(path: Path, subfolder: str | None = None) -> Checkpoint:
 
     Args:
         path: a `.safetensors` file, a `*.safetensors.index.json`, or a folder that holds either.
-        subfolder: looked into first when `path` is a folder that has it (diffusers: "transformer", "vae", ...).
+        subfolder: looked into first when `path` is a folder that has it (diffusers: "transformer").
 
     Raises:
-        CheckpointError: nothing there, not a safetensors file, truncated, a shard is missing, a name occurs twice.
+        CheckpointError: nothing there, not a safetensors file, truncated, a shard is missing, a name
+        occurs twice.
     """
     path = Path(path)
     if not path.exists():
@@ -79,7 +82,9 @@ def open_checkpoint(path: Path, subfolder: str | None = None) -> Checkpoint:
         shard, shard_metadata = _read_header(file)
         doubled = tensors.keys() & shard.keys()
         if doubled:
-            raise CheckpointError(f"{folder} holds the tensor '{min(doubled)}' in more than one file; keep one of them.")
+            raise CheckpointError(
+                f"{folder} holds the tensor '{min(doubled)}' in more than one file; keep one of them."
+            )
         tensors |= shard
         metadata |= shard_metadata
     return Checkpoint(path, tensors, metadata, _read_config(folder))
@@ -89,7 +94,9 @@ def _files_of_folder(folder: Path) -> list[Path]:
     indexes = sorted(folder.glob("*" + _INDEX))
     if len(indexes) > 1:
         names = ", ".join(i.name for i in indexes)
-        raise CheckpointError(f"{folder} holds several sharded checkpoints ({names}); name one of the index files.")
+        raise CheckpointError(
+            f"{folder} holds several sharded checkpoints ({names}); name one of the index files."
+        )
     if indexes:
         return _files_of_index(indexes[0])
     files = sorted(folder.glob("*.safetensors"))
@@ -116,7 +123,8 @@ def _files_of_index(index: Path) -> list[Path]:
 def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if file.suffix.lower() in _PICKLED:
         raise CheckpointError(
-            f"{file} is a pickled file, which can run code when loaded; convert it to .safetensors and name that file."
+            f"{file} is a pickled file, which can run code when loaded; convert it to .safetensors and "
+            f"name that file."
         )
     try:
         with safe_open(file, framework="np") as handle:
@@ -127,8 +135,8 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             return tensors, dict(handle.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(
-            f"{file} is not a complete safetensors file ({_size(file)}): it is truncated, damaged or of another format "
-            f"({str(error).rstrip('.')}). Download or copy it again."
+            f"{file} is not a complete safetensors file ({_size(file)}): it is truncated, damaged or of "
+            f"another format ({str(error).rstrip('.')}). Download or copy it again."
         ) from error
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {explain(error)}.") from error

@@ -21,7 +21,10 @@ class Processes:
 
     @classmethod
     def start(cls, timeout_minutes: int | None = None) -> Processes:
-        """Join the process group. Precision is handled by our own models, so accelerate gets none to apply."""
+        """Join the process group.
+
+        Precision is handled by our own models, so accelerate gets none to apply.
+        """
         handlers = []
         if timeout_minutes is not None:
             handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))

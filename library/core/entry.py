@@ -9,7 +9,10 @@ from library.core.errors import UserError
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; print a UserError as `error: ...` on stderr and exit with its code. Ctrl-C exits with 130."""
+    """Run `main`; print a UserError as `error: ...` on stderr and exit with its code.
+
+    Ctrl-C exits with 130.
+    """
     try:
         main()
     except UserError as error:

@@ -25,7 +25,9 @@ class MissingPackageError(UserError):
     """An optional package that a chosen option needs is not installed."""
 
     def __init__(self, package: str, needed_for: str, install: str | None = None) -> None:
-        super().__init__(f"{needed_for} needs the package '{package}': run `pip install {install or package}`.")
+        super().__init__(
+            f"{needed_for} needs the package '{package}': run `pip install {install or package}`."
+        )
 
 
 class NonFiniteError(UserError):

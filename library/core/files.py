@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from library.core.errors import ConfigError, StorageError
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; on success flush it to disk and rename it over `path`.
 
-    On any failure the old file is untouched and the temporary one is removed. The result has the modes that the umask
-    gives a new file (a bare `NamedTemporaryFile` would leave 0600).
+    On any failure the old file is untouched and the temporary one is removed. The result has the modes that
+    the umask gives a new file (a bare `NamedTemporaryFile` would leave 0600).
 
     Raises:
         StorageError: the operating system refused a write (disk full, no permission).
@@ -72,7 +73,8 @@ def read_text(path: Path, what: str) -> str:
 
 
 def require_writable_directory(path: Path, flag: str) -> None:
-    """Create `path` if need be and prove that a file can be made there; `flag` names the option in the message.
+    """Create `path` if need be and prove that a file can be made there; `flag` names the option in the
+    message.
 
     Raises:
         ConfigError: the folder cannot be made or written to.
@@ -82,7 +84,9 @@ def require_writable_directory(path: Path, flag: str) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ConfigError(f"{flag} {path} is not a folder that can be written to: {explain(error)}.") from error
+        raise ConfigError(
+            f"{flag} {path} is not a folder that can be written to: {explain(error)}."
+        ) from error
 
 
 def explain(error: OSError) -> str:
@@ -92,6 +96,7 @@ def explain(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+@functools.cache  # read once: setting it back and forth from several threads could leave the wrong one
 def _umask() -> int:
     """Read the process's umask. POSIX has no way to read it but to set it and set it back."""
     mask = os.umask(0o022)

@@ -17,7 +17,8 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_text(*parts: str) -> str:
-    """Return the hex SHA-256 of several texts; their lengths are hashed too, so ("ab", "c") is not ("a", "bc")."""
+    """Return the hex SHA-256 of several texts; their lengths are hashed too, so ("ab", "c") is not ("a",
+    "bc")."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode("utf-8")
@@ -55,8 +56,11 @@ class HashLedger:
 
 
 def default_ledger_path() -> Path:
-    """Return the ledger's place: `flow-scripts/hashes.json` in the user's cache folder (XDG_CACHE_HOME, LOCALAPPDATA)."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
+    """Return the ledger's place: `flow-scripts/hashes.json` in the user's cache folder (XDG_CACHE_HOME,
+    LOCALAPPDATA)."""
+    root = (
+        os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
+    )
     return Path(root) / "flow-scripts" / "hashes.json"
 
 

@@ -1,7 +1,7 @@
 """Randomness without history: every random choice is a function of (seed, what it is for).
 
-Nothing here keeps state, so there is nothing to save, restore or disturb: a resumed run, another worker count or a
-preview in between draws exactly the same numbers.
+Nothing here keeps state, so there is nothing to save, restore or disturb: a resumed run, another worker count
+or a preview in between draws exactly the same numbers.
 """
 
 from __future__ import annotations

@@ -22,7 +22,12 @@ def read_config(path: Path, what: str) -> dict[str, object]:
         content = json.loads(text) if Path(path).suffix.lower() == ".json" else toml.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{what} {path}, line {error.lineno}: {error.msg}.") from error
-    except (toml.TomlDecodeError, IndexError, TypeError, ValueError) as error:  # toml 0.10 lets parser slips through
+    except (
+        toml.TomlDecodeError,
+        IndexError,
+        TypeError,
+        ValueError,
+    ) as error:  # toml 0.10 lets parser slips through
         raise ConfigError(f"{what} {path} is not valid TOML: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{what} {path} must hold a table of keys, not a {type(content).__name__}.")

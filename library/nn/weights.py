@@ -1,7 +1,7 @@
 """Weights from memory-mapped safetensors files into a module that was built on the meta device.
 
-Each tensor goes from the mapped file to its device and dtype on its own, so there is never a second full copy in RAM;
-on the CPU, in the file's own dtype, it stays a view of the mapped file.
+Each tensor goes from the mapped file to its device and dtype on its own, so there is never a second full copy
+in RAM; on the CPU, in the file's own dtype, it stays a view of the mapped file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from library.core.suggest import did_you_mean
 
 @dataclass(frozen=True)
 class Source:
-    """How a parameter is made from the checkpoint: the named tensors, joined along dim 0 when there are several."""
+    """How a parameter is made from the checkpoint: the named tensors, joined along dim 0 when there are
+    several."""
 
     names: tuple[str, ...]
 
@@ -45,7 +46,8 @@ def load_module(
         dtype: target dtype, or a rule from parameter name to dtype; None keeps the file's dtype.
 
     Raises:
-        CheckpointError: a parameter without a source, a tensor missing from the file, or a shape that differs.
+        CheckpointError: a parameter without a source, a tensor missing from the file, or a shape that
+        differs.
     """
     targets = dict(module.state_dict(keep_vars=True))
     check_complete(checkpoint, targets, sources)
@@ -54,8 +56,8 @@ def load_module(
             tensor = reader.read(checkpoint, sources[name])
             if tensor.shape != target.shape:
                 raise CheckpointError(
-                    f"{checkpoint.path}: '{' + '.join(sources[name].names)}' has shape {tuple(tensor.shape)}, "
-                    f"but the model needs {tuple(target.shape)}."
+                    f"{checkpoint.path}: '{' + '.join(sources[name].names)}' has shape "
+                    f"{tuple(tensor.shape)}, but the model needs {tuple(target.shape)}."
                 )
             wanted = dtype(name) if callable(dtype) else dtype
             _assign(module, name, tensor.to(device=device, dtype=wanted or tensor.dtype))
@@ -99,7 +101,9 @@ class _TensorReader:
     def _read_one(self, checkpoint: Checkpoint, name: str) -> Tensor:
         info = checkpoint.tensors[name]
         if info.file not in self._open:
-            self._open[info.file] = self._stack.enter_context(safe_open(info.file, framework="pt", device="cpu"))
+            self._open[info.file] = self._stack.enter_context(
+                safe_open(info.file, framework="pt", device="cpu")
+            )
         return self._open[info.file].get_tensor(info.name)
 
 

@@ -5,9 +5,9 @@
         \"\"\"Which optimizer, and how fast.\"\"\"
         learning_rate: float = option(2e-6, "peak learning rate")
 
-A script's options are a frozen dataclass whose fields are such groups; `parse_options` fills it from defaults, then
-`--config_file`, then the command line, with the same words for a mistake wherever it was made. Nothing here or in the
-groups imports torch, so `--help` and every mistake answer at once.
+A script's options are a frozen dataclass whose fields are such groups; `parse_options` fills it from
+defaults, then `--config_file`, then the command line, with the same words for a mistake wherever it was made.
+Nothing here or in the groups imports torch, so `--help` and every mistake answer at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def option(
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """Declare an option. `default=REQUIRED` makes it obligatory; `parse` converts one word and raises ValueError."""
+    """Declare an option.
+
+    `default=REQUIRED` makes it obligatory; `parse` converts one word and raises ValueError.
+    """
     metadata = {"help": help, "choices": choices, "nargs": nargs, "parse": parse, "metavar": metavar}
     return field(metadata=metadata) if default is REQUIRED else field(default=default, metadata=metadata)
 
@@ -69,7 +72,10 @@ class OptionGroup:
 
     @classmethod
     def take(cls, values: dict[str, Any]) -> typing.Self:
-        """Build the group from parsed values; lists become tuples. Raises ConfigError for a missing obligatory one."""
+        """Build the group from parsed values; lists become tuples.
+
+        Raises ConfigError for a missing obligatory one.
+        """
         missing = [f"--{f.name}" for f in fields(cls) if f.default is REQUIRED and f.name not in values]
         if missing:
             raise ConfigError(f"missing: {', '.join(missing)}. See --help.")
@@ -80,7 +86,9 @@ class OptionGroup:
 Options = TypeVar("Options")
 
 
-def parse_options(options_class: type[Options], argv: Sequence[str] | None = None, description: str = "") -> Options:
+def parse_options(
+    options_class: type[Options], argv: Sequence[str] | None = None, description: str = ""
+) -> Options:
     """Read a script's options: defaults < `--config_file` < command line.
 
     Args:
@@ -129,7 +137,9 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
-def _parse(parser: argparse.ArgumentParser, words: list[str], config_file: Path | None = None) -> argparse.Namespace:
+def _parse(
+    parser: argparse.ArgumentParser, words: list[str], config_file: Path | None = None
+) -> argparse.Namespace:
     try:
         namespace, unknown = parser.parse_known_args(words)
     except ConfigError as error:

@@ -15,16 +15,21 @@ DEFAULT_TOKEN_LIMIT = 256
 class LuminaModelOptions(OptionGroup):
     """Lumina Image 2.0 models.
 
-    Weight files may be in the original, ComfyUI, all-in-one or diffusers layout; the layout is read from the file.
+    Weight files may be in the original, ComfyUI, all-in-one or diffusers layout; the layout is read from
+    the file.
     """
 
-    pretrained_model_name_or_path: Path = option(REQUIRED, "the DiT: a .safetensors file, an index, or a folder")
+    pretrained_model_name_or_path: Path = option(
+        REQUIRED, "the DiT: a .safetensors file, an index, or a folder"
+    )
     gemma2: Path = option(REQUIRED, "the Gemma2 text encoder: a .safetensors file, an index, or a folder")
     ae: Path = option(REQUIRED, "the FLUX autoencoder: a .safetensors file or a folder")
     gemma2_tokenizer: Path | None = option(
         None, "tokenizer.model, tokenizer.json or a folder with one; default: from inside or beside --gemma2"
     )
-    tokenizer_cache_dir: Path | None = option(None, "hub cache folder, used only when no local tokenizer is found")
+    tokenizer_cache_dir: Path | None = option(
+        None, "hub cache folder, used only when no local tokenizer is found"
+    )
     gemma2_max_token_length: int = option(DEFAULT_TOKEN_LIMIT, "captions are cut after this many tokens")
     system_prompt: str = option("", "put before every caption, followed by <Prompt Start>")
     use_flash_attn: bool = option(False, "use the flash-attn package (requirements-gpu.txt) for attention")
@@ -32,4 +37,6 @@ class LuminaModelOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         if self.gemma2_max_token_length < 1:
-            raise ConfigError(f"--gemma2_max_token_length is {self.gemma2_max_token_length}; it must be 1 or more.")
+            raise ConfigError(
+                f"--gemma2_max_token_length is {self.gemma2_max_token_length}; it must be 1 or more."
+            )

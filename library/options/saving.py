@@ -26,7 +26,9 @@ class SavingOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         if not self.output_name or Path(self.output_name).name != self.output_name:
-            raise ConfigError(f"--output_name '{self.output_name}' must be a plain file name; folders go to --output_dir.")
+            raise ConfigError(
+                f"--output_name '{self.output_name}' must be a plain file name; folders go to --output_dir."
+            )
         for name in ("save_every_n_epochs", "save_every_n_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

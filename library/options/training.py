@@ -15,10 +15,14 @@ class TrainingOptions(OptionGroup):
     max_train_steps: int = option(1600, "optimizer steps to train")
     max_train_epochs: int | None = option(None, "epochs to train; wins over --max_train_steps")
     seed: int | None = option(None, "seed of everything random; default: a random one, printed")
-    mixed_precision: str = option("no", "precision of the frozen model and activations", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = option(
+        "no", "precision of the frozen model and activations", choices=("no", "fp16", "bf16")
+    )
     gradient_checkpointing: bool = option(False, "keep only each block's input and compute the rest again")
     gradient_accumulation_steps: int = option(1, "batches added up for one optimizer step")
-    max_data_loader_n_workers: int = option(8, "threads that prepare batches ahead; 0 prepares them in the main thread")
+    max_data_loader_n_workers: int = option(
+        8, "threads that prepare batches ahead; 0 prepares them in the main thread"
+    )
     prior_loss_weight: float = option(1.0, "weight of the loss of regularisation pictures")
     ddp_timeout: int | None = option(None, "minutes that processes wait for each other before giving up")
 
@@ -29,7 +33,9 @@ class TrainingOptions(OptionGroup):
         if self.max_train_epochs is not None and self.max_train_epochs < 1:
             raise ConfigError(f"--max_train_epochs is {self.max_train_epochs}; it must be 1 or more.")
         if self.max_data_loader_n_workers < 0:
-            raise ConfigError(f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more.")
+            raise ConfigError(
+                f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,23 @@ def best_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def device_named(name: str | None) -> torch.device:
+    """Return the device that a flag names, None being the best one; prove that something can be put there.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"--device {name} cannot be used: {reason}.") from error
+    return device
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process: allocated on the device for CUDA, resident for the CPU."""
     if device.type == "cuda":

@@ -15,7 +15,7 @@ from library.core.errors import ConfigError, StorageError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; on success flush it to disk and rename it over `path`.
 
     On any failure the old file is untouched and the temporary one is removed. The result has the modes that
@@ -32,11 +32,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "wb") as handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            if durable:
+                os.fsync(handle.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-        _sync_directory(path.parent)
+        if durable:
+            _sync_directory(path.parent)
     except OSError as error:
         raise StorageError(f"Could not write {path}: {explain(error)}.") from error
     finally:
@@ -44,9 +46,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             Path(temporary).unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
+def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
     """Write `content` to `path` atomically. Raises StorageError as `atomic_write` does."""
-    with atomic_write(path) as handle:
+    with atomic_write(path, durable=durable) as handle:
         handle.write(content)
 
 

@@ -40,7 +40,7 @@ class HashLedger:
 
     def sha256(self, path: Path) -> str:
         """Return the hex SHA-256 of `path`, reading it only if it changed since it was last hashed."""
-        key, stamp = os.path.abspath(path), _stamp(path)
+        key, stamp = os.path.abspath(path), file_stamp(path)
         entry = self._new.get(key) or self._known.get(key)
         if entry is None or entry[0] != stamp:
             entry = [stamp, sha256_file(path)]
@@ -64,7 +64,8 @@ def default_ledger_path() -> Path:
     return Path(root) / "flow-scripts" / "hashes.json"
 
 
-def _stamp(path: Path) -> str:
+def file_stamp(path: Path) -> str:
+    """Return what changes whenever a file is written: size, times, inode. Raises OSError if it is not there."""
     stat = os.stat(path)
     return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
 

@@ -1,8 +1,13 @@
-"""TOML and JSON configuration files: the one place that reads and writes them."""
+"""TOML and JSON configuration files: the one place that reads and writes them.
+
+Read with the standard library, because the `toml` package takes broken files for valid ones (`count = [` is
+a table to it); written with `toml`, because the standard library cannot write.
+"""
 
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import toml
@@ -17,21 +22,21 @@ def read_config(path: Path, what: str) -> dict[str, object]:
     Raises:
         ConfigError: missing, not UTF-8, not valid TOML or JSON (with the line), or not a table at the top.
     """
-    text = read_text(path, what)
-    try:
-        content = json.loads(text) if Path(path).suffix.lower() == ".json" else toml.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{what} {path}, line {error.lineno}: {error.msg}.") from error
-    except (
-        toml.TomlDecodeError,
-        IndexError,
-        TypeError,
-        ValueError,
-    ) as error:  # toml 0.10 lets parser slips through
-        raise ConfigError(f"{what} {path} is not valid TOML: {error}.") from error
+    content = read_content(path, what)
     if not isinstance(content, dict):
         raise ConfigError(f"{what} {path} must hold a table of keys, not a {type(content).__name__}.")
     return content
+
+
+def read_content(path: Path, what: str) -> object:
+    """Read a `.toml` or `.json` file; JSON may hold a list at the top. Raises ConfigError as `read_config`."""
+    text = read_text(path, what)
+    try:
+        return json.loads(text) if Path(path).suffix.lower() == ".json" else tomllib.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{what} {path}, line {error.lineno}: {error.msg}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{what} {path} is not valid TOML: {error}.") from error
 
 
 def dump_toml(content: dict[str, object]) -> str:

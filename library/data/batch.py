@@ -31,10 +31,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a micro-batch. Either `latents_BCHW` or `pixels_BCHW`; `conditions` or only `captions`.
+    """One process's part of a micro-batch. Either `latents_BCHW` or `pixels_BCHW`; `conditions` or only
+    `captions`.
 
-    pixels_BCHW are in [-1, 1]. masks_B1HW (0..1, latent size) is None when no picture of the batch has a mask.
-    weights_B weighs each picture's loss. `names` are the pictures' paths, for messages.
+    pixels_BCHW are in [-1, 1]. masks_B1HW (0..1, latent size) is None when no picture of the batch has a
+    mask. weights_B weighs each picture's loss. `names` are the pictures' paths, for messages.
     """
 
     draws: tuple[Draw, ...]

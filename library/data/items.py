@@ -1,4 +1,5 @@
-"""The nouns of the data path: options of a dataset, a picture with its place in a bucket, a planned draw of it.
+"""The nouns of the data path: options of a dataset, a picture with its place in a bucket, a planned draw of
+it.
 
 Everything here is frozen and free of torch, so that datasets are checked before torch is imported.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 Size = tuple[int, int]  # (width, height) in pixels, everywhere in the data path
+DrawKey = tuple[int, int, int, int]  # (seed, epoch, item, repeat): what random choices about pixels depend on
 Kind = Literal["dreambooth", "finetuning", "conditioning"]
 
 
@@ -72,7 +74,7 @@ class Subset:
     metadata_file: Path | None = None
     conditioning_data_dir: Path | None = None
     cache_directory: Path | None = None
-    cache_info: bool = False
+    validation_split: float = 0.0
     custom_attributes: dict[str, object] = field(default_factory=dict)
 
 
@@ -83,7 +85,6 @@ class Dataset:
     subsets: tuple[Subset, ...]
     buckets: BucketOptions
     batch_size: int = 1
-    validation_split: float = 0.0
     validation_seed: int | None = None
     network_multiplier: float = 1.0
 
@@ -123,6 +124,7 @@ class Manifest:
     train: tuple[int, ...]  # indices into items
     validation: tuple[int, ...]
     skipped: tuple[str, ...] = ()  # sentences about pictures left out by --skip_bad_images
+    notes: tuple[str, ...] = ()  # sentences about what is used otherwise than one may expect
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ class Draw:
     step: int  # optimizer step, from 0
     micro: int  # micro-batch within the step
     slot: int  # place in the global micro-batch, over all processes
+
+    def key(self, seed: int) -> DrawKey:
+        """Return what `images.load_pixels` and `images.is_flipped` draw from."""
+        return seed, self.epoch, self.item, self.repeat
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def load_module(
     check_complete(checkpoint, targets, sources)
     with _TensorReader() as reader:
         for name, target in targets.items():
-            tensor = reader.read(checkpoint, sources[name])
+            tensor = _as_convolution(reader.read(checkpoint, sources[name]), target)
             if tensor.shape != target.shape:
                 raise CheckpointError(
                     f"{checkpoint.path}: '{' + '.join(sources[name].names)}' has shape "
@@ -105,6 +105,12 @@ class _TensorReader:
                 safe_open(info.file, framework="pt", device="cpu")
             )
         return self._open[info.file].get_tensor(info.name)
+
+
+def _as_convolution(tensor: Tensor, target: Tensor) -> Tensor:
+    """Give a matrix the two trailing ones of a 1x1 convolution where the target is one."""
+    is_matrix_of = tensor.ndim == 2 and target.ndim == 4 and target.shape[2:] == (1, 1)
+    return tensor[:, :, None, None] if is_matrix_of else tensor
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

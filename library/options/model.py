@@ -12,18 +12,20 @@ DEFAULT_TOKEN_LIMIT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class LuminaModelOptions(OptionGroup):
-    """Lumina Image 2.0 models.
-
-    Weight files may be in the original, ComfyUI, all-in-one or diffusers layout; the layout is read from
-    the file.
-    """
+class TransformerOptions(OptionGroup):
+    """The model that is trained."""
 
     pretrained_model_name_or_path: Path = option(
         REQUIRED, "the DiT: a .safetensors file, an index, or a folder"
     )
+    use_flash_attn: bool = option(False, "use the flash-attn package (requirements-gpu.txt) for attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderOptions(OptionGroup):
+    """Text encoder."""
+
     gemma2: Path = option(REQUIRED, "the Gemma2 text encoder: a .safetensors file, an index, or a folder")
-    ae: Path = option(REQUIRED, "the FLUX autoencoder: a .safetensors file or a folder")
     gemma2_tokenizer: Path | None = option(
         None, "tokenizer.model, tokenizer.json or a folder with one; default: from inside or beside --gemma2"
     )
@@ -32,11 +34,26 @@ class LuminaModelOptions(OptionGroup):
     )
     gemma2_max_token_length: int = option(DEFAULT_TOKEN_LIMIT, "captions are cut after this many tokens")
     system_prompt: str = option("", "put before every caption, followed by <Prompt Start>")
-    use_flash_attn: bool = option(False, "use the flash-attn package (requirements-gpu.txt) for attention")
-    no_half_vae: bool = option(False, "run the autoencoder in fp32 whatever --mixed_precision says")
 
     def __post_init__(self) -> None:
         if self.gemma2_max_token_length < 1:
             raise ConfigError(
                 f"--gemma2_max_token_length is {self.gemma2_max_token_length}; it must be 1 or more."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderOptions(OptionGroup):
+    """Autoencoder."""
+
+    ae: Path = option(REQUIRED, "the FLUX autoencoder: a .safetensors file or a folder")
+    no_half_vae: bool = option(False, "run the autoencoder in fp32 whatever --mixed_precision says")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LuminaModelOptions(AutoencoderOptions, TextEncoderOptions, TransformerOptions):
+    """Lumina Image 2.0 models.
+
+    Weight files may be in the original, ComfyUI, all-in-one or diffusers layout; the layout is read from
+    the file.
+    """

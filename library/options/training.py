@@ -9,15 +9,21 @@ from library.options.group import OptionGroup, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(OptionGroup):
+class PrecisionOptions(OptionGroup):
+    """Precision."""
+
+    mixed_precision: str = option(
+        "no", "precision of the frozen models and activations", choices=("no", "fp16", "bf16")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(PrecisionOptions):
     """Training."""
 
     max_train_steps: int = option(1600, "optimizer steps to train")
     max_train_epochs: int | None = option(None, "epochs to train; wins over --max_train_steps")
     seed: int | None = option(None, "seed of everything random; default: a random one, printed")
-    mixed_precision: str = option(
-        "no", "precision of the frozen model and activations", choices=("no", "fp16", "bf16")
-    )
     gradient_checkpointing: bool = option(False, "keep only each block's input and compute the rest again")
     gradient_accumulation_steps: int = option(1, "batches added up for one optimizer step")
     max_data_loader_n_workers: int = option(

@@ -1,0 +1,161 @@
+"""Pictures with their captions and masks, found on the disk. Nothing is decoded here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from library.core.errors import ConfigError
+from library.core.files import read_text
+from library.data.folders import PICTURE_ENDINGS, pictures_in
+from library.data.images import face_in_name
+from library.data.items import Subset
+from library.data.metadata_file import read_entries
+
+_NAMED = 10  # how many of many files a message names
+_USUAL_CAPTION_ENDINGS = (".txt", ".caption")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture of a subset, the text beside it (all lines), and its mask."""
+
+    path: Path
+    text: str
+    mask_path: Path | None = None
+
+
+@dataclass
+class Findings:
+    """What a subset holds. `problems` stop the run; `notes` are worth telling."""
+
+    found: list[Found] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find(subset: Subset) -> Findings:
+    """Return a subset's pictures in the order of their names, or of its metadata file.
+
+    Raises:
+        ConfigError, DataError: the metadata file or the folder cannot be read.
+    """
+    findings = Findings()
+    if subset.metadata_file:
+        _find_by_metadata(subset, findings)
+    else:
+        _find_by_folder(subset, findings)
+    if not findings.found and not findings.problems:
+        findings.problems.append(_nothing_found(subset))
+    _note_unused_lines(subset, findings)
+    return findings
+
+
+def names_of(paths: Sequence[Path]) -> str:
+    """Return file names for a message, the first ten of them."""
+    names = ", ".join(path.name for path in paths[:_NAMED])
+    return names + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
+
+
+def _find_by_metadata(subset: Subset, findings: Findings) -> None:
+    entries, findings.problems = read_entries(subset)
+    silent = [entry.path for entry in entries if entry.text is None]
+    if silent:
+        findings.problems.append(
+            f'{_pictures(len(silent))} in {subset.metadata_file} with neither "caption" nor "tags": '
+            f'{names_of(silent)}. Write "caption": "" to train one without a caption.'
+        )
+    findings.found = [Found(entry.path, entry.text) for entry in entries if entry.text is not None]
+
+
+def _find_by_folder(subset: Subset, findings: Findings) -> None:
+    pictures = list(pictures_in(subset.image_dir, recursive=subset.recursive))
+    masks = _masks(subset, pictures, findings)
+    silent = []
+    for path in pictures:
+        try:
+            text = _text_beside(path, subset)
+        except ConfigError as error:
+            findings.problems.append(str(error))
+            continue
+        if text is None:
+            silent.append(path)
+        else:
+            findings.found.append(Found(path, text, masks.get(path)))
+    if silent:
+        findings.problems.append(_no_caption(subset, silent))
+
+
+def _text_beside(path: Path, subset: Subset) -> str | None:
+    for file in _caption_files(path, subset):
+        if file.is_file():
+            return read_text(file, "The caption file").strip()
+    return subset.class_tokens
+
+
+def _caption_files(path: Path, subset: Subset) -> list[Path]:
+    stems = [path.stem]
+    if subset.images.face_crop_aug_range and face_in_name(path):
+        stems.append(path.stem.rsplit("_", 4)[0])
+    return [path.with_name(stem + subset.caption_extension) for stem in stems]
+
+
+def _masks(subset: Subset, pictures: Sequence[Path], findings: Findings) -> dict[Path, Path]:
+    """Each picture's mask: the file of the same name, or at least the same stem, in the folder of masks."""
+    folder = subset.conditioning_data_dir
+    if folder is None:
+        return {}
+    by_name: dict[Path, Path] = {}
+    for mask in pictures_in(folder, recursive=subset.recursive):
+        place = mask.relative_to(folder)
+        by_name[place] = mask
+        by_name.setdefault(place.with_suffix(""), mask)
+    places = {path: path.relative_to(subset.image_dir) for path in pictures}
+    masks = {path: by_name.get(place) or by_name.get(place.with_suffix("")) for path, place in places.items()}
+    without = [path for path, mask in masks.items() if mask is None]
+    if without:
+        findings.problems.append(
+            f"{_pictures(len(without))} in {subset.image_dir} without a mask of the same name in {folder}: "
+            f"{names_of(without)}."
+        )
+    return {path: mask for path, mask in masks.items() if mask}
+
+
+def _no_caption(subset: Subset, silent: Sequence[Path]) -> str:
+    message = (
+        f"{_pictures(len(silent))} in {subset.image_dir} without a caption file "
+        f"({subset.caption_extension}): {names_of(silent)}. "
+    )
+    for ending in _USUAL_CAPTION_ENDINGS:
+        others = sum(path.with_suffix(ending).is_file() for path in silent)
+        if others and ending != subset.caption_extension:
+            return message + f'{others} of them have a {ending} file: set caption_extension = "{ending}".'
+    return message + (
+        "Write captions, or set class_tokens for all of them, or put an empty caption file beside a picture "
+        "that is to be trained without one."
+    )
+
+
+def _nothing_found(subset: Subset) -> str:
+    if subset.metadata_file:
+        return f"{subset.metadata_file} has no entries."
+    message = f"{subset.image_dir} holds no pictures ({' '.join(sorted(PICTURE_ENDINGS))})."
+    deeper = not subset.recursive and any(pictures_in(subset.image_dir, recursive=True))
+    return message + (" Its subfolders do: set recursive = true." if deeper else "")
+
+
+def _note_unused_lines(subset: Subset, findings: Findings) -> None:
+    if subset.captions.enable_wildcard:
+        return
+    longer = [found.path for found in findings.found if "\n" in found.text]
+    if longer:
+        findings.notes.append(
+            f"Only the first line is used of the captions of {_pictures(len(longer))} in "
+            f"{subset.metadata_file or subset.image_dir}: {names_of(longer)}. enable_wildcard = true draws "
+            f"one of the lines."
+        )
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"

@@ -1,0 +1,209 @@
+"""Prompts to draw: files of them, and the options written behind a prompt (`a red fox --w 768 --d 42`).
+
+A line is its text up to the first ` --name`, then options. The text is never searched for anything else, so
+a prompt may begin with "n" or "w 5" and hold dashes; only two dashes followed by a letter start an option.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from library.core.errors import ConfigError
+from library.core.files import read_text
+from library.core.suggest import did_you_mean
+from library.core.toml_file import read_content
+from library.options.request import ImageRequest
+
+WHAT = "The prompt file"
+_OPTION_START = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An inline option or a key of a prompt table: what it sets, and from what."""
+
+    field: str
+    convert: Callable[[str], object]
+    kind: str
+
+
+def _multipliers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _negative(text: str) -> str:
+    return "" if text == "-" else text
+
+
+_INLINE = {
+    "w": _Option("width", int, "a whole number"),
+    "h": _Option("height", int, "a whole number"),
+    "d": _Option("seed", int, "a whole number"),
+    "s": _Option("steps", int, "a whole number"),
+    "l": _Option("guidance_scale", float, "a number"),
+    "g": _Option("guidance_scale", float, "a number"),
+    "n": _Option("negative_prompt", _negative, "text"),
+    "ctr": _Option("cfg_trunc_ratio", float, "a number"),
+    "rcfg": _Option("renorm_cfg", float, "a number"),
+    "fs": _Option("discrete_flow_shift", float, "a number"),
+    "m": _Option("lora_multipliers", _multipliers, "numbers separated by commas"),
+}
+_REFUSED = {
+    "ss": "there is one sampler, Euler's method along the flow",
+    "cn": "ControlNet pictures are not supported",
+}
+_TABLE_KEYS: dict[str, tuple[str, type]] = {
+    "prompt": ("prompt", str),
+    "negative_prompt": ("negative_prompt", str),
+    "width": ("width", int),
+    "height": ("height", int),
+    "seed": ("seed", int),
+    "sample_steps": ("steps", int),
+    "scale": ("guidance_scale", float),
+    "guidance_scale": ("guidance_scale", float),
+    "cfg_trunc_ratio": ("cfg_trunc_ratio", float),
+    "renorm_cfg": ("renorm_cfg", float),
+    "discrete_flow_shift": ("discrete_flow_shift", float),
+}
+_KIND_NAMES = {str: "text", int: "a whole number", float: "a number"}
+
+
+def parse_line(line: str, defaults: ImageRequest) -> ImageRequest:
+    """Return the request of one line; what it does not set is taken from `defaults`, except the text.
+
+    Raises:
+        ConfigError: an option that does not exist, is given twice, or has a value that cannot be.
+    """
+    text, *options = _OPTION_START.split(line)
+    changes: dict[str, object] = {}
+    for written in options:
+        name, *rest = written.split(maxsplit=1)
+        value = rest[0].strip() if rest else ""
+        option = _find_inline(name)
+        if option.field in changes:
+            raise ConfigError(f"--{name}: the {option.field} is given twice.")
+        try:
+            changes[option.field] = option.convert(value)
+        except ValueError:
+            raise ConfigError(f"--{name}: '{value}' is not {option.kind}.") from None
+    return replace(defaults, prompt=text.strip(), **changes)
+
+
+def next_request(line: str, previous: ImageRequest, start: ImageRequest) -> ImageRequest:
+    """Return the request of a line typed after `previous`.
+
+    Values stay as they were, but seed and negative prompt go back to those of `start`. A line of options
+    alone draws the previous text again.
+    """
+    defaults = replace(previous, seed=start.seed, negative_prompt=start.negative_prompt)
+    request = parse_line(line, defaults)
+    return request if request.prompt else replace(request, prompt=previous.prompt)
+
+
+def load_prompts(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+    """Read a prompt file.
+
+    `.txt`: one prompt a line, empty lines and lines that begin with # are skipped. `.json`: a list of such
+    lines or of tables of keys. `.toml`: [prompt] with keys for all, and a [[prompt.subset]] for each prompt.
+    What a prompt does not set is taken from `defaults`, except the text.
+
+    Raises:
+        ConfigError: the file cannot be read, holds no prompt, or has a mistake; the message names the place.
+    """
+    readers = {".txt": _from_text, ".json": _from_json, ".toml": _from_toml}
+    reader = readers.get(Path(path).suffix.lower())
+    if reader is None:
+        raise ConfigError(f"{WHAT} {path} must end in .txt, .json or .toml.")
+    requests = reader(Path(path), replace(defaults, prompt=""))
+    if not requests:
+        raise ConfigError(f"{WHAT} {path} holds no prompt.")
+    return requests
+
+
+def load_sample_prompts(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+    """Read a file of sample prompts; the prompt number n without a seed gets the seed of `defaults` plus n.
+
+    Raises:
+        ConfigError: see `load_prompts`; or a prompt uses --m.
+    """
+    assert defaults.seed is not None
+    requests = load_prompts(path, replace(defaults, seed=None))
+    if any(request.lora_multipliers for request in requests):
+        raise ConfigError(f"{path}: --m weighs the LoRAs of the inference script; training has none.")
+    return [
+        request if request.seed is not None else replace(request, seed=(defaults.seed + n) % 2**63)
+        for n, request in enumerate(requests)
+    ]
+
+
+def _find_inline(name: str) -> _Option:
+    key = name.lower()
+    if key in _REFUSED:
+        raise ConfigError(f"--{name} cannot be used: {_REFUSED[key]}.")
+    if key not in _INLINE:
+        raise ConfigError(
+            f"there is no option --{name}{did_you_mean(key, _INLINE) or '.'} The options of a prompt are "
+            f"{', '.join('--' + known for known in _INLINE)}."
+        )
+    return _INLINE[key]
+
+
+def _at(place: str, make: Callable[[], ImageRequest]) -> ImageRequest:
+    """Run `make`, and put the place before the message of its mistake."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _from_text(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+    requests = []
+    for number, line in enumerate(read_text(path, WHAT).splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            requests.append(_at(f"{path}, line {number}", lambda line=line: parse_line(line, defaults)))
+    return requests
+
+
+def _from_json(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+    entries = read_content(path, WHAT)
+    if not isinstance(entries, list):
+        raise ConfigError(f"{WHAT} {path} must hold a list of prompts, not a {type(entries).__name__}.")
+    return [_entry(entry, defaults, f"{path}, prompt {i}") for i, entry in enumerate(entries, start=1)]
+
+
+def _from_toml(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+    content = read_content(path, WHAT)
+    table = content.get("prompt") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not isinstance(table.get("subset"), list):
+        raise ConfigError(f"{WHAT} {path} needs a table [prompt] with one [[prompt.subset]] for each prompt.")
+    common = {key: value for key, value in table.items() if key != "subset"}
+    shared = _at(f"{path}, [prompt]", lambda: _from_table(common, defaults))
+    return [_entry(entry, shared, f"{path}, subset {i}") for i, entry in enumerate(table["subset"], start=1)]
+
+
+def _entry(entry: object, defaults: ImageRequest, place: str) -> ImageRequest:
+    if isinstance(entry, str):
+        return _at(place, lambda: parse_line(entry, defaults))
+    if isinstance(entry, dict):
+        if not defaults.prompt and "prompt" not in entry:
+            raise ConfigError(f"{place}: there is no prompt in it.")
+        return _at(place, lambda: _from_table(entry, defaults))
+    raise ConfigError(f"{place}: a prompt is text or a table, not a {type(entry).__name__}.")
+
+
+def _from_table(table: Mapping[str, object], defaults: ImageRequest) -> ImageRequest:
+    """Apply a table of keys. The prompt in it is text as it stands, without options."""
+    changes: dict[str, object] = {}
+    for key, value in table.items():
+        if key not in _TABLE_KEYS:
+            raise ConfigError(f"unknown key '{key}'{did_you_mean(key, _TABLE_KEYS) or '.'}")
+        field, kind = _TABLE_KEYS[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ConfigError(f"{key} = {value!r} is not {_KIND_NAMES[kind]}.")
+        if field in changes:
+            raise ConfigError(f"'{key}' and another key both set the {field}; give one.")
+        changes[field] = kind(value)
+    return replace(defaults, **changes)

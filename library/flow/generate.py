@@ -1,0 +1,90 @@
+"""Pictures from conditions: the one sampler, used by previews and by the inference scripts alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library.core.errors import NonFiniteError
+from library.flow.guidance import Condition, Velocity, guided
+from library.flow.path import initial_noise
+from library.flow.solver import sampler_sigmas, solve
+from library.options.request import ImageRequest
+
+
+@dataclass(frozen=True)
+class ImageModel(Generic[Condition]):
+    """A model family as the sampler sees it.
+
+    velocity: (x_BCHW fp32, sigma_B fp32, B conditions) -> velocity_BCHW, as defined in `flow.path`.
+    decode: latents_BCHW fp32 -> pixels_B3HW in [-1, 1].
+    """
+
+    velocity: Velocity[Condition]
+    decode: Callable[[Tensor], Tensor]
+    device: torch.device
+    latent_channels: int = 16
+    latent_stride: int = 8  # pixels a latent
+
+
+@torch.no_grad()  # not inference_mode: tables that the network caches here must stay usable in training
+def generate(
+    model: ImageModel[Condition],
+    requests: Sequence[ImageRequest],
+    conditions: Sequence[Condition],
+    negatives: Sequence[Condition],
+    *,
+    progress: bool = True,
+) -> list[Tensor]:
+    """Draw a batch of pictures and return them as uint8 tensors (H, W, 3) on the CPU.
+
+    Args:
+        requests: pictures of equal settings (see `batches`), each with a prompt and a seed of its own.
+        conditions, negatives: the encoded prompt and negative prompt of each.
+
+    Raises:
+        NonFiniteError: the latents became NaN or infinite.
+    """
+    assert len({_settings(request) for request in requests}) == 1, "a batch shares its settings"
+    first = requests[0]
+    noise_BCHW = torch.stack([_start(model, request) for request in requests]).to(model.device)
+    sigmas = sampler_sigmas(first.steps, first.discrete_flow_shift)
+    with tqdm(total=first.steps, desc="drawing", leave=False, disable=not progress) as bar:
+        velocity_at = guided(model.velocity, conditions, negatives, first)
+        latents_BCHW = solve(velocity_at, noise_BCHW, sigmas, on_step=bar.update)
+    if not torch.isfinite(latents_BCHW).all():
+        raise NonFiniteError(
+            "a picture became NaN or infinite while it was drawn; use bf16 or fp32 instead of fp16."
+        )
+    # One by one: decoding takes the most memory of all, and a picture is then the same in every batch.
+    return [to_uint8(model.decode(latents_CHW.unsqueeze(0)))[0] for latents_CHW in latents_BCHW]
+
+
+def to_uint8(pixels_B3HW: Tensor) -> Tensor:
+    """Turn pixels in [-1, 1] into rounded bytes (B, H, W, 3) on the CPU."""
+    bytes_B3HW = (pixels_B3HW.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return bytes_B3HW.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def batches(requests: Sequence[ImageRequest], size: int) -> list[list[int]]:
+    """Group the places of requests that can be drawn together, at most `size` in a group."""
+    groups: dict[ImageRequest, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(_settings(request), []).append(place)
+    return [places[i : i + size] for places in groups.values() for i in range(0, len(places), size)]
+
+
+def _settings(request: ImageRequest) -> ImageRequest:
+    """What pictures of a batch have in common."""
+    return replace(request, prompt="", negative_prompt="", seed=None)
+
+
+def _start(model: ImageModel[Condition], request: ImageRequest) -> Tensor:
+    assert request.seed is not None, "seeds are filled in before drawing"
+    height, width = request.height // model.latent_stride, request.width // model.latent_stride
+    return initial_noise((model.latent_channels, height, width), request.seed)

@@ -1,0 +1,323 @@
+"""The transformer of Lumina Image 2.0 as files: which layout, which sizes, which tensor is which. No torch.
+
+Layouts: the original one (`layers.0.attention.qkv.weight`), bare or under `model.diffusion_model.` as in ComfyUI
+and all-in-one checkpoints, and that of `diffusers.Lumina2Transformer2DModel`
+(`layers.0.attn.to_q.weight`, ...), as a file, a folder or shards.
+
+Sizes are read off tensor shapes, so a model of any size loads. What shapes cannot tell (how the head is divided among
+the position axes, epsilons, patch size) comes from the file's metadata or the config.json beside it, else it is
+as in the released 2B model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.core.checkpoint_files import Checkpoint, open_checkpoint
+from library.core.errors import CheckpointError
+from library.models.checkpoint_kind import refuse, require_tensors
+
+ORIGINAL, DIFFUSERS = "original", "diffusers"
+_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
+_WANTED = "a Lumina Image 2.0 transformer"
+_UNUSED = "norm_final.weight"  # in the original file, and read by nobody
+_Naming = Callable[[str], tuple[str, ...]]
+NamedShape = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class NextDiTParams:
+    """Sizes and constants of the network. The defaults are those of the released 2B model."""
+
+    dim: int = 2304
+    n_layers: int = 26
+    n_noise_refiners: int = 2
+    n_context_refiners: int = 2
+    n_heads: int = 24
+    n_kv_heads: int = 8
+    head_dim: int = 96
+    ffn_dim: int = 9216
+    cap_feat_dim: int = 2304
+    time_dim: int = 1024
+    time_frequencies: int = 256
+    in_channels: int = 16
+    patch_size: int = 2
+    axes_dims: tuple[int, ...] = (32, 32, 32)
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm_eps: float = 1e-6
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch of a latent."""
+        return self.patch_size**2 * self.in_channels
+
+    @property
+    def qkv_dim(self) -> int:
+        """Features of queries, keys and values together."""
+        return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class Lumina2Checkpoint:
+    """A transformer that was found whole. `sources`: parameter -> the tensors that it is joined from."""
+
+    checkpoint: Checkpoint
+    layout: str
+    params: NextDiTParams
+    sources: dict[str, tuple[str, ...]]
+
+
+def inspect_lumina2(path: Path) -> Lumina2Checkpoint:
+    """Read the headers of a transformer and check that it is whole. No tensor is loaded.
+
+    Args:
+        path: a `.safetensors` file, an index of shards, or a folder (of the model, or of a diffusers pipeline
+            with `transformer/`).
+
+    Raises:
+        CheckpointError: unreadable, truncated, of another kind, with tensors missing, extra or misshapen, or with
+            settings that do not fit the shapes.
+    """
+    found = open_checkpoint(path, subfolder="transformer")
+    checkpoint, layout = _detect(found)
+    params = _read_params(checkpoint, layout)
+    name_in_file = diffusers_names if layout == DIFFUSERS else _same_name
+    wanted: dict[str, tuple[int, ...]] = {}
+    sources: dict[str, tuple[str, ...]] = {}
+    for name, shape in parameter_shapes(params):
+        sources[name] = name_in_file(name)
+        wanted |= _shapes_of_parts(sources[name], shape, params)
+    if _UNUSED in checkpoint.tensors:
+        wanted[_UNUSED] = (params.dim,)
+    require_tensors(checkpoint, wanted, "Lumina Image 2.0 transformer")
+    return Lumina2Checkpoint(checkpoint, layout, params, sources)
+
+
+def _detect(found: Checkpoint) -> tuple[Checkpoint, str]:
+    """Return the transformer's own part of the file, and its layout.
+
+    Z-Image and other descendants share most names; what they have besides tells them apart.
+    """
+    for prefix in _PREFIXES:
+        part = found.with_prefix_stripped(prefix) if prefix else found
+        if "cap_embedder.0.weight" in part.tensors and "cap_pad_token" not in part.tensors:
+            return part, ORIGINAL
+        if "time_caption_embed.caption_embedder.0.weight" in part.tensors:
+            return part, DIFFUSERS
+    refuse(found, _WANTED)
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def _read_params(checkpoint: Checkpoint, layout: str) -> NextDiTParams:
+    """Read sizes off shapes and the rest off settings; tensors that are missing get named later."""
+    shapes = _Shapes(checkpoint, diffusers_names if layout == DIFFUSERS else _same_name)
+    settings = _settings(checkpoint)
+    released = NextDiTParams()
+    head_dim = shapes.rows("layers.0.attention.q_norm.weight")
+    heads, rest = divmod(shapes.columns("layers.0.attention.out.weight"), head_dim)
+    kv_heads, odd = divmod(shapes.rows("layers.0.attention.qkv.weight") - heads * head_dim, 2 * head_dim)
+    if rest or odd or kv_heads < 1 or heads % kv_heads:
+        raise CheckpointError(
+            f"{checkpoint.path}: attention shapes do not fit together: heads of {head_dim} features, "
+            f"{shapes.rows('layers.0.attention.qkv.weight')} rows of queries, keys and values, "
+            f"{shapes.columns('layers.0.attention.out.weight')} columns of output."
+        )
+    patch_size = settings.integer("patch_size", released.patch_size)
+    params = NextDiTParams(
+        dim=shapes.rows("x_embedder.weight"),
+        n_layers=shapes.count("layers"),
+        n_noise_refiners=shapes.count("noise_refiner"),
+        n_context_refiners=shapes.count("context_refiner"),
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_dim=shapes.rows("layers.0.feed_forward.w1.weight"),
+        cap_feat_dim=shapes.rows("cap_embedder.0.weight"),
+        time_dim=shapes.rows("t_embedder.mlp.2.weight"),
+        time_frequencies=shapes.columns("t_embedder.mlp.0.weight"),
+        in_channels=shapes.columns("x_embedder.weight") // patch_size**2,
+        patch_size=patch_size,
+        axes_dims=settings.integers(("axes_dims", "axes_dim_rope"), _axes_of(head_dim)),
+        rope_theta=settings.number("rope_theta", released.rope_theta),
+        norm_eps=settings.number("norm_eps", released.norm_eps),
+        # diffusers builds these norms with its own constant; the original takes its norm class's default
+        qk_norm_eps=settings.number("qk_norm_eps", 1e-5 if layout == DIFFUSERS else 1e-6),
+    )
+    if sum(params.axes_dims) != head_dim or any(dim < 2 or dim % 2 for dim in params.axes_dims):
+        raise CheckpointError(
+            f"{checkpoint.path}: axes_dims {list(params.axes_dims)} must be even and add up to {head_dim}, the "
+            f"features of a head."
+        )
+    return params
+
+
+def _axes_of(head_dim: int) -> tuple[int, int, int]:
+    """Divide a head among caption, row and column as the 2B model does: equally; what is over goes to the caption."""
+    spatial = head_dim // 6 * 2
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+class _Shapes:
+    """Shapes of a checkpoint's tensors by the network's own names."""
+
+    def __init__(self, checkpoint: Checkpoint, names: _Naming) -> None:
+        self._checkpoint = checkpoint
+        self._names = names
+
+    def rows(self, name: str) -> int:
+        """First dimension; summed over the parts that a fused tensor is stored in."""
+        return sum(self._shape(part, 0) for part in self._names(name))
+
+    def columns(self, name: str) -> int:
+        """Second dimension of a matrix."""
+        return self._shape(self._names(name)[0], 1)
+
+    def count(self, blocks: str) -> int:
+        """How many blocks a list has: the highest number that occurs, so that a gap is found out later."""
+        found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in self._checkpoint.tensors)
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+    def _shape(self, name: str, dimension: int) -> int:
+        if name not in self._checkpoint.tensors:
+            raise CheckpointError(
+                f"{self._checkpoint.path} is an incomplete Lumina Image 2.0 transformer: it lacks '{name}'."
+            )
+        shape = self._checkpoint.shape(name)
+        if len(shape) <= dimension or not shape[dimension]:
+            raise CheckpointError(f"{self._checkpoint.path}: '{name}' has the impossible shape {shape}.")
+        return shape[dimension]
+
+
+# ---- settings beside the shapes --------------------------------------------------------------------------------------
+
+
+class _Settings:
+    """Values from the safetensors metadata, and from a config.json that speaks of this model; metadata wins."""
+
+    def __init__(self, path: Path, values: Mapping[str, object]) -> None:
+        self._path = path
+        self._values = values
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number, or the default."""
+        value = self._values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise CheckpointError(f"{self._path}: setting {key} is {value!r}, but must be a positive number.")
+        return value
+
+    def integer(self, key: str, default: int) -> int:
+        """A positive whole number, or the default."""
+        value = self.number(key, default)
+        if value != int(value):
+            raise CheckpointError(f"{self._path}: setting {key} is {value!r}, but must be a whole number.")
+        return int(value)
+
+    def integers(self, keys: tuple[str, ...], default: tuple[int, ...]) -> tuple[int, ...]:
+        """Three whole numbers under the first of `keys` that is there, or the default."""
+        key = next((key for key in keys if key in self._values), None)
+        if key is None:
+            return default
+        value = self._values[key]
+        if not isinstance(value, list) or len(value) != 3 or not all(type(v) is int for v in value):
+            raise CheckpointError(f"{self._path}: setting {key} is {value!r}, but must be three whole numbers.")
+        return tuple(value)
+
+
+def _settings(checkpoint: Checkpoint) -> _Settings:
+    config = checkpoint.config
+    ours = config.get("_class_name") == "Lumina2Transformer2DModel" or "axes_dims" in config
+    values = dict(config) if ours else {}
+    for key, text in checkpoint.metadata.items():
+        try:
+            value = json.loads(text)
+        except ValueError:
+            continue  # metadata is free text; only values that read as JSON are settings
+        values |= value if key == "config" and isinstance(value, dict) else {key: value}
+    return _Settings(checkpoint.path, values)
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def parameter_shapes(params: NextDiTParams) -> Iterator[NamedShape]:
+    """Yield every parameter of the network by its original name, with its shape."""
+    p = params
+    yield from _linear("x_embedder", p.dim, p.patch_dim)
+    yield from _linear("t_embedder.mlp.0", p.time_dim, p.time_frequencies)
+    yield from _linear("t_embedder.mlp.2", p.time_dim, p.time_dim)
+    yield "cap_embedder.0.weight", (p.cap_feat_dim,)
+    yield from _linear("cap_embedder.1", p.dim, p.cap_feat_dim)
+    for index in range(p.n_noise_refiners):
+        yield from _block(f"noise_refiner.{index}", p, modulated=True)
+    for index in range(p.n_context_refiners):
+        yield from _block(f"context_refiner.{index}", p, modulated=False)
+    for index in range(p.n_layers):
+        yield from _block(f"layers.{index}", p, modulated=True)
+    yield from _linear("final_layer.linear", p.patch_dim, p.dim)
+    yield from _linear("final_layer.adaLN_modulation.1", p.dim, p.time_dim)
+
+
+def _block(name: str, p: NextDiTParams, *, modulated: bool) -> Iterator[NamedShape]:
+    yield f"{name}.attention.qkv.weight", (p.qkv_dim, p.dim)
+    yield f"{name}.attention.out.weight", (p.dim, p.n_heads * p.head_dim)
+    yield f"{name}.attention.q_norm.weight", (p.head_dim,)
+    yield f"{name}.attention.k_norm.weight", (p.head_dim,)
+    yield f"{name}.feed_forward.w1.weight", (p.ffn_dim, p.dim)
+    yield f"{name}.feed_forward.w2.weight", (p.dim, p.ffn_dim)
+    yield f"{name}.feed_forward.w3.weight", (p.ffn_dim, p.dim)
+    for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+        yield f"{name}.{norm}.weight", (p.dim,)
+    if modulated:
+        yield from _linear(f"{name}.adaLN_modulation.1", 4 * p.dim, p.time_dim)
+
+
+def _linear(name: str, rows: int, columns: int) -> Iterator[NamedShape]:
+    yield f"{name}.weight", (rows, columns)
+    yield f"{name}.bias", (rows,)
+
+
+def _same_name(name: str) -> tuple[str, ...]:
+    return (name,)
+
+
+def diffusers_names(name: str) -> tuple[str, ...]:
+    """Return what `diffusers.Lumina2Transformer2DModel` calls a parameter: one name, or three for the fused qkv."""
+    if name.endswith(".attention.qkv.weight"):
+        block = name.removesuffix(".attention.qkv.weight")
+        return tuple(f"{block}.attn.to_{part}.weight" for part in "qkv")
+    for pattern, replacement in _DIFFUSERS_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return (name,)
+
+
+_DIFFUSERS_NAMES = (
+    (r"^t_embedder\.mlp\.0\.", "time_caption_embed.timestep_embedder.linear_1."),
+    (r"^t_embedder\.mlp\.2\.", "time_caption_embed.timestep_embedder.linear_2."),
+    (r"^cap_embedder\.", "time_caption_embed.caption_embedder."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear_1."),
+    (r"^final_layer\.linear\.", "norm_out.linear_2."),
+    (r"\.attention\.out\.", ".attn.to_out.0."),
+    (r"\.attention\.([qk])_norm\.", r".attn.norm_\1."),
+    (r"\.feed_forward\.w([123])\.", r".feed_forward.linear_\1."),
+    (r"\.adaLN_modulation\.1\.", ".norm1.linear."),
+    (r"^(context_refiner\.\d+)\.attention_norm1\.", r"\1.norm1."),
+    (r"\.attention_norm1\.", ".norm1.norm."),
+    (r"\.attention_norm2\.", ".norm2."),
+)
+
+
+def _shapes_of_parts(
+    names: tuple[str, ...], shape: tuple[int, ...], params: NextDiTParams
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a parameter is joined from."""
+    if len(names) == 1:
+        return {names[0]: shape}
+    rows = (params.n_heads, params.n_kv_heads, params.n_kv_heads)
+    return {name: (heads * params.head_dim, shape[1]) for name, heads in zip(names, rows, strict=True)}

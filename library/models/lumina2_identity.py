@@ -1,0 +1,64 @@
+"""What latents and text features of Lumina Image 2.0 depend on besides the picture or text. No torch.
+
+A cache entry is found only under the identity it was made with, so the trainer and the cache tools both ask
+here.
+"""
+
+from __future__ import annotations
+
+from library.core.checkpoint_files import Checkpoint
+from library.core.hashing import HashLedger, sha256_text
+from library.models.flux_vae_format import inspect_flux_vae
+from library.models.gemma2_format import inspect_gemma2
+from library.models.gemma2_tokenizer import find_tokenizer
+from library.options.model import AutoencoderOptions, TextEncoderOptions
+
+# Raise when the same weights begin to give other numbers.
+_LATENTS_VERSION = 1
+_TEXTS_VERSION = 1
+
+
+def autoencoder_precision(options: AutoencoderOptions, mixed_precision: str) -> str:
+    """Return the precision that the autoencoder runs in, as --mixed_precision names it ("no" is fp32)."""
+    return "no" if options.no_half_vae else mixed_precision
+
+
+def latent_identity(options: AutoencoderOptions, mixed_precision: str, ledger: HashLedger) -> str:
+    """Return the identity of scaled posterior means.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not a FLUX autoencoder.
+    """
+    found = inspect_flux_vae(options.ae)
+    return sha256_text(
+        f"flux autoencoder, posterior mean, {_LATENTS_VERSION}",
+        _content(found.checkpoint, ledger),
+        repr(found.params),  # scale and shift may come from a config.json
+        autoencoder_precision(options, mixed_precision),
+    )
+
+
+def text_identity(options: TextEncoderOptions, mixed_precision: str, ledger: HashLedger) -> str:
+    """Return the identity of Gemma2's features.
+
+    The system prompt is not part of it: an entry's key has the whole text as it is encoded.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not a Gemma2.
+        ConfigError: no tokenizer is found.
+    """
+    found = inspect_gemma2(options.gemma2)
+    tokenizer = find_tokenizer(options.gemma2, options.gemma2_tokenizer, options.tokenizer_cache_dir)
+    return sha256_text(
+        f"gemma2, hidden states before the last layer, {_TEXTS_VERSION}",
+        _content(found.checkpoint, ledger),
+        repr(found.params),  # constants may come from a config.json
+        tokenizer.digest,
+        str(options.gemma2_max_token_length),
+        mixed_precision,
+    )
+
+
+def _content(checkpoint: Checkpoint, ledger: HashLedger) -> str:
+    """The digests of a checkpoint's files; where they lie and what they are called does not count."""
+    return " ".join(ledger.sha256(file) for file in checkpoint.files)

@@ -1,0 +1,258 @@
+"""NextDiT, the transformer of Lumina Image 2.0.
+
+Notable facts:
+- The tokens of all samples lie end to end, (T, D): captions at their real length, images of any size. There is no
+  padding and no mask; linear layers and norms see one long sequence, only attention knows where a sample ends.
+- Captions and images are refined apart (`context_refiner`, `noise_refiner`), then joined: caption first, then image.
+- Sandwich norms: RMS normalisation before and after attention and feed-forward. The timestep scales the first and,
+  through tanh, gates the second; the context refiner knows no timestep.
+- Queries and keys are normalised head by head; several query heads share one key/value head.
+- Position is rotary over three axes: (caption index, row, column). Image tokens have caption index = caption length.
+- Time runs from 0 (noise) to 1 (image) and the output is x0 - noise; `library.models.lumina2` translates.
+- Modules are named as in the original release, because LoRA files are named after them.
+
+Paper: https://arxiv.org/abs/2503.21758. Code of the authors: https://github.com/Alpha-VLLM/Lumina-Image-2.0.
+
+Shape legend: T packed tokens, B samples, D model features, E features of the timestep, H query heads, K key/value
+heads, S query, key and value heads together, F features of a head; C channels, h and w height and width of a latent, L
+caption tokens of one sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library.models.lumina2_format import NextDiTParams
+from library.nn.attention import Packing, attention
+from library.nn.layers import (
+    RMSNorm,
+    TimestepEmbedder,
+    norm_and_rotate,
+    normed_residual,
+    scaled_rms_norm,
+    swiglu,
+)
+from library.nn.products import Linear
+from library.nn.rope import RopeTables
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a packed sequence belong: to which sample, and at which position in it."""
+
+    packing: Packing
+    rope_TP2: Tensor
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised queries and keys, rotary positions and grouped queries."""
+
+    def __init__(self, params: NextDiTParams) -> None:
+        super().__init__()
+        self.heads = (params.n_heads, params.n_kv_heads)
+        self.head_dim = params.head_dim
+        self.kernel = "auto"
+        self.qkv = Linear(params.dim, (params.n_heads + 2 * params.n_kv_heads) * params.head_dim, bias=False)
+        self.out = Linear(params.n_heads * params.head_dim, params.dim, bias=False)
+        self.q_norm = RMSNorm(params.head_dim, params.qk_norm_eps)
+        self.k_norm = RMSNorm(params.head_dim, params.qk_norm_eps)
+
+    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        """(T, D) -> (T, D)."""
+        heads, kv_heads = self.heads
+        qkv_TSF = self.qkv(x_TD).unflatten(1, (-1, self.head_dim))
+        qk_TSF, v_TKF = qkv_TSF.split([heads + kv_heads, kv_heads], dim=1)
+        gain_SF = torch.cat((self.q_norm.gain().expand(heads, -1), self.k_norm.gain().expand(kv_heads, -1)))
+        qk_TSF = norm_and_rotate(qk_TSF, gain_SF, layout.rope_TP2, self.q_norm.eps)
+        q_THF, k_TKF = qk_TSF.split([heads, kv_heads], dim=1)
+        return self.out(attention(q_THF, k_TKF, v_TKF, layout.packing, self.kernel))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, hidden_dim, bias=False)
+        self.w2 = Linear(hidden_dim, dim, bias=False)
+        self.w3 = Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two norms; if `modulated`, scaled and gated by the timestep."""
+
+    def __init__(self, params: NextDiTParams, modulated: bool) -> None:
+        super().__init__()
+        self.attention = Attention(params)
+        self.feed_forward = FeedForward(params.dim, params.ffn_dim)
+        self.attention_norm1 = RMSNorm(params.dim, params.norm_eps)
+        self.attention_norm2 = RMSNorm(params.dim, params.norm_eps)
+        self.ffn_norm1 = RMSNorm(params.dim, params.norm_eps)
+        self.ffn_norm2 = RMSNorm(params.dim, params.norm_eps)
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(params.time_dim, 4 * params.dim))
+        else:
+            self.adaLN_modulation = None
+
+    def gains(self, time_BE: Tensor | None) -> list[Tensor]:
+        """Return what the four norms multiply by: fp32 (B, D), or (1, D) where the timestep has no say."""
+        norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
+        if self.adaLN_modulation is None:
+            return [norm.gain() for norm in norms]
+        scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(time_BE).float().chunk(4, dim=1)
+        factors_BD = (1 + scale_1, gate_1.tanh(), 1 + scale_2, gate_2.tanh())
+        return [norm.gain(factor_BD) for norm, factor_BD in zip(norms, factors_BD, strict=True)]
+
+    def forward(self, x_TD: Tensor, layout: Layout, time_BE: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D)."""
+        before_attention, after_attention, before_ffn, after_ffn = self.gains(time_BE)
+        lengths, eps = layout.packing.lengths, self.attention_norm1.eps
+        inner_TD = self.attention(scaled_rms_norm(x_TD, before_attention, lengths, eps), layout)
+        x_TD = normed_residual(x_TD, inner_TD, after_attention, lengths, eps)
+        inner_TD = self.feed_forward(scaled_rms_norm(x_TD, before_ffn, lengths, eps))
+        return normed_residual(x_TD, inner_TD, after_ffn, lengths, eps)
+
+
+class FinalLayer(nn.Module):
+    """Layer norm scaled by the timestep, then the projection to patches."""
+
+    def __init__(self, params: NextDiTParams) -> None:
+        super().__init__()
+        self.linear = Linear(params.dim, params.patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(params.time_dim, params.dim))
+
+    def forward(self, parts: Iterable[Tensor], time_BE: Tensor) -> Tensor:
+        """Samples of (tokens, D), one row of time each -> (T, patch features)."""
+        scales_BD = 1 + self.adaLN_modulation(time_BE)
+        normed = [F.layer_norm(x_TD, x_TD.shape[-1:], eps=1e-6) for x_TD in parts]
+        return self.linear(torch.cat([x_TD * scale_D for x_TD, scale_D in zip(normed, scales_BD, strict=True)]))
+
+
+class NextDiT(nn.Module):
+    """The network; see the module's docstring.
+
+    `gradient_checkpointing`: keep only the input of each block for backward, and compute the block again there.
+    """
+
+    def __init__(self, params: NextDiTParams) -> None:
+        super().__init__()
+        self.params = params
+        self.gradient_checkpointing = False
+        self.rope = RopeTables(params.axes_dims, params.rope_theta)
+        self.x_embedder = Linear(params.patch_dim, params.dim)
+        self.t_embedder = TimestepEmbedder(params.time_dim, params.time_frequencies)
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(params.cap_feat_dim, params.norm_eps), Linear(params.cap_feat_dim, params.dim)
+        )
+        self.noise_refiner = _blocks(params, params.n_noise_refiners, modulated=True)
+        self.context_refiner = _blocks(params, params.n_context_refiners, modulated=False)
+        self.layers = _blocks(params, params.n_layers, modulated=True)
+        self.final_layer = FinalLayer(params)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations and of all weights but the timestep embedder's."""
+        return self.cap_embedder[0].weight.dtype
+
+    def use_attention(self, kernel: str) -> None:
+        """Let every block use the named kernel of `library.nn.attention`."""
+        for block in itertools.chain(self.noise_refiner, self.context_refiner, self.layers):
+            block.attention.kernel = kernel
+
+    def forward(self, x: Sequence[Tensor], t_B: Tensor, captions: Sequence[Tensor]) -> list[Tensor]:
+        """Predict x0 - noise.
+
+        Args:
+            x: noisy latents, (C, h, w) a sample; sizes may differ and are multiples of the patch size.
+            t_B: 0 for noise .. 1 for image, fp32.
+            captions: text features, (L, cap_feat_dim) a sample.
+
+        Returns:
+            (C, h, w) a sample, in the model's dtype.
+        """
+        grids = [self._grid(sample) for sample in x]
+        text, image, joint = self._layouts([len(caption) for caption in captions], grids, x[0].device)
+        time_BE = self.t_embedder(t_B).to(self.dtype)
+        text_TD = self._run(self.context_refiner, self._embed_captions(captions), text)
+        image_TD = self._run(self.noise_refiner, self._embed_images(x), image, time_BE)
+        parts = zip(_split(text_TD, text), _split(image_TD, image), strict=True)
+        x_TD = self._run(self.layers, torch.cat([tokens for part in parts for tokens in part]), joint, time_BE)
+        images = [
+            tokens_TD[length:] for tokens_TD, length in zip(_split(x_TD, joint), text.packing.lengths, strict=True)
+        ]
+        patches = _split(self.final_layer(images, time_BE), image)
+        return [self._unpatchify(tokens, grid) for tokens, grid in zip(patches, grids, strict=True)]
+
+    def _grid(self, x_Chw: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        patch, (channels, height, width) = self.params.patch_size, x_Chw.shape
+        if channels != self.params.in_channels or height % patch or width % patch:
+            raise ValueError(
+                f"latents of shape {tuple(x_Chw.shape)} do not fit: {self.params.in_channels} channels and a height and "
+                f"width divisible by {patch} are needed"
+            )
+        return height // patch, width // patch
+
+    def _layouts(
+        self, text_lengths: Sequence[int], grids: Sequence[tuple[int, int]], device: torch.device
+    ) -> tuple[Layout, Layout, Layout]:
+        """Layouts of the captions alone, the images alone, and each caption followed by its image."""
+        image_lengths = [rows * columns for rows, columns in grids]
+        joint_lengths = [text + image for text, image in zip(text_lengths, image_lengths, strict=True)]
+        ropes = [
+            self.rope.sample(length, *grid, device) for length, grid in zip(text_lengths, grids, strict=True)
+        ]
+        text_ropes = [rope[:length] for rope, length in zip(ropes, text_lengths, strict=True)]
+        image_ropes = [rope[length:] for rope, length in zip(ropes, text_lengths, strict=True)]
+        return (
+            Layout(Packing.of(text_lengths, device), _join(text_ropes)),
+            Layout(Packing.of(image_lengths, device), _join(image_ropes)),
+            Layout(Packing.of(joint_lengths, device), _join(ropes)),
+        )
+
+    def _embed_captions(self, captions: Sequence[Tensor]) -> Tensor:
+        norm, linear = self.cap_embedder
+        features_TD = torch.cat([caption.to(self.dtype) for caption in captions])
+        return linear(scaled_rms_norm(features_TD, norm.gain(), (len(features_TD),), norm.eps))
+
+    def _embed_images(self, x: Sequence[Tensor]) -> Tensor:
+        patch = self.params.patch_size
+        patches = [rearrange(x_Chw, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch) for x_Chw in x]
+        return self.x_embedder(torch.cat(patches).to(self.dtype))
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        patch, (rows, columns) = self.params.patch_size, grid
+        return rearrange(tokens, "(h w) (p q c) -> c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
+
+    def _run(self, blocks: nn.ModuleList, x_TD: Tensor, layout: Layout, time_BE: Tensor | None = None) -> Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_TD = checkpoint(block, x_TD, layout, time_BE, use_reentrant=False)
+            else:
+                x_TD = block(x_TD, layout, time_BE)
+        return x_TD
+
+
+def _blocks(params: NextDiTParams, count: int, modulated: bool) -> nn.ModuleList:
+    return nn.ModuleList(Block(params, modulated) for _ in range(count))
+
+
+def _split(x_TD: Tensor, layout: Layout) -> Sequence[Tensor]:
+    return x_TD.split(list(layout.packing.lengths))
+
+
+def _join(tables: Sequence[Tensor]) -> Tensor:
+    """One table for the whole batch; a single sample's is taken as it is."""
+    return tables[0] if len(tables) == 1 else torch.cat(tables)

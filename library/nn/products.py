@@ -1,0 +1,77 @@
+"""In which dtype matrix products are computed, and a linear layer that does so.
+
+Many processors multiply fp32 matrices faster than bf16 ones: those without bf16 instructions, where the product is
+emulated, and those whose bf16 instructions are slow (Intel's AVX512-BF16 without AMX runs at half the fp32 rate). There
+half-precision factors are widened to fp32 (which is exact), multiplied, and the result is rounded once. That is at least
+as accurate as a half-precision product with fp32 accumulation, and faster; only the factors at hand are ever wide.
+
+The choice is a rule on the processor's capabilities and not a timing, so that a run repeats bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+_FEWEST_ROWS = 32  # below, widening the weight costs more than the faster product wins
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products of `x` with other matrices of its dtype are computed fastest."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return x.dtype
+    return x.dtype if _cpu_is_fast_in(x.dtype) else torch.float32
+
+
+def layer_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer multiplies `x`: `product_dtype`, if x has enough rows."""
+    rows = x.numel() // x.shape[-1]
+    return x.dtype if rows < _FEWEST_ROWS else product_dtype(x)
+
+
+@functools.cache
+def _cpu_is_fast_in(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of a half-precision dtype faster than fp32 ones."""
+    can = torch.cpu.get_capabilities()
+    if dtype == torch.float16:
+        return bool(can.get("amx_fp16"))
+    if can.get("architecture") != "x86_64":
+        return bool(can.get("bf16") or can.get("sve_bf16"))
+    return bool(can.get("amx_bf16") or (can.get("avx512_bf16") and "AMD" in str(can.get("cpu_name"))))
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose products are computed in `product_dtype`. Input and output have the weight's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if layer_dtype(x) == x.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return _WideLinear.apply(x, self.weight, self.bias)
+
+
+class _WideLinear(torch.autograd.Function):
+    """`F.linear` through fp32. The input is kept for backward only when the weight needs a gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        _, need_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_weight else None, weight)
+        wide_bias = None if bias is None else bias.float()
+        return F.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        wide = grad.float()
+        rows = wide.flatten(0, -2)
+        grad_x = (wide @ weight.float()).to(grad.dtype) if need_x else None
+        grad_weight = (rows.t() @ x.float().flatten(0, -2)).to(weight.dtype) if need_weight else None
+        grad_bias = rows.sum(0).to(grad.dtype) if need_bias else None
+        return grad_x, grad_weight, grad_bias

@@ -1,0 +1,41 @@
+"""Sample pictures during training: when, and from which prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.core.errors import ConfigError
+from library.options.group import OptionGroup, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(OptionGroup):
+    """Sample pictures during training."""
+
+    sample_prompts: Path | None = option(
+        None, "file of prompts (.txt one a line, .toml or .json), read again at every preview"
+    )
+    sample_every_n_steps: int | None = option(None, "draw the prompts every N optimizer steps")
+    sample_every_n_epochs: int | None = option(None, "draw the prompts every N epochs")
+    sample_at_first: bool = option(False, "draw the prompts once before training")
+    sample_batch_size: int = option(
+        1,
+        "pictures of equal settings drawn together; above 1 is faster, but can change a picture's last bits",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}; it must be 1 or more.")
+        scheduled = self.sample_at_first or self.sample_every_n_steps or self.sample_every_n_epochs
+        if scheduled and self.sample_prompts is None:
+            raise ConfigError(
+                "sample pictures are asked for, but --sample_prompts does not name a file of prompts."
+            )
+        if self.sample_prompts is not None and not scheduled:
+            raise ConfigError(
+                "--sample_prompts is given, but nothing says when to draw them: add --sample_every_n_epochs, "
+                "--sample_every_n_steps or --sample_at_first."
+            )

@@ -1,0 +1,91 @@
+"""How noisy the training pictures are: the density of sigma."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from library.core.errors import ConfigError
+from library.options.group import OptionGroup, option
+
+SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
+SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
+_READ_BY = {  # option: the option that decides whether it is read, and for which values
+    "sigmoid_scale": ("timestep_sampling", ("sigmoid", "shift", "flux_shift")),
+    "logit_mean": ("weighting_scheme", ("logit_normal",)),
+    "logit_std": ("weighting_scheme", ("logit_normal",)),
+    "mode_scale": ("weighting_scheme", ("mode",)),
+}
+_MAX_MODE_SCALE = 2 / (math.pi - 2)  # beyond it the "mode" density leaves [0, 1] (SD3 paper, section 3.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepOptions(OptionGroup):
+    """Noise levels in training.
+
+    sigma is the share of noise, from 0 (the picture) to 1 (noise only).
+    """
+
+    timestep_sampling: str = option(
+        "shift",
+        "how sigma is drawn; nextdit_shift is the recipe that Lumina was trained with",
+        choices=SAMPLINGS,
+    )
+    discrete_flow_shift: float = option(
+        6.0, "shift towards noise of the samplings 'shift' and 'sigma', and of sample pictures"
+    )
+    sigmoid_scale: float = option(
+        1.0, "width of the normal draw of the samplings sigmoid, shift and flux_shift"
+    )
+    weighting_scheme: str = option(
+        "uniform",
+        "uniform (or none), logit_normal, mode: density of --timestep_sampling sigma; cosmap: loss weight",
+        choices=SCHEMES,
+    )
+    logit_mean: float = option(0.0, "mean of --weighting_scheme logit_normal")
+    logit_std: float = option(1.0, "standard deviation of --weighting_scheme logit_normal")
+    mode_scale: float = option(1.29, "scale of --weighting_scheme mode")
+    model_prediction_type: str = option(
+        "raw",
+        "what the prediction is compared with; raw: the velocity",
+        choices=("raw", "additive", "sigma_scaled"),
+    )
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        if self.model_prediction_type != "raw":
+            raise ConfigError(
+                f"--model_prediction_type {self.model_prediction_type} would compare something else with the "
+                "velocity, so that even a perfect model had a loss; use raw."
+            )
+        if self.weighting_scheme == "sigma_sqrt":
+            raise ConfigError(
+                "--weighting_scheme sigma_sqrt (1/sigma^2) is meant for a loss on the predicted picture, and "
+                "makes of it the plain velocity loss; that is what --weighting_scheme none trains with."
+            )
+        self._check_used()
+
+    def _check_ranges(self) -> None:
+        for name in ("discrete_flow_shift", "sigmoid_scale", "logit_std"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"--{name} is {value}; it must be above 0.")
+        if not math.isfinite(self.logit_mean):
+            raise ConfigError(f"--logit_mean is {self.logit_mean}; it must be a number.")
+        if not -1 <= self.mode_scale <= _MAX_MODE_SCALE:
+            raise ConfigError(
+                f"--mode_scale is {self.mode_scale}; it must be from -1 to {_MAX_MODE_SCALE:.4f}, outside of "
+                "which the density leaves the range of sigma."
+            )
+
+    def _check_used(self) -> None:
+        """Refuse values that nothing would read."""
+        if self.weighting_scheme in ("logit_normal", "mode") and self.timestep_sampling != "sigma":
+            raise ConfigError(
+                f"--weighting_scheme {self.weighting_scheme} is a density for --timestep_sampling sigma; "
+                f"it has no effect on {self.timestep_sampling}."
+            )
+        for name, (chooser, readers) in _READ_BY.items():
+            given = getattr(self, name) != self.__dataclass_fields__[name].default
+            if given and getattr(self, chooser) not in readers:
+                raise ConfigError(f"--{name} has an effect only with --{chooser} {' or '.join(readers)}.")

@@ -1,0 +1,39 @@
+"""What shared code must know of a model family, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """Constants of a family.
+
+    `pixel_stride` divides every picture side; `latent_stride` pixels are one latent.
+    """
+
+    name: str
+    architecture: str
+    implementation: str
+    latent_channels: int
+    latent_stride: int
+    patch: int
+
+    @property
+    def pixel_stride(self) -> int:
+        """Pixels along one side of a token."""
+        return self.latent_stride * self.patch
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What weight files were found and what identifies them.
+
+    `latent_identity` and `text_identity` name everything that a cached latent or text feature depends on
+    besides the picture or text itself; a changed file or setting changes them. `described` goes into the
+    metadata of the saved network (key without `ss_` -> value).
+    """
+
+    latent_identity: str
+    text_identity: str
+    described: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,132 @@
+"""What the model is fed: latents and conditions, from caches or from encoders that stay loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.core.dist import Processes
+from library.data.batch import Batch, Condition
+from library.data.items import Item, Manifest
+from library.data.sources import CachePlace, LatentSource, TextSource
+from library.options.train import TrainOptions
+from library.training.caching import PassRun, cache_latents, cache_texts
+from library.training.family import ModelFiles
+from library.training.lending import Lending
+
+if TYPE_CHECKING:
+    from library.training.trainer import NetworkTrainer
+
+
+class Inputs:
+    """The encoders of a run and what they made.
+
+    With caches the encoders are loaded only for what is missing, and are gone before the transformer comes;
+    without them they stay for the whole run.
+    """
+
+    def __init__(
+        self, trainer: NetworkTrainer, files: ModelFiles, processes: Processes, dtype: torch.dtype
+    ) -> None:
+        options, device = trainer.options, processes.device
+        self._trainer = trainer
+        self._options = options
+        self._processes = processes
+        self.vae = Lending(lambda: trainer.load_vae(device, dtype), device)
+        self.encoders = Lending(lambda: trainer.load_text_encoders(device, dtype), device)
+        self.latent_source = _latent_source(options, files)
+        self.text_source = _text_source(trainer, files)
+        self._prompts: dict[str, Condition] = {}
+
+    def fill_caches(self, manifest: Manifest) -> None:
+        """Encode what the caches lack, text first, and let the encoders go."""
+        items = [manifest.items[i] for i in (*manifest.train, *manifest.validation)]
+        if self.text_source is not None:
+            self._fill_texts(self.text_source, items)
+        if self.latent_source is not None:
+            self._fill_latents(self.latent_source, items)
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Return a batch's scaled latents (B, C, h, w) on this process's device."""
+        if batch.latents_BCHW is not None:
+            return batch.latents_BCHW.to(self._processes.device, non_blocking=True)
+        assert batch.pixels_BCHW is not None
+        with torch.no_grad():
+            pixels = batch.pixels_BCHW.to(self._processes.device, non_blocking=True)
+            return self._trainer.encode_images(self.vae.get(), pixels)
+
+    def conditions(self, batch: Batch) -> list[Condition]:
+        """Return a batch's conditions on this process's device."""
+        if batch.conditions is not None:
+            return [self._on_device(c) for c in batch.conditions]
+        return self._encode([self._trainer.format_prompt(caption) for caption in batch.captions])
+
+    def prompts(self, texts: Sequence[str]) -> list[Condition]:
+        """Return the conditions of formatted texts for previews, each encoded once in the run."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._prompts]
+        if new:
+            self._prompts |= zip(new, self._encode(new), strict=True)
+            if self.text_source is not None:
+                self.encoders.release()
+        return [self._on_device(self._prompts[text]) for text in texts]
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return pixels in [-1, 1]; the autoencoder stays loaded until `release_vae`."""
+        return self._trainer.decode_latents(self.vae.get(), latents_BCHW)
+
+    def release_vae(self) -> None:
+        """Let the autoencoder go after previews, unless training itself encodes with it."""
+        if self.latent_source is not None:
+            self.vae.release()
+
+    def _encode(self, texts: Sequence[str]) -> list[Condition]:
+        with torch.no_grad():
+            return self._trainer.encode_prompts(self.encoders.get(), list(texts))
+
+    def _fill_texts(self, source: TextSource, items: Sequence[Item]) -> None:
+        size = self._options.caching.text_encoder_batch_size
+        cache_texts(source, items, lambda: self._encode, self._pass_run(size))
+        self.encoders.release()
+
+    def _fill_latents(self, source: LatentSource, items: Sequence[Item]) -> None:
+        def load_encoder():
+            vae, device = self.vae.get(), self._processes.device
+            return lambda pixels: self._trainer.encode_images(vae, pixels.to(device))
+
+        cache_latents(source, items, load_encoder, self._pass_run(self._options.caching.vae_batch_size))
+        self.vae.release()
+
+    def _pass_run(self, batch_size: int) -> PassRun:
+        processes = self._processes
+        return PassRun(batch_size, processes.rank, processes.world, processes.barrier)
+
+    def _on_device(self, condition: Condition) -> Condition:
+        device = self._processes.device
+        pooled = condition.pooled_D
+        return Condition(
+            condition.tokens_LD.to(device, non_blocking=True),
+            None if pooled is None else pooled.to(device, non_blocking=True),
+        )
+
+
+def _latent_source(options: TrainOptions, files: ModelFiles) -> LatentSource | None:
+    caching = options.caching
+    if not caching.latents:
+        return None
+    place = CachePlace(caching.cache_latents_to_disk, caching.cache_directory, caching.cache_dtype)
+    return LatentSource(place, files.latent_identity)
+
+
+def _text_source(trainer: NetworkTrainer, files: ModelFiles) -> TextSource | None:
+    caching = trainer.options.caching
+    if not caching.texts:
+        return None
+    return TextSource(
+        CachePlace(caching.cache_text_encoder_outputs_to_disk, caching.cache_directory, caching.cache_dtype),
+        files.text_identity,
+        max_variants=caching.max_caption_variants,
+        prompt_of=trainer.format_prompt,
+    )

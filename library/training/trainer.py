@@ -1,0 +1,105 @@
+"""The template of a trainer: what a family must say, and the order in which a run asks for it.
+
+This module does not import torch, so a script can parse its options, check its files and read its dataset
+before the slow imports begin. The run itself is in `library/training/run.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, final
+
+from library.core.hashing import HashLedger
+from library.options.group import OptionGroup
+from library.options.train import TrainOptions
+from library.training.family import FamilySpec, ModelFiles
+from library.training.prepare import prepare
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from library.data.batch import Condition
+
+
+class NetworkTrainer(ABC):
+    """Trains a network (LoRA) on a frozen model. A family writes the hooks; nothing else may be overridden.
+
+    Shapes: pixels_BCHW in [-1, 1]; latents (C = family.latent_channels) scaled as the model takes them;
+    sigma_B in [0, 1] with 0 clean and 1 noise; velocity = noise - x0.
+    """
+
+    family: ClassVar[FamilySpec]
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+
+    # --- what a family must write ---
+
+    @abstractmethod
+    def check_files(self) -> None:
+        """Check the weight files by their headers. Torch-free; raises CheckpointError."""
+
+    @abstractmethod
+    def model_files(self, ledger: HashLedger) -> ModelFiles:
+        """Identify the weight files by content. Torch-free."""
+
+    @abstractmethod
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Load the autoencoder."""
+
+    @abstractmethod
+    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> object:
+        """Load what `encode_prompts` needs."""
+
+    @abstractmethod
+    def load_transformer(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Load the frozen model that the network is trained on."""
+
+    @abstractmethod
+    def encode_images(self, vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
+        """Return scaled latents; deterministic, so that they can be cached."""
+
+    @abstractmethod
+    def decode_latents(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Return pixels in [-1, 1]."""
+
+    @abstractmethod
+    def encode_prompts(self, encoders: object, texts: Sequence[str]) -> list[Condition]:
+        """Encode formatted texts, one unpadded condition each."""
+
+    @abstractmethod
+    def velocity(
+        self, model: nn.Module, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]
+    ) -> Tensor:
+        """Return the model's velocity in the house convention."""
+
+    # --- what a family may write ---
+
+    def format_prompt(self, text: str, *, negative: bool = False) -> str:
+        """Return the text that the encoder sees for a caption or prompt."""
+        return text
+
+    def recorded_options(self) -> tuple[OptionGroup, ...]:
+        """Return the groups whose options go into the metadata, under their flags' names."""
+        options = self.options
+        return (
+            options.caching,
+            options.training,
+            options.optimizer,
+            options.timesteps,
+            options.loss,
+            options.validation,
+        )
+
+    # --- the same for every family ---
+
+    @final
+    def train(self) -> Path:
+        """Check everything that can be checked cheaply, then train. Returns the saved network's path."""
+        prepared = prepare(self)
+        from library.training.run import TrainingRun  # torch is imported here, after every early check
+
+        return TrainingRun(self, prepared).run()

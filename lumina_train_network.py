@@ -1,0 +1,145 @@
+"""Train a LoRA for Lumina Image 2.0: `accelerate launch lumina_train_network.py --help` lists every option.
+
+Lumina's own clock runs the other way (t = 1 - sigma) and its network predicts x0 - noise; `models.lumina2.velocity`
+turns that into the house convention. Everything else here is a pointer: which files, which encoders, which model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from library.core.entry import run_script
+from library.core.hashing import HashLedger
+from library.models.flux_vae_format import inspect_flux_vae
+from library.models.gemma2_format import inspect_gemma2
+from library.models.gemma2_tokenizer import GemmaTokenizer, find_tokenizer, format_prompt
+from library.models.lumina2_format import inspect_lumina2
+from library.models.lumina2_identity import latent_identity, text_identity
+from library.options.group import parse_options
+from library.options.train import LuminaTrainOptions
+from library.training.family import FamilySpec, ModelFiles
+from library.training.metadata import weight_file
+from library.training.trainer import NetworkTrainer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from library.data.batch import Condition
+    from library.models.flux_vae import FluxVAE
+    from library.models.gemma2 import Gemma2Encoder
+    from library.models.nextdit import NextDiT
+
+LUMINA2 = FamilySpec(
+    name="lumina2",
+    architecture="lumina-2",
+    implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+    latent_channels=16,
+    latent_stride=8,
+    patch=2,
+)
+
+
+class LuminaTrainer(NetworkTrainer):
+    """The hooks of Lumina Image 2.0. Models are imported where they are loaded: warm caches never import Gemma2."""
+
+    family = LUMINA2
+    options: LuminaTrainOptions
+
+    def check_files(self) -> None:
+        """Read the headers of the three weight files."""
+        models = self.options.model
+        inspect_lumina2(models.pretrained_model_name_or_path)
+        inspect_gemma2(models.gemma2)
+        inspect_flux_vae(models.ae)
+
+    def model_files(self, ledger: HashLedger) -> ModelFiles:
+        """Identify the weight files for the caches, and describe them for the metadata."""
+        models, precision = self.options.model, self.options.training.mixed_precision
+        return ModelFiles(
+            latent_identity=latent_identity(models, precision, ledger),
+            text_identity=text_identity(models, precision, ledger),
+            described=self._describe(ledger),
+        )
+
+    def _describe(self, ledger: HashLedger) -> dict[str, str]:
+        models = self.options.model
+        described = {
+            "system_prompt": models.system_prompt,
+            "gemma2_max_token_length": str(models.gemma2_max_token_length),
+        }
+        files = {
+            "sd_model": models.pretrained_model_name_or_path,
+            "vae": models.ae,
+            "gemma2": models.gemma2,
+        }
+        for kind, path in files.items():
+            described |= weight_file(kind, path, ledger.sha256(path) if path.is_file() else None)
+        return described
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> FluxVAE:
+        """Load the FLUX autoencoder, in fp32 with --no_half_vae."""
+        import torch
+
+        from library.models.flux_vae import load_flux_vae
+
+        dtype = torch.float32 if self.options.model.no_half_vae else dtype
+        return load_flux_vae(self.options.model.ae, device=device, dtype=dtype)
+
+    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> Gemma2Encoder:
+        """Load Gemma2."""
+        from library.models.gemma2 import load_gemma2
+
+        return load_gemma2(self.options.model.gemma2, device=device, dtype=dtype)
+
+    def load_transformer(self, device: torch.device, dtype: torch.dtype) -> NextDiT:
+        """Load the NextDiT."""
+        from library.models.lumina2 import load_nextdit
+
+        models = self.options.model
+        attention = "flash" if models.use_flash_attn else "auto"
+        return load_nextdit(
+            models.pretrained_model_name_or_path, device=device, dtype=dtype, attention=attention
+        )
+
+    def encode_images(self, vae: FluxVAE, pixels_BCHW: Tensor) -> Tensor:
+        """Return the mean of the posterior, scaled; a sample would freeze one random draw in the cache."""
+        return vae.encode_mean(pixels_BCHW)
+
+    def decode_latents(self, vae: FluxVAE, latents_BCHW: Tensor) -> Tensor:
+        """Return pixels in [-1, 1]."""
+        return vae.decode(latents_BCHW)
+
+    def format_prompt(self, text: str, *, negative: bool = False) -> str:
+        """Put the system prompt before a caption or prompt; negative prompts go without."""
+        return text if negative else format_prompt(self.options.model.system_prompt, text)
+
+    @cached_property
+    def _tokenizer(self) -> GemmaTokenizer:
+        models = self.options.model
+        return find_tokenizer(models.gemma2, models.gemma2_tokenizer, models.tokenizer_cache_dir).build()
+
+    def encode_prompts(self, encoders: Gemma2Encoder, texts: Sequence[str]) -> list[Condition]:
+        """Encode formatted texts with Gemma2."""
+        from library.models.gemma2 import encode_prompts
+
+        return encode_prompts(encoders, self._tokenizer, texts, self.options.model.gemma2_max_token_length)
+
+    def velocity(
+        self, model: NextDiT, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]
+    ) -> Tensor:
+        """Predict the velocity in the house convention."""
+        from library.models.lumina2 import velocity
+
+        return velocity(model, x_BCHW, sigma_B, conditions)
+
+
+def main() -> None:
+    """Read the options, then train."""
+    LuminaTrainer(parse_options(LuminaTrainOptions, description=__doc__.partition("\n")[0])).train()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,112 @@
+"""`--network_args key=value ...`: declared as the fields of a frozen dataclass, parsed strictly. Torch-free.
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    attn_dim: int | None = arg(None, to_rank)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
+from typing import Any, TypeVar
+
+from library.core.errors import ConfigError
+from library.core.suggest import did_you_mean
+
+Args = TypeVar("Args")
+Parse = Callable[[str], Any]  # raises ValueError with what the value must be
+
+
+def arg(default: Any, parse: Parse) -> Any:
+    """Declare a key: its default and how its text is read."""
+    return field(default=default, metadata={"parse": parse})
+
+
+def parse_args(args_class: type[Args], given: Mapping[str, str], refused: Mapping[str, str]) -> Args:
+    """Build `args_class` from texts by key.
+
+    Args:
+        refused: keys that other tools know and that are turned down here, with the reason.
+
+    Raises:
+        ConfigError: a key that is unknown or refused, or a value that cannot be.
+    """
+    parsers = {f.name: f.metadata["parse"] for f in fields(args_class)}
+    values = {}
+    for key, text in given.items():
+        if key in refused:
+            raise ConfigError(f"--network_args {key}={text}: {refused[key]}.")
+        if key not in parsers:
+            raise ConfigError(f"--network_args: unknown key '{key}'{did_you_mean(key, parsers) or '.'}")
+        try:
+            values[key] = parsers[key](text)
+        except ValueError as error:
+            raise ConfigError(f"--network_args {key}={text}: it must be {error}.") from None
+    return args_class(**values)
+
+
+def to_rank(text: str) -> int:
+    """Read a rank."""
+    if not text.strip().isdecimal():
+        raise ValueError("a whole number, 0 to leave these layers out")
+    return int(text)
+
+
+def to_ranks(count: int, shape: str) -> Parse:
+    """Return a reader of a list of `count` ranks; `shape` shows in messages what is meant."""
+
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            numbers = json.loads(text)
+        except ValueError:
+            numbers = None
+        if not isinstance(numbers, list) or len(numbers) != count or not all(_is_rank(n) for n in numbers):
+            raise ValueError(f"{shape} with {count} whole numbers")
+        return tuple(numbers)
+
+    return read
+
+
+def to_probability(text: str) -> float:
+    """Read a dropout probability."""
+    return _number(text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def to_positive(text: str) -> float:
+    """Read a positive number."""
+    return _number(text, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def to_bool(text: str) -> bool:
+    """Read True or False."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if text.strip().lower() not in words:
+        raise ValueError("True or False")
+    return words[text.strip().lower()]
+
+
+def to_choice(*names: str) -> Parse:
+    """Return a reader of one of `names`."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return read
+
+
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(what) from None
+    if not fits(value):
+        raise ValueError(what)
+    return value
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,184 @@
+"""Prompt files and the options behind a prompt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from library.core.errors import ConfigError
+from library.data.prompts import load_prompts, load_sample_prompts, next_request, parse_line
+from library.options.request import ImageRequest
+
+DEFAULTS = ImageRequest(prompt="unused", negative_prompt="ugly", width=512, height=512)
+
+
+def write(tmp_path: Path, name: str, content: str) -> Path:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_every_option_is_read() -> None:
+    line = "a fox --w 768 --h 1152 --s 20 --d 0 --l 4.5 --n blurry, low --ctr 0.5 --rcfg 0 --fs 3 --m 0.5,1"
+    assert parse_line(line, DEFAULTS) == ImageRequest(
+        prompt="a fox",
+        negative_prompt="blurry, low",
+        width=768,
+        height=1152,
+        steps=20,
+        seed=0,
+        guidance_scale=4.5,
+        cfg_trunc_ratio=0.5,
+        renorm_cfg=0.0,
+        discrete_flow_shift=3.0,
+        lora_multipliers=(0.5, 1.0),
+    )
+
+
+def test_what_a_line_does_not_set_is_the_default() -> None:
+    assert parse_line("a fox --G 2", DEFAULTS) == replace(DEFAULTS, prompt="a fox", guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n scale model of a ship",
+        "w 5",
+        "d 42",
+        "s",
+        "l 3.5 litres",
+        "a -- b",
+        "well--known",
+        "x -n y",
+        "g 2 -",
+    ],
+)
+def test_the_text_is_never_taken_for_an_option(text: str) -> None:
+    assert parse_line(text, DEFAULTS) == replace(DEFAULTS, prompt=text)
+    assert parse_line(f"{text} --w 64", DEFAULTS) == replace(DEFAULTS, prompt=text, width=64)
+
+
+@given(
+    text=st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=40).map(
+        lambda t: t.replace("--", "—")
+    ),
+    seed=st.integers(0, 2**63 - 1),
+    steps=st.integers(1, 1000),
+)
+def test_any_text_comes_back_whole(text: str, seed: int, steps: int) -> None:
+    found = parse_line(f"{text} --d {seed} --s {steps}", DEFAULTS)
+    assert (found.prompt, found.seed, found.steps) == (text.strip(), seed, steps)
+
+
+def test_a_dash_clears_the_negative_prompt() -> None:
+    assert parse_line("a fox --n -", DEFAULTS).negative_prompt == ""
+    assert parse_line("a fox", DEFAULTS).negative_prompt == "ugly"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("x --w wide", "'wide' is not a whole number"),
+        ("x --w", "'' is not a whole number"),
+        ("x --w 100", "image width 100 is not a multiple of 16; the nearest are 96 and 112"),
+        ("x --h 8", "the nearest are 16 and up"),
+        ("x --s 0", "steps is 0"),
+        ("x --d -1", "seed is -1"),
+        ("x --l nan", "guidance_scale is nan"),
+        ("x --fs 0", "must be above 0"),
+        ("x --m 1,a", "numbers separated by commas"),
+        ("x --rcgf 1", "did you mean 'rcfg'"),
+        ("x --ar 16:9", "there is no option --ar"),
+        ("x --ss ddim", "one sampler"),
+        ("x --l 3 --g 4", "the guidance_scale is given twice"),
+    ],
+)
+def test_mistakes_are_named(line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_line(line, DEFAULTS)
+
+
+def test_interactive_values_stay_but_seed_and_negative_prompt_go_back() -> None:
+    start = replace(DEFAULTS, seed=None)
+    first = next_request("a fox --w 256 --s 9 --d 5 --n -", start, start)
+    assert (first.width, first.steps, first.seed, first.negative_prompt) == (256, 9, 5, "")
+    second = next_request("a hen --h 128", first, start)
+    assert second == replace(start, prompt="a hen", width=256, height=128, steps=9)
+    third = next_request("--g 7", second, start)
+    assert third == replace(second, guidance_scale=7.0)
+
+
+def test_text_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.txt", "\ufeff# comment\na fox --w 256\n\n  # another\nun café\n--n rain\n")
+    assert load_prompts(path, DEFAULTS) == [
+        replace(DEFAULTS, prompt="a fox", width=256),
+        replace(DEFAULTS, prompt="un café"),
+        replace(DEFAULTS, prompt="", negative_prompt="rain"),
+    ]
+
+
+def test_toml_subset_wins_over_the_table_above_it(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "p.toml",
+        "[prompt]\nwidth = 256\nscale = 4\nseed = 1\n"
+        '[[prompt.subset]]\nprompt = "n fox --w 64"\nwidth = 320\n'
+        '[[prompt.subset]]\nprompt = "b"\nseed = 0\n',
+    )
+    shared = replace(DEFAULTS, guidance_scale=4.0)
+    assert load_prompts(path, DEFAULTS) == [
+        replace(shared, prompt="n fox --w 64", width=320, seed=1),
+        replace(shared, prompt="b", width=256, seed=0),
+    ]
+
+
+def test_json_holds_lines_and_tables(tmp_path: Path) -> None:
+    entries = ["a fox --s 3", {"prompt": "b", "sample_steps": 4, "cfg_trunc_ratio": 1, "negative_prompt": ""}]
+    assert load_prompts(write(tmp_path, "p.json", json.dumps(entries)), DEFAULTS) == [
+        replace(DEFAULTS, prompt="a fox", steps=3),
+        replace(DEFAULTS, prompt="b", steps=4, cfg_trunc_ratio=1.0, negative_prompt=""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "a\nb --w 7", r"p.txt, line 2: image width 7"),
+        ("p.txt", "# nothing\n", "holds no prompt"),
+        ("p.yaml", "a", "must end in .txt, .json or .toml"),
+        ("p.json", '{"prompt": "a"}', "must hold a list"),
+        ("p.json", '["a", 3]', "prompt 2: a prompt is text or a table, not a int"),
+        ("p.json", '[{"prompt": "a", "widht": 64}]', "prompt 1: unknown key 'widht'; did you mean 'width'"),
+        ("p.json", '[{"prompt": "a", "width": true}]', "width = True is not a whole number"),
+        ("p.json", '[{"prompt": "a", "seed": "1"}]', "seed = '1' is not a whole number"),
+        ("p.json", '[{"prompt": "a", "scale": 1, "guidance_scale": 2}]', "both set the guidance_scale"),
+        ("p.json", '[{"width": 64}]', "there is no prompt in it"),
+        ("p.json", "[", "line 1"),
+        ("p.toml", "[prompt]\nwidth = 64\n", r"one \[\[prompt.subset\]\] for each"),
+        ("p.toml", "prompt = [", "not valid TOML"),
+    ],
+)
+def test_mistakes_in_files_are_placed(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_prompts(write(tmp_path, name, content), DEFAULTS)
+
+
+def test_missing_and_misencoded_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent.txt cannot be read"):
+        load_prompts(tmp_path / "absent.txt", DEFAULTS)
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_prompts(tmp_path / "latin.txt", DEFAULTS)
+
+
+def test_sample_prompts_without_a_seed_are_numbered_from_the_runs(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.txt", "a\nb --d 0\nc\n")
+    requests = load_sample_prompts(path, replace(DEFAULTS, seed=42))
+    assert [r.seed for r in requests] == [42, 0, 44]
+    with pytest.raises(ConfigError, match="--m weighs the LoRAs"):
+        load_sample_prompts(write(tmp_path, "m.txt", "a --m 0.5"), replace(DEFAULTS, seed=42))

@@ -1,0 +1,56 @@
+"""The sampler's steps and Euler's method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from library.flow.path import initial_noise
+from library.flow.solver import sampler_sigmas, solve
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 36, 1000])
+def test_sigmas_are_those_of_diffusers(steps: int, factor: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=factor)
+    scheduler.set_timesteps(steps)
+    assert sampler_sigmas(steps, factor) == pytest.approx(scheduler.sigmas.tolist(), abs=2e-7)
+
+
+def test_timesteps_of_36_steps_at_shift_6_are_the_documented_ones() -> None:
+    timesteps = [1000 * sigma for sigma in sampler_sigmas(36, 6.0)]
+    assert timesteps[:3] == pytest.approx([1000, 995.15, 990.06], abs=0.005)
+    assert timesteps[-4:] == pytest.approx([286.7, 176.0, 34.8, 0], abs=0.05)
+
+
+def test_a_perfect_model_leads_back_to_the_picture() -> None:
+    x0 = torch.rand(2, 4, 6, 6)
+    noise = torch.stack([initial_noise((4, 6, 6), 1), initial_noise((4, 6, 6), 2)])
+    found = solve(lambda x, sigma: noise - x0, noise, sampler_sigmas(36, 6.0))
+    assert torch.allclose(found, x0, atol=1e-5)
+
+
+def test_a_model_that_knows_only_where_it_is_leads_back_too() -> None:
+    x0 = torch.rand(2, 4, 6, 6)
+    noise = initial_noise((2, 4, 6, 6), 1)
+    found = solve(lambda x, sigma: (x - x0) / sigma, noise, sampler_sigmas(10, 6.0))
+    assert torch.allclose(found, x0, atol=1e-5)
+
+
+def test_steps_are_those_of_a_loop_written_by_hand() -> None:
+    sigmas = sampler_sigmas(5, 6.0)
+    calls: list[float] = []
+
+    def velocity_at(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        calls.append(sigma)
+        return torch.sin(3 * x) + sigma
+
+    x = start = initial_noise((1, 1, 4, 4), 3)
+    for i in range(5):
+        x = x + (sigmas[i + 1] - sigmas[i]) * (torch.sin(3 * x) + sigmas[i])
+    ticks: list[int] = []
+    found = solve(velocity_at, start, sigmas, on_step=lambda: ticks.append(1))
+    assert torch.equal(found, x)
+    assert calls == sigmas[:-1]
+    assert len(ticks) == 5

@@ -1,0 +1,48 @@
+"""Prompts typed at the keyboard."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from library.core.errors import ConfigError
+from library.inference.console import typed_requests
+from library.options.request import ImageRequest
+
+START = ImageRequest(prompt="start", negative_prompt="ugly", width=64, height=64, seed=5)
+
+
+def typed(text: str, monkeypatch: pytest.MonkeyPatch) -> list[ImageRequest]:
+    def check(request: ImageRequest) -> None:
+        if request.lora_multipliers:
+            raise ConfigError("no LoRAs here.")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    return list(typed_requests(START, check))
+
+
+def test_values_stay_until_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = typed("a --w 32 --d 9 --n -\n\nb\nEXIT\nc\n", monkeypatch)
+    assert [(r.prompt, r.width, r.seed, r.negative_prompt) for r in found] == [
+        ("a", 32, 9, ""),
+        ("b", 32, 5, "ugly"),
+    ]
+
+
+def test_end_of_input_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [r.prompt for r in typed("a\nb", monkeypatch)] == ["a", "b"]
+
+
+def test_options_alone_draw_the_prompt_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = typed("--s 3\nfox\n--s 4\n", monkeypatch)
+    assert [(r.prompt, r.steps) for r in found] == [("start", 3), ("fox", 3), ("fox", 4)]
+
+
+def test_a_mistake_is_explained_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = typed("a --w 17\nb --m 1\nc\n", monkeypatch)
+    assert [(r.prompt, r.width) for r in found] == [("c", 64)]
+    errors = capsys.readouterr().err
+    assert "image width 17" in errors and "no LoRAs here" in errors

@@ -1,0 +1,190 @@
+"""Which layers of Lumina get a LoRA, of which rank; and networks made from files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.core.errors import CheckpointError, ConfigError
+from networks.files import save_network
+from networks.lora import LoRANetwork
+from networks.lora_lumina import check_args, create_network, create_network_from_file
+
+Make = Callable[..., nn.Module]
+
+
+@pytest.fixture
+def full_size_names(lumina_like: Make) -> nn.Module:
+    """A model with all the linear layers of the 2B model by name, small ones."""
+    return lumina_like(layers=26, refiners=2)
+
+
+def ranks(model: nn.Module, **args: str) -> dict[str, int]:
+    network = create_network(model, dim=4, alpha=1, args=args)
+    return {network.paths[name]: lora.rank for name, lora in network.loras.items()}
+
+
+def test_default_layers_are_the_180_of_the_reference(full_size_names: nn.Module) -> None:
+    network = create_network(full_size_names, dim=4, alpha=1)
+    expected = {
+        f"lora_unet_layers_{n}_{part}"
+        for n in range(26)
+        for part in (
+            "attention_qkv",
+            "attention_out",
+            "feed_forward_w1",
+            "feed_forward_w2",
+            "feed_forward_w3",
+            "adaLN_modulation_1",
+        )
+    }
+    parts = {name.removeprefix("lora_unet_layers_0_") for name in expected if "layers_0_" in name}
+    expected |= {f"lora_unet_noise_refiner_{n}_{part}" for n in (0, 1) for part in parts}
+    expected |= {f"lora_unet_context_refiner_{n}_{p}" for n in (0, 1) for p in parts - {"adaLN_modulation_1"}}
+    expected |= {"lora_unet_final_layer_linear", "lora_unet_final_layer_adaLN_modulation_1"}
+    assert set(network.loras) == expected and len(expected) == 180
+    assert len(network.export_state()) == 540
+    assert {lora.scale for lora in network.loras.values()} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count"),
+    [("all", 180), ("transformer", 156), ("refiners", 22), ("noise_refiner", 12), ("context_refiner", 10)],
+)
+def test_train_blocks(full_size_names: nn.Module, blocks: str, count: int) -> None:
+    assert len(ranks(full_size_names, train_blocks=blocks)) == count
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"attn_dim": "9"}, {9: 60, 4: 120}),
+        ({"mlp_dim": "9"}, {9: 90, 4: 90}),
+        ({"mod_dim": "9"}, {9: 29, 4: 151}),
+        ({"refiner_dim": "9"}, {9: 22, 4: 158}),
+        ({"refiner_dim": "9", "attn_dim": "7"}, {9: 22, 7: 52, 4: 106}),
+        ({"attn_dim": "0"}, {4: 120}),
+        ({"refiner_dim": "0", "mlp_dim": "0", "mod_dim": "0"}, {4: 53}),
+        ({"embedder_dims": "[5,6,7]"}, {4: 180, 5: 1, 6: 2, 7: 1}),
+        ({"embedder_dims": "[5, 0, 7]", "train_blocks": "noise_refiner"}, {4: 12, 5: 1, 7: 1}),
+    ],
+)
+def test_ranks_by_kind_of_layer(
+    full_size_names: nn.Module, args: dict[str, str], expected: dict[int, int]
+) -> None:
+    assert Counter(ranks(full_size_names, **args).values()) == expected
+
+
+def test_embedders_get_their_own_ranks(lumina_like: Make) -> None:
+    found = ranks(lumina_like(), embedder_dims="[5,6,7]", mlp_dim="9")
+    assert found["x_embedder"] == 5 and found["cap_embedder.1"] == 7
+    assert found["t_embedder.mlp.0"] == found["t_embedder.mlp.2"] == 6
+    assert found["layers.0.feed_forward.w1"] == 9
+
+
+def test_dropouts_and_loraplus_reach_the_network(lumina_like: Make) -> None:
+    args = {"rank_dropout": "0.1", "module_dropout": "0.2", "loraplus_lr_ratio": "4"}
+    network = create_network(lumina_like(), dim=4, alpha=1, dropout=0.3, args=args)
+    dropouts = next(iter(network.loras.values())).dropouts
+    assert (dropouts.neuron, dropouts.rank, dropouts.module) == (0.3, 0.1, 0.2)
+    assert [group["lr"] for group in network.parameter_groups(1.0)] == [1.0, 4.0]
+    assert check_args({"loraplus_lr_ratio": "4", "loraplus_unet_lr_ratio": "8"}).lr_ratio == 8
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"atn_dim": "4"}, "unknown key 'atn_dim'; did you mean 'attn_dim'"),
+        ({"attn_dim": "-1"}, "attn_dim=-1: it must be a whole number"),
+        ({"attn_dim": "4.5"}, "whole number"),
+        ({"embedder_dims": "[4,4]"}, r"embedder_dims=\[4,4\]: it must be \[x,t,cap\] with 3"),
+        ({"embedder_dims": "4,4,4"}, r"\[x,t,cap\]"),
+        ({"embedder_dims": "[4,-1,4]"}, r"\[x,t,cap\]"),
+        ({"train_blocks": "refiner"}, "one of all, transformer, refiners"),
+        ({"rank_dropout": "1.0"}, "from 0 to below 1"),
+        ({"module_dropout": "nan"}, "from 0 to below 1"),
+        ({"loraplus_lr_ratio": "0"}, "above 0"),
+        ({"verbose": "yes"}, "True or False"),
+        ({"split_qkv": "True"}, "q, k and v"),
+        ({"conv_dim": "4"}, "no convolutions"),
+        ({"loraplus_text_encoder_lr_ratio": "4"}, "text encoder is not trained"),
+    ],
+)
+def test_bad_arguments_are_answered_with_what_they_must_be(args: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_args(args)
+
+
+def test_leaving_every_layer_out_is_an_error(lumina_like: Make) -> None:
+    args = {"attn_dim": "0", "mlp_dim": "0", "mod_dim": "0", "train_blocks": "transformer"}
+    with pytest.raises(ConfigError, match="no layer to train"):
+        create_network(lumina_like(), dim=4, alpha=1, args=args)
+    with pytest.raises(ConfigError, match="no layer to train"):
+        create_network(nn.Sequential(nn.Linear(4, 4)), dim=4, alpha=1)
+
+
+def saved(path: Path, model: nn.Module, randomise: Callable, **args: str) -> LoRANetwork:
+    network = create_network(model, dim=4, alpha=3, args=args)
+    randomise(network)
+    save_network(path, network.export_state(), {"ss_base_model_version": "lumina2"})
+    return network
+
+
+def test_a_file_makes_the_network_that_wrote_it(
+    lumina_like: Make, inputs: tuple[Tensor, ...], randomise: Callable, tmp_path: Path
+) -> None:
+    model, path = lumina_like(), tmp_path / "lora.safetensors"
+    args = {"attn_dim": "2", "refiner_dim": "6", "embedder_dims": "[1,2,3]", "mod_dim": "0"}
+    network = saved(path, model, randomise, **args)
+    network.apply_to(model)
+    network.multiplier = 0.6
+    expected = model(*inputs)
+    network.remove()
+    again = create_network_from_file(model, path, multiplier=0.6)
+    again.apply_to(model)
+    assert torch.equal(model(*inputs), expected)
+    assert again.loras.keys() == network.loras.keys() and again.multiplier == 0.6
+
+
+def test_a_bf16_file_with_an_odd_alpha_loads(lumina_like: Make, randomise: Callable, tmp_path: Path) -> None:
+    network = create_network(lumina_like(), dim=4, alpha=0.3)
+    randomise(network)
+    state = {key: tensor.to(torch.bfloat16) for key, tensor in network.export_state().items()}
+    save_network(tmp_path / "lora.safetensors", state, {})
+    loaded = create_network_from_file(lumina_like(), tmp_path / "lora.safetensors")
+    assert next(iter(loaded.loras.values())).alpha == torch.tensor(0.3, dtype=torch.bfloat16).item()
+    network.load_state(state, "the bf16 file")  # its alpha is ours as far as bf16 can tell
+
+
+def test_a_file_for_another_model_is_refused(lumina_like: Make, randomise: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    saved(path, lumina_like(layers=3), randomise)
+    with pytest.raises(
+        CheckpointError, match=r"6 layers that this model lacks: lora_unet_layers_2.*'lumina2'"
+    ):
+        create_network_from_file(lumina_like(layers=2), path)
+
+
+def test_a_file_with_text_encoder_weights_is_refused(
+    lumina_like: Make, randomise: Callable, tmp_path: Path
+) -> None:
+    network = create_network(lumina_like(), dim=4, alpha=1)
+    state = network.export_state()
+    state["lora_te_layers_0_mlp_up_proj.lora_down.weight"] = torch.zeros(4, 8)
+    state["lora_te_layers_0_mlp_up_proj.lora_up.weight"] = torch.zeros(8, 4)
+    save_network(tmp_path / "lora.safetensors", state, {})
+    with pytest.raises(CheckpointError, match="text encoder .lora_te_layers_0_mlp_up_proj"):
+        create_network_from_file(lumina_like(), tmp_path / "lora.safetensors")
+
+
+def test_a_file_of_another_width_is_refused(lumina_like: Make, tmp_path: Path) -> None:
+    state = create_network(lumina_like(), dim=4, alpha=1).export_state()
+    state["lora_unet_layers_0_attention_qkv.lora_down.weight"] = torch.zeros(4, 99)
+    save_network(tmp_path / "lora.safetensors", state, {})
+    with pytest.raises(CheckpointError, match=r"qkv.lora_down.weight' has shape \(4, 99\)"):
+        create_network_from_file(lumina_like(), tmp_path / "lora.safetensors")

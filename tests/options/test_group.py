@@ -1,0 +1,94 @@
+"""Options: one declaration for flags and config keys, the same words for a mistake in either."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from library.core.errors import ConfigError
+from library.options.group import REQUIRED, OptionGroup, option, parse_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fruit(OptionGroup):
+    """Fruit."""
+
+    weight: float = option(1.0, "in kg, 100% ripe")
+    count: int = option(3, "how many")
+    kind: str = option("apple", "which", choices=("apple", "pear"))
+    washed: bool = option(False, "clean")
+    sizes: tuple[int, ...] | None = option(None, "several", nargs="*")
+    file: Path = option(REQUIRED, "a path")
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ConfigError(f"--count is {self.count}; it must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class Options:
+    fruit: Fruit
+
+
+def parse(*words):
+    return parse_options(Options, list(words)).fruit
+
+
+def test_defaults_and_types():
+    fruit = parse("--file", "x", "--sizes", "1", "2", "--washed", "--weight=2")
+    assert fruit == Fruit(weight=2.0, washed=True, sizes=(1, 2), file=Path("x"))
+
+
+def test_command_line_beats_config_file_and_sections_are_flattened(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('file = "x"\n[a]\ncount = 5\nweight = 3\nwashed = true\n[b]\nsizes = [4, 5]\n')
+    fruit = parse("--config_file", str(config), "--count", "7")
+    assert (fruit.count, fruit.weight, fruit.washed, fruit.sizes) == (7, 3.0, True, (4, 5))
+    assert parse("--config_file", str(config.with_suffix(""))) == parse("--config_file", str(config))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--wieght", "2"], "unknown argument '--wieght'; did you mean '--weight'?"),
+        (["--count", "many"], "argument --count: invalid int value: 'many'"),
+        (["--kind", "plum"], "argument --kind: invalid choice: 'plum'"),
+        (["--count", "0"], "--count is 0; it must be 1 or more."),
+        (["--coun", "2"], "unknown argument '--coun'; did you mean '--count'?"),
+    ],
+)
+def test_mistakes_on_the_command_line(words, message):
+    with pytest.raises(ConfigError) as caught:
+        parse("--file", "x", *words)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("wieght = 2", "unknown key 'wieght'; did you mean 'weight'?"),
+        ("count = 'many'", "argument --count: invalid int value: 'many'"),
+        ("kind = 'plum'", "argument --kind: invalid choice: 'plum'"),
+        ("count = 0", "--count is 0; it must be 1 or more."),
+        ("count = true", "argument --count: expected one argument"),
+        ("count = [", "is not valid TOML"),
+    ],
+)
+def test_mistakes_in_a_config_file(tmp_path, line, message):
+    config = tmp_path / "run.toml"
+    config.write_text('file = "x"\n' + line)
+    with pytest.raises(ConfigError) as caught:
+        parse("--config_file", str(config))
+    assert message in str(caught.value)
+
+
+def test_missing_obligatory_option_is_named():
+    with pytest.raises(ConfigError, match="missing: --file"):
+        parse("--count", "2")
+
+
+def test_help_prints_percent_signs(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    assert "100% ripe (default: 1.0)" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""Options of the inference script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from library.core.errors import ConfigError
+from library.options.group import parse_options
+from library.options.inference import LoraWeight, LuminaInferenceOptions, parse_lora_weight
+
+MODELS = ["--pretrained_model_name_or_path", "d", "--gemma2_path", "g", "--ae_path", "a"]
+
+
+def parse(*words: str) -> LuminaInferenceOptions:
+    return parse_options(LuminaInferenceOptions, [*MODELS, *words])
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("a.safetensors", LoraWeight(Path("a.safetensors"), 1.0)),
+        ("a.safetensors;0.5", LoraWeight(Path("a.safetensors"), 0.5)),
+        ("a.safetensors;-1", LoraWeight(Path("a.safetensors"), -1.0)),
+        ("x;y/a.safetensors", LoraWeight(Path("x;y/a.safetensors"), 1.0)),
+        ("x;2/a.safetensors;0.5", LoraWeight(Path("x;2/a.safetensors"), 0.5)),
+        ("x;y;1e-1", LoraWeight(Path("x;y"), 0.1)),
+        ("a;nan", LoraWeight(Path("a;nan"), 1.0)),
+        ("C:\\loras\\a.safetensors;2", LoraWeight(Path("C:\\loras\\a.safetensors"), 2.0)),
+    ],
+)
+def test_lora_words(word: str, expected: LoraWeight) -> None:
+    assert parse_lora_weight(word) == expected
+
+
+def test_a_path_that_exists_is_taken_whole(tmp_path: Path) -> None:
+    (tmp_path / "a;1").write_text("")
+    assert parse_lora_weight(str(tmp_path / "a;1")) == LoraWeight(tmp_path / "a;1")
+    assert parse_lora_weight(str(tmp_path / "a;1;0.5")) == LoraWeight(tmp_path / "a;1", 0.5)
+
+
+def test_defaults_are_those_of_the_reference_tool() -> None:
+    request = parse().picture.request()
+    assert (request.width, request.height, request.steps, request.seed) == (1024, 1024, 36, None)
+    assert (request.guidance_scale, request.cfg_trunc_ratio, request.renorm_cfg) == (3.5, 0.25, 1.0)
+    assert (request.discrete_flow_shift, request.negative_prompt) == (6.0, "")
+    assert request.prompt == "A beautiful sunset over the mountains"
+    assert parse().run.output_dir == Path("outputs")
+
+
+def test_several_loras() -> None:
+    found = parse("--lora_weights", "a;0.5", "b", "--seed", "0")
+    assert found.models.lora_weights == (LoraWeight(Path("a"), 0.5), LoraWeight(Path("b")))
+    assert found.picture.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image_width", "1000"], "image width 1000 is not a multiple of 16; the nearest are 992 and 1008"),
+        (["--image_height", "-16"], "image height -16"),
+        (["--steps", "0"], "steps is 0; it must be from 1 to 1000"),
+        (["--steps", "many"], "invalid int value"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--guidance_scale", "-1"], "guidance_scale is -1.0"),
+        (["--merge_lora_weights"], "--merge_lora_weights needs --lora_weights"),
+        (["--add_system_prompt_to_negative_prompt"], "needs --system_prompt"),
+        (["--interactive", "--from_file", "p.txt"], "give one"),
+        (["--from_file", "p.txt", "--prompt", "x"], "give one"),
+        (["--image_widht", "64"], "did you mean '--image_width'"),
+        (["--gemma2_max_token_length", "0"], "must be 1 or more"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(*words)

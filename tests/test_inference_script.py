@@ -1,0 +1,324 @@
+"""lumina_minimal_inference.py from end to end, with nano models."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import lumina_minimal_inference
+from library.core.errors import ConfigError
+from library.flow.generate import ImageModel, generate, to_uint8
+from library.models.flux_vae import load_flux_vae
+from library.models.gemma2 import encode_prompts, load_gemma2
+from library.models.gemma2_tokenizer import format_prompt, load_gemma2_tokenizer
+from library.models.lumina2 import load_nextdit, velocity
+from library.options.request import ImageRequest
+from networks.files import save_network
+from networks.lora_lumina import create_network
+from tools.make_nano_models import make_nano_models
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+SYSTEM = "You draw."
+FP32 = ("--dtype", "fp32", "--gemma2_dtype", "fp32", "--ae_dtype", "fp32")
+SMALL = ("--image_width", "64", "--image_height", "48", "--steps", "3", "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Nano:
+    """Nano models in diffusers' layout, and a LoRA for them."""
+
+    folder: Path
+    dit: Path
+    gemma2: Path
+    ae: Path
+    tokenizer: Path | None  # None: inside the file of the text encoder
+    lora: Path
+
+    @property
+    def flags(self) -> list[str]:
+        named = (
+            ("pretrained_model_name_or_path", self.dit),
+            ("gemma2_path", self.gemma2),
+            ("ae_path", self.ae),
+        )
+        return [f"--{name}={path}" for name, path in (*named, ("gemma2_tokenizer", self.tokenizer))]
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Nano:
+    torch.set_num_threads(1)  # at this size threads cost more than they bring
+    folder = tmp_path_factory.mktemp("nano")
+    paths = make_nano_models(folder, seed=3, layout="diffusers")
+    network = create_network(load_nextdit(paths.dit, device=CPU, dtype=torch.float32), dim=4, alpha=4)
+    generator = torch.Generator().manual_seed(0)
+    for lora in network.loras.values():
+        nn.init.normal_(lora.up, std=0.2, generator=generator)
+    save_network(folder / "style;2.safetensors", network.export_state(), {})
+    return Nano(folder, paths.dit, paths.gemma2, paths.ae, paths.tokenizer, folder / "style;2.safetensors")
+
+
+def run(*words: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the script as a user does."""
+    command = [sys.executable, "lumina_minimal_inference.py", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, input=typed, capture_output=True, text=True)
+
+
+def draw(nano: Nano, folder: Path, *words: str) -> list[np.ndarray]:
+    """Run the script in this process; return its pictures in the order in which it printed them."""
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["script", *nano.flags, *SMALL, *FP32, "--output_dir", str(folder), *words]
+        patch.setattr(sys, "argv", arguments)
+        lumina_minimal_inference.main()
+    return [
+        np.asarray(Image.open(path)) for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    ]
+
+
+def one(nano: Nano, folder: Path, *words: str) -> np.ndarray:
+    (picture,) = draw(nano, folder, "--prompt", "a red fox", "--seed", "7", *words)
+    return picture
+
+
+def assert_close(one: np.ndarray, other: np.ndarray, levels: int = 1) -> None:
+    assert one.shape == other.shape
+    assert np.abs(one.astype(int) - other.astype(int)).max() <= levels
+
+
+def test_the_guides_command(nano: Nano, tmp_path: Path) -> None:
+    result = run(
+        *nano.flags,
+        *("--output_dir", str(tmp_path / "new" / "folder"), "--offload", "--seed", "1234"),
+        *("--prompt", "Positive prompt", "--system_prompt", SYSTEM, "--negative_prompt", "negative prompt"),
+        *SMALL,
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = (tmp_path / "new" / "folder").iterdir()
+    assert result.stdout.strip() == str(path)
+    assert path.name.startswith("image_") and path.name.endswith("_1234.png")
+    with Image.open(path) as picture:
+        assert picture.size == (64, 48)
+        facts = json.loads(picture.text["flow-scripts"])
+        assert picture.text["parameters"].startswith(
+            "Positive prompt\nNegative prompt: negative prompt\nSteps: 3,"
+        )
+    assert facts["seed"] == 1234 and facts["System prompt"] == SYSTEM and facts["Model"] == nano.dit.stem
+
+
+def test_prompts_typed_at_the_keyboard(nano: Nano, tmp_path: Path) -> None:
+    typed = "a fox --w 32 --d 5\na hen --w 33\na hen\n--d 6 --n -\nexit\nnever\n"
+    folder = ("--output_dir", str(tmp_path), "--negative_prompt", "fog")
+    result = run(*nano.flags, *SMALL, *folder, "--interactive", typed=typed)
+    assert result.returncode == 0, result.stderr
+    assert "image width 33 is not a multiple of 16; the nearest are 32 and 48" in result.stderr
+    assert "Traceback" not in result.stderr
+    paths = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    facts = [json.loads(Image.open(path).text["flow-scripts"]) for path in paths]
+    assert [(f["prompt"], f["width"], f["negative_prompt"]) for f in facts] == [
+        ("a fox", 32, "fog"),
+        ("a hen", 32, "fog"),
+        ("a hen", 32, ""),
+    ]
+    assert facts[0]["seed"] == 5 and facts[1]["seed"] not in (5, 6) and facts[2]["seed"] == 6
+
+
+def test_prompts_of_a_file(nano: Nano, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(
+        "a fox --d 1\n# none\na hen --d 2 --w 32\na fox --d 1\n", encoding="utf-8"
+    )
+    found = draw(nano, tmp_path / "out", "--from_file", str(tmp_path / "p.txt"))
+    assert [picture.shape for picture in found] == [(48, 64, 3), (48, 32, 3), (48, 64, 3)]
+    assert np.array_equal(found[0], found[2])
+
+
+def test_offload_changes_nothing_in_the_picture(nano: Nano, tmp_path: Path) -> None:
+    assert np.array_equal(one(nano, tmp_path / "a"), one(nano, tmp_path / "b", "--offload"))
+
+
+def library_model(nano: Nano) -> ImageModel:
+    """The models as training wires them for its sample pictures."""
+    dit = load_nextdit(nano.dit, device=CPU, dtype=torch.float32)
+    vae = load_flux_vae(nano.ae, device=CPU, dtype=torch.float32)
+    return ImageModel(lambda x, sigma, conditions: velocity(dit, x, sigma, conditions), vae.decode, CPU)
+
+
+def library_conditions(nano: Nano, texts: Sequence[str]) -> list:
+    encoder = load_gemma2(nano.gemma2, device=CPU, dtype=torch.float32)
+    return encode_prompts(
+        encoder, load_gemma2_tokenizer(nano.gemma2, nano.tokenizer), texts, 256, batch_size=1
+    )
+
+
+def test_a_sample_picture_of_training_is_the_same_bit_for_bit(nano: Nano, tmp_path: Path) -> None:
+    settings = ("--system_prompt", SYSTEM, "--negative_prompt", "fog", "--cfg_trunc_ratio", "0.5")
+    found = one(nano, tmp_path, *settings)
+    request = ImageRequest(
+        prompt="a red fox", negative_prompt="fog", width=64, height=48, steps=3, seed=7, cfg_trunc_ratio=0.5
+    )
+    texts = [format_prompt(SYSTEM, request.prompt), format_prompt("", request.negative_prompt)]
+    prompt, negative = library_conditions(nano, texts)
+    (expected,) = generate(library_model(nano), [request], [prompt], [negative], progress=False)
+    assert np.array_equal(found, expected.numpy())
+
+
+def draw_with_diffusers(nano: Nano, prompt: str, negative: str) -> np.ndarray:
+    """The same picture from diffusers' and transformers' own models, scheduler and a loop written here."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Transformer2DModel
+    from transformers import Gemma2Model
+
+    dit = Lumina2Transformer2DModel.from_pretrained(nano.dit)
+    vae = AutoencoderKL.from_pretrained(nano.ae)
+    gemma2 = Gemma2Model.from_pretrained(nano.gemma2).eval()
+    tokenizer = load_gemma2_tokenizer(nano.gemma2, nano.tokenizer)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=6.0)
+    scheduler.set_timesteps(3)
+
+    def features(text: str) -> Tensor:
+        ids = torch.tensor([tokenizer.ids(text, 256)])
+        return gemma2(ids, output_hidden_states=True).hidden_states[-2]
+
+    def predict(latents: Tensor, t: Tensor, text_features: Tensor) -> Tensor:
+        mask = torch.ones(text_features.shape[:2], dtype=torch.bool)
+        return -dit(latents, 1 - t[None] / 1000, text_features, mask, return_dict=False)[0]
+
+    with torch.no_grad():
+        conditional, unconditional = features(prompt), features(negative)
+        latents = torch.randn(1, 16, 6, 8, generator=torch.Generator().manual_seed(7))
+        for t in scheduler.timesteps:
+            v = c = predict(latents, t, conditional)
+            if 1 - t / 1000 < 0.25:
+                u = predict(latents, t, unconditional)
+                v = u + 3.5 * (c - u)
+                v = v * (c.norm() / v.norm()) if v.norm() > c.norm() else v
+            latents = scheduler.step(v, t, latents, return_dict=False)[0]
+        pixels = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[
+            0
+        ]
+    return to_uint8(pixels)[0].numpy()
+
+
+def test_an_independent_implementation_draws_the_same_picture(nano: Nano, tmp_path: Path) -> None:
+    found = one(nano, tmp_path, "--system_prompt", SYSTEM, "--negative_prompt", "fog")
+    assert_close(found, draw_with_diffusers(nano, f"{SYSTEM} <Prompt Start> a red fox", "fog"))
+    assert found.std() > 5  # a grey picture would prove nothing
+
+
+def test_system_prompt_goes_before_the_negative_prompt_only_if_asked_for(nano: Nano, tmp_path: Path) -> None:
+    system = ("--system_prompt", SYSTEM)
+    plain = one(nano, tmp_path / "a", *system)
+    added = one(nano, tmp_path / "b", *system, "--add_system_prompt_to_negative_prompt")
+    typed = one(nano, tmp_path / "c", *system, "--negative_prompt", f"{SYSTEM} <Prompt Start> ")
+    assert not np.array_equal(plain, added)
+    assert np.array_equal(added, typed)
+
+
+def test_loras_merged_applied_weighed_and_added_up(nano: Nano, tmp_path: Path) -> None:
+    def with_loras(name: str, *words: str) -> np.ndarray:
+        return one(nano, tmp_path / name, "--lora_weights", *words)
+
+    base, applied = one(nano, tmp_path / "base"), with_loras("applied", str(nano.lora))
+    assert np.abs(applied.astype(int) - base.astype(int)).max() > 5
+    assert np.array_equal(with_loras("zero", f"{nano.lora};0"), base)
+    assert_close(with_loras("halves", f"{nano.lora};0.5", f"{nano.lora};0.5"), applied)
+    assert_close(with_loras("merged", str(nano.lora), "--merge_lora_weights"), applied)
+    assert_close(
+        with_loras("both", f"{nano.lora};0.25", f"{nano.lora};0.75", "--merge_lora_weights"), applied
+    )
+
+
+def test_multipliers_of_a_prompt_win_for_that_prompt(nano: Nano, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a fox --d 1 --m 0\na fox --d 1\na fox --d 1 --m 0.5\n", encoding="utf-8")
+    prompts = ("--from_file", str(tmp_path / "p.txt"))
+    zero, full, half = draw(nano, tmp_path / "a", *prompts, "--lora_weights", str(nano.lora))
+    (tmp_path / "p.txt").write_text("a fox --d 1\n", encoding="utf-8")
+    (base,) = draw(nano, tmp_path / "b", *prompts)
+    (whole,) = draw(nano, tmp_path / "c", *prompts, "--lora_weights", str(nano.lora))
+    assert np.array_equal(zero, base) and np.array_equal(full, whole)
+    assert not np.array_equal(half, base) and not np.array_equal(half, whole)
+
+
+def test_help_answers_in_half_a_second_of_work() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0 and "--lora_weights" in result.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image_width", "1000"], "image width 1000 is not a multiple of 16; the nearest are 992 and 1008"),
+        (["--stesp", "3"], "unknown argument '--stesp'; did you mean '--steps'?"),
+        (
+            ["--lora_weights", "absent.safetensors;0.5"],
+            "There is no weight file or folder absent.safetensors",
+        ),
+        (["--ae_path", "{dit}"], "transformer"),
+        (["--pretrained_model_name_or_path", "{gemma2}"], "Gemma2"),
+        (["--gemma2_path", "{broken}"], "not a complete safetensors file"),
+        (["--from_file", "absent.txt"], "absent.txt cannot be read"),
+        (["--output_dir", "{file}/below"], "--output_dir"),
+        (
+            ["--lora_weights", "{lora}", "--from_file", "{prompts}"],
+            "--m gives 2 multipliers, but --lora_weights names 1",
+        ),
+    ],
+)
+def test_mistakes_end_with_a_sentence_before_torch_is_imported(
+    nano: Nano, tmp_path: Path, words: list[str], message: str
+) -> None:
+    places = {
+        "dit": nano.dit,
+        "gemma2": nano.gemma2,
+        "lora": nano.lora,
+        "broken": tmp_path / "broken.safetensors",
+    }
+    places |= {"file": tmp_path / "file", "prompts": tmp_path / "p.txt"}
+    (tmp_path / "file").write_text("")
+    (tmp_path / "p.txt").write_text("a fox --m 1,2")
+    (tmp_path / "broken.safetensors").write_bytes(next(nano.ae.glob("*.safetensors")).read_bytes()[:5000])
+    words = [word.format(**places) for word in words]
+    code = (
+        "import sys, runpy\n"
+        "try:\n    runpy.run_path('lumina_minimal_inference.py', run_name='__main__')\n"
+        "finally:\n    assert 'torch' not in sys.modules\n"
+    )
+    arguments = [*nano.flags, "--output_dir", str(tmp_path / "out"), *words]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert "Traceback" not in result.stderr and not list((tmp_path).glob("out/*"))
+
+
+def test_a_device_that_is_not_there_is_named(nano: Nano, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--device cuda:99 cannot be used"):
+        draw(nano, tmp_path, "--device", "cuda:99")
+
+
+def test_every_layout_of_the_weights_draws_the_same(nano: Nano, tmp_path: Path) -> None:
+    pictures = {"diffusers": one(nano, tmp_path / "diffusers pictures")}
+    for layout in ("sharded", "original", "comfyui", "all_in_one"):
+        paths = make_nano_models(tmp_path / layout, seed=3, layout=layout)
+        other = replace(nano, dit=paths.dit, gemma2=paths.gemma2, ae=paths.ae, tokenizer=paths.tokenizer)
+        pictures[layout] = one(other, tmp_path / f"{layout} pictures")
+    assert np.array_equal(pictures["sharded"], pictures["diffusers"])
+    assert np.array_equal(pictures["all_in_one"], pictures["comfyui"])  # both are stored in bf16
+    assert_close(
+        pictures["original"], pictures["diffusers"], levels=3
+    )  # there the text encoder is stored in fp16

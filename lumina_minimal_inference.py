@@ -98,33 +98,46 @@ class LuminaModels:
     """The three models and the LoRAs. torch is imported here, after everything has been checked."""
 
     def __init__(self, options: LuminaInferenceOptions, tokenizer: GemmaTokenizer) -> None:
-        from library.core.device import device_named
+        from library.core.device import device_named, dtype_named
         from library.flow.generate import ImageModel
         from library.inference.artist import Artist
+        from library.models.flux_vae import load_flux_vae
+        from library.models.gemma2 import load_gemma2
         from library.nn.shelf import Shelf
 
-        self._options = options
-        self._device = device_named(options.models.device)
-        loaders = {"text": self._load_text, "transformer": self._load_transformer, "vae": self._load_vae}
-        self._shelf = Shelf(loaders, self._device, offload=options.models.offload)
-        self._tokenizer = tokenizer
-        model = ImageModel(self._velocity, self._decode, self._device)
-        self.artist = Artist(model, self._texts, self._encode)
+        chosen = options.models
+        device = device_named(chosen.device)
+        loaders = {
+            "text": lambda: load_gemma2(
+                chosen.gemma2_path, device=device, dtype=dtype_named(chosen.gemma2_dtype)
+            ),
+            "transformer": self._load_transformer,
+            "vae": lambda: load_flux_vae(chosen.ae_path, device=device, dtype=dtype_named(chosen.ae_dtype)),
+        }
+        self._options, self._tokenizer, self._device = options, tokenizer, device
+        self._shelf = Shelf(loaders, device, offload=chosen.offload)
+        self.artist = Artist(ImageModel(self._velocity, self._decode, device), self._texts, self._encode)
 
     def draw(self, request: ImageRequest) -> None:
         """Draw one picture and print its path."""
-        self.artist.prepare([request])
-        loras = self._options.models.lora_weights
-        multipliers = request.lora_multipliers or tuple(lora.multiplier for lora in loras)
-        for network, multiplier in zip(self._shelf.use("transformer")[1:], multipliers, strict=False):
+        chosen, run = self._options.models, self._options.run
+        self.artist.prepare([request])  # first of all, so that --offload moves each model once a picture
+        multipliers = request.lora_multipliers or tuple(lora.multiplier for lora in chosen.lora_weights)
+        _, *networks = self._shelf.use("transformer")
+        for network, multiplier in zip(networks, multipliers, strict=not chosen.merge_lora_weights):
             network.multiplier = multiplier
-        facts = {"Model": self._options.models.pretrained_model_name_or_path.stem}
-        if self._options.picture.system_prompt:
-            facts["System prompt"] = self._options.picture.system_prompt
-        if loras:
-            weighed = zip(loras, multipliers, strict=True)
-            facts["LoRA"] = ", ".join(f"{lora.path.stem}:{multiplier:g}" for lora, multiplier in weighed)
-        print(self.artist.draw(request, self._options.run.output_dir, facts), flush=True)
+        print(self.artist.draw(request, run.output_dir, self._facts(multipliers)), flush=True)
+
+    def _facts(self, multipliers: Sequence[float]) -> dict[str, str]:
+        """What a picture's file says beside the request."""
+        chosen, system_prompt = self._options.models, self._options.picture.system_prompt
+        loras = [f"{w.path.stem}:{m:g}" for w, m in zip(chosen.lora_weights, multipliers, strict=True)]
+        facts = {
+            "Model": chosen.pretrained_model_name_or_path.stem,
+            "LoRA": ", ".join(loras),
+            "System prompt": system_prompt,
+        }
+        return {name: fact for name, fact in facts.items() if fact}
 
     def _texts(self, request: ImageRequest) -> tuple[str, str]:
         """The texts of prompt and negative prompt as the encoder sees them."""
@@ -141,7 +154,7 @@ class LuminaModels:
         limit = self._options.models.gemma2_max_token_length
         for text in texts:
             if (count := self._tokenizer.count(text)) > limit:
-                _log.warning("only the first %d of %d tokens are used of: %s", limit, count, text)
+                _log.warning("only the first %d of %d tokens are used of: %.80s...", limit, count, text)
         # One by one: what a text is encoded with can change the last bits of its features.
         return encode_prompts(self._shelf.use("text"), self._tokenizer, texts, limit, batch_size=1)
 
@@ -151,21 +164,7 @@ class LuminaModels:
         return velocity(self._shelf.use("transformer")[0], x_BCHW, sigma_B, conditions)
 
     def _decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self._shelf.use("vae").decode_tiled(latents_BCHW)
-
-    def _load_text(self) -> nn.Module:
-        from library.core.device import dtype_named
-        from library.models.gemma2 import load_gemma2
-
-        chosen = self._options.models
-        return load_gemma2(chosen.gemma2_path, device=self._device, dtype=dtype_named(chosen.gemma2_dtype))
-
-    def _load_vae(self) -> nn.Module:
-        from library.core.device import dtype_named
-        from library.models.flux_vae import load_flux_vae
-
-        chosen = self._options.models
-        return load_flux_vae(chosen.ae_path, device=self._device, dtype=dtype_named(chosen.ae_dtype))
+        return self._shelf.use("vae").decode_tiled(latents_BCHW, tile=192, overlap=24)  # whole up to 1536 px
 
     def _load_transformer(self) -> nn.ModuleList:
         """Return the transformer, followed by the LoRAs that are applied and not merged."""

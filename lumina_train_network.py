@@ -1,7 +1,8 @@
-"""Train a LoRA for Lumina Image 2.0: `accelerate launch lumina_train_network.py --help` lists every option.
+"""Train a LoRA for Lumina Image 2.0.
 
-Lumina's own clock runs the other way (t = 1 - sigma) and its network predicts x0 - noise; `models.lumina2.velocity`
-turns that into the house convention. Everything else here is a pointer: which files, which encoders, which model.
+Lumina's own clock runs the other way (t = 1 - sigma) and its network predicts x0 - noise; `velocity` in
+`library/models/lumina2.py` turns that into the house convention. Everything else here is a pointer: which
+files, which encoders, which model.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ LUMINA2 = FamilySpec(
 
 
 class LuminaTrainer(NetworkTrainer):
-    """The hooks of Lumina Image 2.0. Models are imported where they are loaded: warm caches never import Gemma2."""
+    """The hooks of Lumina Image 2.0.
+
+    Models are imported where they are loaded, so a run with warm caches never imports Gemma2.
+    """
 
     family = LUMINA2
     options: LuminaTrainOptions
@@ -69,6 +73,7 @@ class LuminaTrainer(NetworkTrainer):
         described = {
             "system_prompt": models.system_prompt,
             "gemma2_max_token_length": str(models.gemma2_max_token_length),
+            "max_token_length": str(models.gemma2_max_token_length),
         }
         files = {
             "sd_model": models.pretrained_model_name_or_path,

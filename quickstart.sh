@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 echo "Training a LoRA on examples/photos ..."
 .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-  --num_cpu_threads_per_process 2 lumina_train_network.py \
+  --num_cpu_threads_per_process 1 lumina_train_network.py \
   --pretrained_model_name_or_path="$models/lumina.safetensors" \
   --gemma2="$models/gemma2.safetensors" \
   --ae="$models/ae.safetensors" \

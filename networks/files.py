@@ -6,7 +6,7 @@ Importing this module does not import torch, so that a wrong file is named befor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -119,6 +119,6 @@ def legacy_hash(handle: BinaryIO) -> str:
     return hashlib.sha256(handle.read(0x10000)).hexdigest()[:8]
 
 
-def _example(keys: object) -> str:
-    first = next(iter(sorted(keys)), None)
+def _example(keys: Iterable[str]) -> str:
+    first = min(keys, default=None)
     return f" (the first is '{first}')" if first else " (it is empty)"

@@ -65,8 +65,7 @@ class _LoRALinearOp(torch.autograd.Function):
         need_x, _, _, need_down, need_up, _, _ = ctx.needs_input_grad
         grad_x = grad_down = grad_up = None
         grad_NO = grad_NO.to(ctx.dtype)
-        if need_x or need_down:
-            grad_h_NR = torch.mm(grad_NO, up_OR).mul_(ctx.factor)
+        grad_h_NR = torch.mm(grad_NO, up_OR).mul_(ctx.factor)
         if need_down:
             grad_down = torch.mm(grad_h_NR.t(), x_NI.to(ctx.dtype)).to(ctx.lora_dtype)
         if need_up:  # this order of factors is the faster one: the wide matrix is not transposed

@@ -23,6 +23,7 @@ class NetworkModule(Protocol):
 
     def check_args(self, args: Mapping[str, str]) -> object:
         """Read `--network_args`; raise ConfigError for a mistake."""
+        ...
 
     def create_network(
         self,
@@ -35,9 +36,11 @@ class NetworkModule(Protocol):
         seed: int = 0,
     ) -> LoRANetwork:
         """Make a new network for `model`, without effect until it is applied and trained."""
+        ...
 
     def create_network_from_file(self, model: nn.Module, path: Path, multiplier: float = 1.0) -> LoRANetwork:
         """Make the network that a file holds."""
+        ...
 
 
 def load_network_module(name: str) -> NetworkModule:

@@ -23,8 +23,8 @@ STRIDE = 8
 class Encoders:
     """Stand-ins that count: how often a model was loaded, and what it was given.
 
-    A latent is an average of pixels, a token the code of a letter: what comes out tells what went in, and never
-    depends on the rest of the batch.
+    A latent is an average of pixels, a token the code of a letter: what comes out tells what went in, and
+    never depends on the rest of the batch.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ class Found:
 
 @dataclass
 class Findings:
-    """What a subset holds. `problems` stop the run; `notes` are worth telling."""
+    """What a subset holds. `problems` stop the run once all pictures are checked; `notes` are to be told."""
 
     found: list[Found] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ def _find_by_metadata(subset: Subset, findings: Findings) -> None:
             f'{_pictures(len(silent))} in {subset.metadata_file} with neither "caption" nor "tags": '
             f'{names_of(silent)}. Write "caption": "" to train one without a caption.'
         )
-    findings.found = [Found(entry.path, entry.text) for entry in entries if entry.text is not None]
+    findings.found = [Found(entry.path, entry.text or "") for entry in entries]
 
 
 def _find_by_folder(subset: Subset, findings: Findings) -> None:
@@ -74,23 +74,22 @@ def _find_by_folder(subset: Subset, findings: Findings) -> None:
     masks = _masks(subset, pictures, findings)
     silent = []
     for path in pictures:
-        try:
-            text = _text_beside(path, subset)
-        except ConfigError as error:
-            findings.problems.append(str(error))
-            continue
+        text = _text_beside(path, subset, findings)
         if text is None:
             silent.append(path)
-        else:
-            findings.found.append(Found(path, text, masks.get(path)))
+        findings.found.append(Found(path, text or "", masks.get(path)))
     if silent:
         findings.problems.append(_no_caption(subset, silent))
 
 
-def _text_beside(path: Path, subset: Subset) -> str | None:
+def _text_beside(path: Path, subset: Subset, findings: Findings) -> str | None:
     for file in _caption_files(path, subset):
         if file.is_file():
-            return read_text(file, "The caption file").strip()
+            try:
+                return read_text(file, "The caption file").strip()
+            except ConfigError as error:
+                findings.problems.append(str(error))
+                return ""
     return subset.class_tokens
 
 

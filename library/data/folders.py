@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, DataError
 from library.core.files import explain
 from library.options.dataset import DatasetOptions
 
@@ -22,13 +22,21 @@ def is_picture(path: Path) -> bool:
 
 
 def pictures_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
-    """Yield the pictures of a folder, sorted by name; hidden folders are never entered."""
-    for parent, folders, files in os.walk(folder):
+    """Yield the pictures of a folder, sorted by name; hidden and linked subfolders are never entered.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    for parent, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
         for name in sorted(files):
             path = Path(parent, name)
             if is_picture(path):
                 yield path
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"The folder {error.filename} cannot be read: {explain(error)}.") from error
 
 
 def source_from_options(options: DatasetOptions) -> dict[str, Any]:

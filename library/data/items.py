@@ -1,5 +1,4 @@
-"""The nouns of the data path: options of a dataset, a picture with its place in a bucket, a planned draw of
-it.
+"""The nouns of the data path: options of a dataset, a picture with its place in a bucket, planned draws.
 
 Everything here is frozen and free of torch, so that datasets are checked before torch is imported.
 """

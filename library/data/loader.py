@@ -25,8 +25,7 @@ from library.data.tensors import mask_to_latent_size, pixels_to_tensor
 
 @dataclass(frozen=True)
 class Sources:
-    """Where latents and text features come from. None: batches hold pixels or only captions, encoded later.
-    """
+    """Where latents and text features come from. None: batches hold pixels, or captions only."""
 
     latents: LatentSource | None = None
     texts: TextSource | None = None
@@ -114,8 +113,7 @@ class BatchLoader:
         return pixels_to_tensor(pixels), mask
 
     def _caption(self, item: Item, draw: Draw) -> str:
-        """With cached features a caption is one of the item's cached variants; without, draws are unlimited.
-        """
+        """With cached features a caption is one of the cached variants; without, draws are unlimited."""
         return draw_caption(
             item,
             seed=self._settings.seed,

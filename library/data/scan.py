@@ -57,8 +57,7 @@ def scan(datasets: Sequence[Dataset], *, skip_bad_images: bool, ledger: HashLedg
 
     Raises:
         DataError: pictures, masks or captions that cannot be used, all of them named; a subset without
-        pictures;
-            a validation split that holds out nothing or everything.
+            pictures; a validation split that holds out nothing or everything.
     """
     uses, problems, notes = _find_all(datasets)
     files = _decode_all(uses, ledger)

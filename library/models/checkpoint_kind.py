@@ -59,7 +59,7 @@ def require_tensors(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]
         near = did_you_mean(missing[0], checkpoint.tensors)
         raise CheckpointError(
             f"{checkpoint.path} is an incomplete {what}: {len(missing)} of {len(wanted)} tensors are missing "
-            f"({_some(missing)}{near.rstrip('?')})."
+            f"({_some(missing)}{near.rstrip('?')}).{_shard_hint(checkpoint)}"
         )
     extra = [name for name in checkpoint.tensors if name not in wanted]
     if extra:
@@ -72,6 +72,11 @@ def require_tensors(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]
             raise CheckpointError(
                 f"{checkpoint.path}: '{name}' has shape {found}, but this {what} needs {shape}."
             )
+
+
+def _shard_hint(checkpoint: Checkpoint) -> str:
+    is_shard = re.search(r"-\d+-of-\d+\.safetensors$", checkpoint.path.name)
+    return " It is one shard of several: name their folder or the index." if is_shard else ""
 
 
 def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

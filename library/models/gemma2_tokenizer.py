@@ -29,18 +29,17 @@ _CONTROL, _USER_DEFINED = 3, 4  # SentencePiece.type
 
 
 def format_prompt(system_prompt: str, caption: str) -> str:
-    """Join a system prompt and a caption as in Lumina's training: "system <Prompt Start> caption".
+    """Join a system prompt and a caption, as Lumina was trained: "system <Prompt Start> caption".
 
     Whoever wrote the mark is not given a second one: it may end the system prompt, begin the caption, or be
     inside the caption, which then has a system prompt of its own.
     """
-    if not system_prompt:
+    own_system, mark, rest = caption.partition(PROMPT_START)
+    if not system_prompt or own_system.strip() and mark:
         return caption
-    if PROMPT_START in caption and not caption.lstrip().startswith(PROMPT_START):
-        return caption
-    if caption.lstrip().startswith(PROMPT_START) or system_prompt.rstrip().endswith(PROMPT_START):
-        return f"{system_prompt.rstrip()} {caption.lstrip()}"
-    return f"{system_prompt} {PROMPT_START} {caption}"
+    if system_prompt.rstrip().endswith(PROMPT_START):
+        system_prompt = system_prompt.rstrip().removesuffix(PROMPT_START).rstrip()
+    return f"{system_prompt} {PROMPT_START} {rest.lstrip() if mark else caption}"
 
 
 class GemmaTokenizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.core.errors import ConfigError
 from library.options.caching import CachingOptions
 from library.options.dataset import DatasetOptions
 from library.options.loss import LossOptions
@@ -33,14 +32,6 @@ class TrainOptions:
     validation: ValidationOptions
     logging: LoggingOptions
     metadata: MetadataOptions
-
-    def __post_init__(self) -> None:
-        images = self.dataset
-        if self.caching.latents and (images.random_crop or images.color_aug):
-            name = "--random_crop" if images.random_crop else "--color_aug"
-            raise ConfigError(
-                f"{name} changes the pixels at every use, so latents cannot be cached: leave out one."
-            )
 
 
 @dataclass(frozen=True)

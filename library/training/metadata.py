@@ -25,6 +25,7 @@ from networks.files import legacy_hash
 _NOT_DONE: dict[str, object] = {
     "v2": False,
     "clip_skip": None,
+    "max_token_length": None,
     "full_fp16": False,
     "full_bf16": False,
     "fp8_base": False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from library.core.files import require_writable_directory
 from library.core.hashing import HashLedger
 from library.core.log import setup_logging
+from library.data.cache_keys import check_latents_cacheable
 from library.data.items import Manifest
 from library.data.prompts import load_prompts
 from library.data.scan import scan
@@ -40,6 +41,8 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     check_network(options.network)
     trainer.check_files()
     datasets = load_datasets(options.dataset, stride=trainer.family.pixel_stride)
+    if options.caching.latents:
+        check_latents_cacheable(datasets)
     ledger = HashLedger()
     manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
     files = trainer.model_files(ledger)

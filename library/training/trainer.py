@@ -15,7 +15,6 @@ from library.core.hashing import HashLedger
 from library.options.group import OptionGroup
 from library.options.train import TrainOptions
 from library.training.family import FamilySpec, ModelFiles
-from library.training.prepare import prepare
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +98,10 @@ class NetworkTrainer(ABC):
     @final
     def train(self) -> Path:
         """Check everything that can be checked cheaply, then train. Returns the saved network's path."""
+        # Imported as they are needed: --help need not wait for the dataset code, nor a mistake for torch.
+        from library.training.prepare import prepare
+
         prepared = prepare(self)
-        from library.training.run import TrainingRun  # torch is imported here, after every early check
+        from library.training.run import TrainingRun
 
         return TrainingRun(self, prepared).run()

@@ -180,7 +180,7 @@ captions = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts, captions, st.integers(1, 6), st.integers(0, 3))
 def test_every_draw_is_among_the_variants(text: str, options: dict, most: int, seed: int) -> None:
     item = make_item(text, **options)
@@ -195,7 +195,7 @@ def test_every_draw_is_among_the_variants(text: str, options: dict, most: int, s
         assert caption in variants
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from("abcdefg"), min_size=1, unique=True), st.integers(0, 8), st.integers(0, 50))
 def test_kept_tags_stay_and_none_is_lost_by_shuffling(tags: list[str], keep: int, epoch: int) -> None:
     item = make_item(",".join(tags), shuffle_caption=True, keep_tokens=keep)

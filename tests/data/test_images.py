@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from library.core.errors import DataError
+from library.core.errors import DataError, MissingPackageError
 from library.data.buckets import geometry
 from library.data.images import Face, drawn_geometry, face_in_name, is_flipped, load_pixels, read_facts
 from library.data.items import BucketOptions, CaptionOptions, Dataset, ImageOptions, Item, Subset
@@ -195,6 +196,19 @@ def test_bad_pictures_are_named_with_the_reason(tmp_path: Path) -> None:
             read_facts(tmp_path / name)
     with pytest.raises(DataError, match="gone.png is not there"):
         read_facts(tmp_path / "gone.png")
+
+
+def test_jpeg_xl_without_its_plugin_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)  # as if it were not installed
+    (tmp_path / "x.jxl").write_bytes(b"")
+    with pytest.raises(MissingPackageError, match="pip install pillow-jxl-plugin"):
+        read_facts(tmp_path / "x.jxl")
+
+
+def test_colours_without_a_known_range_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match="colours of kind F"):
+        read_facts(tmp_path / "x.tif")
 
 
 def test_a_decompression_bomb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from library.core.errors import DataError, UserError
 from library.core.hashing import HashLedger
 from library.data import facts
+from library.data.folders import pictures_in
 from library.data.items import Manifest
 from library.data.metadata_file import _contained
 from library.data.scan import _deal, scan
@@ -109,13 +110,14 @@ def test_everything_wrong_is_told_at_once() -> None:
     Path("p/empty.txt").write_text("x")
     picture("p/latin.png", colour=1)
     Path("p/latin.txt").write_bytes("café".encode("latin-1"))
-    picture("p/silent.png", colour=2)
+    Path("p/silent.png").write_bytes(b"no picture")
     told = complaint("image_dir = 'p'")
     for words in (
         "p/cut.jpg cannot be decoded",
         "p/empty.png cannot be decoded: the file is empty",
         "p/latin.txt is not UTF-8 (byte 3 is 0xe9)",
-        "silent.png",
+        "without a caption file (.txt): silent.png",
+        "p/silent.png cannot be decoded: it is not a picture",
         "--skip_bad_images",
     ):
         assert words in told
@@ -138,6 +140,11 @@ def test_a_folder_without_pictures_is_an_error() -> None:
     assert "p holds no pictures" in complaint("image_dir = 'p'")
     picture("p/deeper/x.png", caption="x")
     assert "set recursive = true" in complaint("image_dir = 'p'")
+
+
+def test_a_folder_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(DataError, match="The folder gone cannot be read: no such file"):
+        list(pictures_in(Path("gone"), recursive=True))
 
 
 def test_too_small_pictures_count_as_bad() -> None:
@@ -278,7 +285,8 @@ def test_no_name_in_metadata_leads_out_of_the_folder(parts: list[str]) -> None:
             path = _contained(folder, name)
         except ValueError:
             continue
-        assert os.path.commonpath([os.path.abspath(path), os.path.abspath(folder)]) == os.path.abspath(folder)
+        root = os.path.abspath(folder)
+        assert os.path.commonpath([os.path.abspath(path), root]) == root
 
 
 def test_one_picture_in_two_subsets_of_a_dataset_is_refused() -> None:
@@ -313,9 +321,6 @@ def test_validation_holds_out_by_content_over_names_copies_and_datasets() -> Non
         path.with_suffix(".txt").rename(path.with_name(f"n{path.stem}.txt"))
     picture("p/new.png", colour=200, caption="x")
     again = look(config)
-    assert {again.items[i].digest for i in again.validation} - {again.items[0].digest} >= held - {
-        again.items[0].digest
-    }
     assert held <= {again.items[i].digest for i in again.validation}
 
 
@@ -359,10 +364,8 @@ def test_there_are_as_many_regularisation_draws_as_others(regular: int, regular_
 
 
 def test_unused_regularisation_pictures_are_told() -> None:
-    assert regularised(2, 1, 10).notes == (
-        "8 of 10 regularisation pictures of datasets[0] are not used, because an epoch has only 2 pictures to "
-        "train on.",
-    )
+    (note,) = regularised(2, 1, 10).notes
+    assert note.startswith("8 of 10 regularisation pictures of datasets[0] are not used")
 
 
 @given(st.integers(0, 500), st.lists(st.integers(1, 9), min_size=1, max_size=40))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -409,6 +410,13 @@ def test_a_configuration_is_checked_without_torch() -> None:
     code = "import sys, library.data.schema, library.data.scan, library.data.plan, library.data.captions;"
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_documentation_lists_every_key_and_no_other() -> None:
+    table = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8").split("## Keys")[1].split("##")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    assert listed == GeneralTable.model_fields.keys() | SubsetTable.model_fields.keys()
 
 
 CONFIGS = sorted((ROOT / "dataset_configs").glob("*.toml"))

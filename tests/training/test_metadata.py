@@ -32,7 +32,7 @@ REFERENCE_KEYS = """
     session_id training_started_at training_finished_at output_name text_encoder_lr unet_lr
     num_train_images num_validation_images num_reg_images num_batches_per_epoch num_epochs epoch steps
     max_train_steps network_module network_dim network_alpha network_dropout network_args full_fp16 v2
-    base_model_version clip_skip seed lowram noise_offset noise_offset_random_strength
+    base_model_version clip_skip max_token_length seed lowram noise_offset noise_offset_random_strength
     multires_noise_iterations multires_noise_discount adaptive_noise_scale zero_terminal_snr
     training_comment sd_scripts_commit_hash optimizer caption_dropout_rate caption_dropout_every_n_epochs
     caption_tag_dropout_rate face_crop_aug_range min_snr_gamma scale_weight_norms ip_noise_gamma

@@ -1,0 +1,130 @@
+"""Mistakes a user makes: one sentence, exit code 2, no traceback, nothing half-written, before torch is imported."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+
+class Case:
+    """A command line that would train, in a folder of its own, to be spoilt by a test."""
+
+    def __init__(self, folder, nano):
+        self.folder = folder
+        self.photos = folder / "photos"
+        self.photos.mkdir()
+        for name in ("a", "b"):
+            Image.new("RGB", (96, 96), "teal").save(self.photos / f"{name}.png")
+            (self.photos / f"{name}.txt").write_text(f"photo {name}")
+        self.output = folder / "out"
+        self.toml = {"resolution": "64", "extra": "", "subset": ""}
+        self.flags = {
+            "pretrained_model_name_or_path": nano.dit,
+            "gemma2": nano.gemma2,
+            "ae": nano.ae,
+            "output_dir": self.output,
+            "network_module": "networks.lora_lumina",
+            "network_dim": "4",
+            "max_train_steps": "1",
+        }
+
+    def words(self):
+        config = self.folder / "data.toml"
+        if not config.exists():
+            config.write_text(
+                f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = {self.toml["resolution"]}\n'
+                f"{self.toml['extra']}\n[[datasets.subsets]]\nimage_dir = '{self.photos}'\n{self.toml['subset']}\n"
+            )
+        return [f"--{k}={v}" for k, v in self.flags.items()] + [f"--dataset_config={config}"]
+
+
+@pytest.fixture
+def case(tmp_path, nano):
+    return Case(tmp_path, nano)
+
+
+def copy_of(case, path, spoil):
+    copy = case.folder / path.name
+    shutil.copy(path, copy)
+    spoil(copy)
+    return copy
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flag(name, value):
+    return lambda case: case.flags.__setitem__(name, value)
+
+
+def toml(part, line):
+    return lambda case: case.toml.__setitem__(part, line)
+
+
+def photo(name, content):
+    return lambda case: (case.photos / name).write_bytes(content)
+
+
+def no_photos(case):
+    for file in case.photos.iterdir():
+        file.unlink()
+
+
+def truncated_photo(case):
+    truncate(case.photos / "a.png")
+
+
+def blocked_output(case):
+    case.output.write_text("a file is in the way")
+
+
+MISTAKES = {
+    "misspelt flag": (flag("network_dimm", "4"), "unknown argument '--network_dimm'; did you mean '--network_dim'?"),
+    "flag of a later release": (flag("blocks_to_swap", "8"), "unknown argument '--blocks_to_swap'"),
+    "rank 0": (flag("network_dim", "0"), "--network_dim is 0"),
+    "unknown sampling": (flag("timestep_sampling", "nextdit"), "argument --timestep_sampling: invalid choice"),
+    "missing model": (flag("ae", "nowhere.safetensors"), "There is no weight file or folder nowhere.safetensors"),
+    "truncated model": (
+        lambda case: case.flags.update(gemma2=copy_of(case, case.flags["gemma2"], truncate)),
+        "is not a complete safetensors file",
+    ),
+    "wrong model": (lambda case: case.flags.update(ae=case.flags["gemma2"]), "Gemma2"),
+    "swapped models": (lambda case: case.flags.update(gemma2=case.flags["ae"]), "autoencoder"),
+    "misspelt dataset key": (toml("subset", "num_repeat = 2"), "did you mean 'num_repeats'?"),
+    "missing dataset file": (
+        lambda case: (case.folder / "data.toml").mkdir(),
+        "data.toml",
+    ),
+    "size that does not fit": (toml("resolution", "100"), "100"),
+    "bucket too small": (toml("extra", "enable_bucket = true\nmin_bucket_reso = 8"), "min_bucket_reso"),
+    "no pictures": (no_photos, "photos"),
+    "caption in Latin-1": (photo("a.txt", "caf\xe9".encode("latin-1")), "a.txt is not UTF-8"),
+    "zero-byte picture": (photo("a.png", b""), "a.png"),
+    "truncated picture": (truncated_photo, "a.png"),
+    "output in the way": (blocked_output, "is not a folder that can be written to"),
+    "augmented latents cached": (
+        lambda case: case.flags.update(cache_latents_to_disk="") or case.toml.update(subset="color_aug = true"),
+        "color_aug",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(name, case, run_script):
+    spoil, message = MISTAKES[name]
+    spoil(case)
+    words = [word.removesuffix("=") for word in case.words()]
+    result = run_script("lumina_train_network.py", *words)
+    assert message in result.err
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert result.err.startswith("error: ")
+    assert not case.output.is_dir() or not any(case.output.iterdir())
+
+
+def test_help_lists_every_option_once(run_script):
+    result = run_script("lumina_train_network.py", "--help")
+    assert result.code == 0
+    flags = [word for line in result.out.splitlines() if line.startswith("  --") for word in line.split()[:1]]
+    assert len(flags) == len(set(flags)) > 60

@@ -30,7 +30,7 @@ def nano(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory):
-    """Run a script of the repository in a process of its own: `run_script("x.py", "--flag", ...) -> Result`."""
+    """Run a script of the repository in a process of its own: `run_script("x.py", "--flag", ...)`."""
     cache = tmp_path_factory.mktemp("cache")
 
     def run(script, *arguments, **environment):

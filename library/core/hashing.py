@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from library.core.errors import StorageError
 from library.core.files import write_text
 
 
@@ -52,7 +54,8 @@ class HashLedger:
         if self._new:
             self._known = {**_read(self.path), **self._new}
             self._new = {}
-            write_text(self.path, json.dumps(self._known))
+            with suppress(StorageError):  # it only saves time at the next start
+                write_text(self.path, json.dumps(self._known))
 
 
 def default_ledger_path() -> Path:
@@ -65,7 +68,7 @@ def default_ledger_path() -> Path:
 
 
 def file_stamp(path: Path) -> str:
-    """Return what changes whenever a file is written: size, times, inode. Raises OSError if it is not there."""
+    """Return what changes whenever a file is written: size, times, inode. Raises OSError if there is none."""
     stat = os.stat(path)
     return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
 

@@ -29,7 +29,7 @@ def read_config(path: Path, what: str) -> dict[str, object]:
 
 
 def read_content(path: Path, what: str) -> object:
-    """Read a `.toml` or `.json` file; JSON may hold a list at the top. Raises ConfigError as `read_config`."""
+    """Read a `.toml` or `.json` file; JSON may hold a list at the top. Raises as `read_config`."""
     text = read_text(path, what)
     try:
         return json.loads(text) if Path(path).suffix.lower() == ".json" else tomllib.loads(text)

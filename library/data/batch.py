@@ -47,3 +47,4 @@ class Batch:
     conditions: tuple[Condition, ...] | None = None
     masks_B1HW: Tensor | None = None
     network_multiplier: float = 1.0
+    preserved: tuple[bool, ...] = ()

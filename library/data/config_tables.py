@@ -124,9 +124,6 @@ class OptionsTable(GeneralTable):
 
 
 _HOMES = ((DatasetTable, "[[datasets]] or [general]"), (SubsetTable, "[[datasets.subsets]]"))
-_REMOVED = {
-    "cache_info": "has no effect: what is known of pictures is always remembered, by their content; remove it"
-}
 _SENTENCES = {
     "missing": "is required",
     "int_type": "must be a whole number, not {input!r}",
@@ -157,9 +154,7 @@ def check_table(model: type[BaseModel], table: Any, place: Place, report: Report
         for detail in error.errors():
             report.add((*place, *detail["loc"]), _sentence(detail, model))
         return None
-    for key in _REMOVED.keys() & checked.keys():
-        if checked.pop(key):
-            report.add((*place, key), _REMOVED[key])
+    checked.pop("cache_info", None)  # what it asks for, remembering what is known of pictures, is always done
     return checked
 
 

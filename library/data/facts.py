@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
+from library.core.errors import StorageError
 from library.core.files import write_text
 from library.data.images import PictureFacts, read_facts
 
@@ -36,7 +38,8 @@ class FactLedger:
         if self._new:
             self._known = {**_read(self.path), **self._new}
             self._new = {}
-            write_text(self.path, json.dumps({"version": _VERSION, "pictures": self._known}))
+            with suppress(StorageError):  # it only saves time at the next start
+                write_text(self.path, json.dumps({"version": _VERSION, "pictures": self._known}))
 
 
 def _read(path: Path) -> dict[str, list[int]]:

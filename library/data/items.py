@@ -12,6 +12,7 @@ from typing import Literal
 Size = tuple[int, int]  # (width, height) in pixels, everywhere in the data path
 DrawKey = tuple[int, int, int, int]  # (seed, epoch, item, repeat): what random choices about pixels depend on
 Kind = Literal["dreambooth", "finetuning", "conditioning"]
+PRESERVED = "diff_output_preservation"  # custom attribute: train towards the base model's own output
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from library.core.ahead import map_ahead
 from library.data.batch import Batch, Condition
 from library.data.captions import draw_caption
 from library.data.images import is_flipped, load_pixels
-from library.data.items import Draw, Item, Manifest
+from library.data.items import PRESERVED, Draw, Item, Manifest
 from library.data.plan import Plan
 from library.data.sources import LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
@@ -89,6 +89,7 @@ class BatchLoader:
             conditions=self._conditions(items, captions),
             masks_B1HW=_stack_masks([mask for _, mask in pictures]),
             network_multiplier=items[0].dataset.network_multiplier,
+            preserved=tuple(bool(item.subset.custom_attributes.get(PRESERVED)) for item in items),
         )
         return _pinned(batch) if self._settings.pin_memory else batch
 

@@ -17,7 +17,7 @@ from library.core.toml_file import read_config
 from library.data.config_report import Place, Report, path_of
 from library.data.config_tables import DatasetTable, GeneralTable, OptionsTable, SubsetTable, check_table
 from library.data.folders import source_from_options
-from library.data.items import BucketOptions, CaptionOptions, Dataset, ImageOptions, Kind, Subset
+from library.data.items import PRESERVED, BucketOptions, CaptionOptions, Dataset, ImageOptions, Kind, Subset
 from library.options.dataset import DatasetOptions
 
 Table = dict[str, Any]
@@ -30,7 +30,7 @@ _NOT_FOR: dict[Kind, tuple[str, ...]] = {
     "conditioning": ("is_reg", "alpha_mask"),
 }
 _NAMES_ON_COMMAND_LINE = {"num_repeats": "dataset_repeats", "batch_size": "train_batch_size"}
-_ATTRIBUTES_READ: frozenset[str] = frozenset()  # keys of custom_attributes that something acts on
+_ATTRIBUTES_READ = frozenset({PRESERVED})  # keys of custom_attributes that something acts on
 
 
 def load_datasets(options: DatasetOptions, *, stride: int) -> tuple[Dataset, ...]:
@@ -273,7 +273,12 @@ def _path_mistakes(kind: Kind, merged: Table) -> list[tuple[str, str]]:
 
 def _other_mistakes(merged: Table) -> list[tuple[str, str]]:
     unread = sorted(merged.get("custom_attributes", {}).keys() - _ATTRIBUTES_READ)
-    mistakes = [("custom_attributes", f"nothing reads '{key}' yet; remove it") for key in unread]
+    mistakes = [
+        ("custom_attributes", f"nothing reads '{key}', only {PRESERVED}; remove it") for key in unread
+    ]
+    preserved = merged.get("custom_attributes", {}).get(PRESERVED, False)
+    if not isinstance(preserved, bool):
+        mistakes.append(("custom_attributes", f"{PRESERVED} must be true or false, not {preserved!r}"))
     if "face_crop_aug_range" in merged and merged["enable_bucket"]:
         mistakes.append(
             (

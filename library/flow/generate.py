@@ -48,7 +48,7 @@ def generate(
         conditions, negatives: the encoded prompt and negative prompt of each.
 
     Raises:
-        NonFiniteError: the latents became NaN or infinite.
+        NonFiniteError: latents or pixels became NaN or infinite.
     """
     assert len({_settings(request) for request in requests}) == 1, "a batch shares its settings"
     first = requests[0]
@@ -57,12 +57,9 @@ def generate(
     with tqdm(total=first.steps, desc="drawing", leave=False, disable=not progress) as bar:
         velocity_at = guided(model.velocity, conditions, negatives, first)
         latents_BCHW = solve(velocity_at, noise_BCHW, sigmas, on_step=bar.update)
-    if not torch.isfinite(latents_BCHW).all():
-        raise NonFiniteError(
-            "a picture became NaN or infinite while it was drawn; use bf16 or fp32 instead of fp16."
-        )
     # One by one: decoding takes the most memory of all, and a picture is then the same in every batch.
-    return [to_uint8(model.decode(latents_CHW.unsqueeze(0)))[0] for latents_CHW in latents_BCHW]
+    latents = _finite(latents_BCHW).split(1)
+    return [to_uint8(_finite(model.decode(latents_1CHW)))[0] for latents_1CHW in latents]
 
 
 def to_uint8(pixels_B3HW: Tensor) -> Tensor:
@@ -88,3 +85,11 @@ def _start(model: ImageModel[Condition], request: ImageRequest) -> Tensor:
     assert request.seed is not None, "seeds are filled in before drawing"
     height, width = request.height // model.latent_stride, request.width // model.latent_stride
     return initial_noise((model.latent_channels, height, width), request.seed)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise NonFiniteError(
+            "a picture became NaN or infinite while it was drawn; use bf16 or fp32 instead of fp16."
+        )
+    return tensor

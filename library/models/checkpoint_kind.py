@@ -23,12 +23,12 @@ _KINDS = (
     (r"(^|\.)(input_blocks|down_blocks\.\d\.attentions)\.", "a Stable Diffusion U-Net"),
     (r"(^|\.)post_quant_conv\.", "a Stable Diffusion or SDXL autoencoder"),
     (r"(^|\.)decoder\.conv_in\.weight$", "an image autoencoder of the FLUX kind"),
+    (r"text_model\.encoder\.layers|\.resblocks\.\d+\.attn", "a CLIP text encoder"),
     (r"(^|\.)vision_(tower|model)\.|(^|\.)visual\.", "a vision-language model"),
     (r"\.self_attn\.q_norm\.", "a language model with query norms, such as Gemma3 or Qwen3"),
     (r"\.pre_feedforward_layernorm\.", "a Gemma2 text encoder"),
     (r"\.self_attn\.q_proj\.", "a language model that is not Gemma2"),
     (r"\.SelfAttention\.q\.", "a T5 text encoder"),
-    (r"text_model\.encoder\.layers|\.resblocks\.\d+\.attn", "a CLIP text encoder"),
 )
 
 

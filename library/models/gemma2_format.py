@@ -26,9 +26,8 @@ _BESIDE = re.compile(r"lm_head\.weight|logit_scale|spiece_model|.*rotary_emb\.in
 NamedShape = tuple[str, tuple[int, ...]]
 
 
-# Width of the published sizes (2B, 9B, 27B) -> layers, head width, query scale. Shapes do not tell the last
-# two, and a file that lacks its last layers would not tell the first.
-_PUBLISHED = {2304: (26, 256, 256), 3584: (42, 256, 256), 4608: (46, 128, 144)}
+# Shapes do not tell the head width and query scale. Of the published sizes, 2B and 9B have the common ones.
+_HEADS, _HEADS_OF_27B, _WIDTH_OF_27B = (256, 256), (128, 144), 4608
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Gemma2Params:
     ffn_dim: int
     query_pre_attn_scalar: int = 256
     sliding_window: int = 4096
-    attn_logit_softcapping: float = 50.0
+    attn_logit_softcapping: float | None = 50.0
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
 
@@ -81,10 +80,10 @@ def inspect_gemma2(path: Path) -> Gemma2Checkpoint:
 
 
 def _read_params(checkpoint: Checkpoint) -> Gemma2Params:
-    """Read sizes off the shapes; what they do not tell is in the configuration or the published sizes."""
+    """Read sizes off the shapes; what they do not tell is in the configuration, or as in published models."""
     vocab, hidden = _shape(checkpoint, "embed_tokens.weight")
     counted = 1 + max(int(match[2]) for name in checkpoint.tensors if (match := _MARK.fullmatch(name)))
-    published_layers, published_head_dim, published_scalar = _PUBLISHED.get(hidden, (0, 256, 256))
+    published_head_dim, published_scalar = _HEADS_OF_27B if hidden == _WIDTH_OF_27B else _HEADS
     config = _Config(checkpoint)
     head_dim = int(config.number("head_dim", published_head_dim))
     query_rows = _shape(checkpoint, "layers.0.self_attn.q_proj.weight")[0]
@@ -97,14 +96,14 @@ def _read_params(checkpoint: Checkpoint) -> Gemma2Params:
     return Gemma2Params(
         vocab=vocab,
         hidden=hidden,
-        layers=int(max(counted, published_layers, config.number("num_hidden_layers", 0))),
+        layers=int(config.number("num_hidden_layers", counted)),
         heads=query_rows // head_dim,
         kv_heads=key_rows // head_dim,
         head_dim=head_dim,
         ffn_dim=_shape(checkpoint, "layers.0.mlp.gate_proj.weight")[0],
         query_pre_attn_scalar=int(config.number("query_pre_attn_scalar", published_scalar)),
         sliding_window=int(config.number("sliding_window", Gemma2Params.sliding_window)),
-        attn_logit_softcapping=config.number("attn_logit_softcapping", Gemma2Params.attn_logit_softcapping),
+        attn_logit_softcapping=config.number_or_none("attn_logit_softcapping", 50.0),
         rope_theta=config.number("rope_theta", Gemma2Params.rope_theta),
         rms_norm_eps=config.number("rms_norm_eps", Gemma2Params.rms_norm_eps),
     )
@@ -134,6 +133,10 @@ class _Config:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise CheckpointError(f"config.json of {self._path}: {key} is {value!r}, but must be a number.")
         return value
+
+    def number_or_none(self, key: str, default: float) -> float | None:
+        """Return a number of the configuration, or None where it says null."""
+        return self.number(key, default) if self._values.get(key, default) is not None else None
 
 
 def _json_object(text: str) -> dict[str, object]:

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Replace
 
 from library.core.checkpoint_files import TensorInfo, open_checkpoint
-from library.core.errors import CheckpointError, ConfigError, MissingPackageError
+from library.core.errors import CheckpointError, ConfigError
 from library.core.files import explain
 
 HUB_REPOSITORY = "google/gemma-2-2b"
@@ -156,11 +156,9 @@ def _tensor_bytes(info: TensorInfo) -> bytes:
 
 
 def _from_hub(weights_path: Path, cache_dir: Path | None) -> TokenizerSource:
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise MissingPackageError("huggingface_hub", "Fetching Gemma's tokenizer from the hub") from error
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
         file = hf_hub_download(HUB_REPOSITORY, "tokenizer.json", cache_dir=cache_dir)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -119,11 +119,12 @@ def cache_texts(
         StorageError: an entry cannot be written.
     """
     items = list(items)
-    texts = [(source.prompt_of(c), i) for i in items for c in caption_variants(i, source.max_variants)]
+    variants = [caption_variants(item, source.max_variants) for item in items]
+    _say_what_is_sampled(variants, source.max_variants)
+    texts = [(source.prompt_of(c), item) for item, cs in zip(items, variants, strict=True) for c in cs]
     texts += [(prompt, items[0]) for prompt in prompts]
     jobs = [_Job(source.key(text), source.entries.store(item), text, item) for text, item in texts]
     jobs.sort(key=_text_length)  # texts of about the same length go through the encoder together
-    _say_what_is_sampled(items, source.max_variants)
 
     def outputs(missing: list[_Job]) -> Outputs:
         return _encode_texts(missing, load_encoder(), source.entries.place.torch_dtype, run)
@@ -185,19 +186,16 @@ def _require_finite(job: _Job, tensors: Tensors) -> None:
             )
 
 
-def _say_what_is_sampled(items: list[Item], limit: int) -> None:
-    """Tell when captions can become more texts than are kept, so that nothing is lost silently."""
-    sampled = sum(_is_sampled(item, limit) for item in items)
-    if sampled:
+def _say_what_is_sampled(variants: list[tuple[str, ...]], limit: int) -> None:
+    """Tell when captions may become more texts than are kept, so that nothing is lost silently."""
+    many = sum(len(texts) >= limit for texts in variants)
+    if many:
         _log.info(
-            "texts: %d of %d captions can become more than %d texts; that many samples of each are used "
-            "(--max_caption_variants)", sampled, len(items), limit
-        )  # fmt: skip
-
-
-def _is_sampled(item: Item, limit: int) -> bool:
-    kept = len(caption_variants(item, limit))
-    return kept >= limit and len(caption_variants(item, limit + 1)) > kept
+            "texts: %d of %d captions reach --max_caption_variants %d; training draws among so many of each",
+            many,
+            len(variants),
+            limit,
+        )
 
 
 def _unique(jobs: list[_Job]) -> list[_Job]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from library.core.device import dtype_named, peak_memory_bytes
 from library.core.dist import Processes, run_seed
@@ -19,18 +18,17 @@ from library.data.batch import Batch, Condition
 from library.data.loader import BatchLoader, LoaderSettings, Sources
 from library.data.plan import Plan
 from library.flow.generate import ImageModel
-from library.flow.loss import sigma_weight
 from library.options.request import ImageRequest
 from library.training.events import Event, Interval, Moment
 from library.training.inputs import Inputs
 from library.training.lr import lr_multiplier
 from library.training.metadata import TrainingFacts
 from library.training.metrics import Metrics, make_trackers
+from library.training.objective import Objective
 from library.training.optimizer import create_optimizer, describe_optimizer, set_lr
 from library.training.prepare import Prepared
 from library.training.preview import Previews, load_sample_prompts
 from library.training.saving import NetworkFile, PeriodicSave, final_path, metrics_path
-from library.training.step import NoisyLatents, add_noise, training_noise, training_sigmas, velocity_losses
 from library.training.update import Share, Updater
 from library.training.validation import Validation
 from networks.module import make_network
@@ -90,12 +88,14 @@ class TrainingRun:
     def _announce(self) -> None:
         manifest = self.prepared.manifest
         _log.info(
-            "%d pictures to train on, %d held out; %d batches and %d steps an epoch, %d steps in all; seed %d",
+            "%d pictures to train on, %d held out; %d batches and %d steps an epoch, %d steps; seed %d",
             *(len(manifest.train), len(manifest.validation)),
             *(self.plan.batches_per_epoch, self.plan.steps_per_epoch, self.total_steps, self.seed),
         )
         for sentence in manifest.skipped:
             _log.warning("left out: %s", sentence)
+        for sentence in manifest.notes:
+            _log.info("%s", sentence)
         _log.info("%s, %d process(es), model in %s", self.device, self.processes.world, self.dtype)
 
     def _build(self) -> None:
@@ -106,10 +106,11 @@ class TrainingRun:
         self.network = make_network(options.network, self.model, self.seed)
         self.network.apply_to(self.model)
         self.network.train()
+        self.objective = Objective(self.trainer, self.model, self.network, self.inputs, seed=self.seed)
         groups = self.network.parameter_groups(options.optimizer.learning_rate)
         self.optimizer = create_optimizer(groups, options.optimizer)
         self.updater = Updater(
-            self._losses,
+            self.objective.training_losses,
             list(self.network.parameters()),
             self.optimizer,
             self.processes,
@@ -209,34 +210,6 @@ class TrainingRun:
     def _learning_rates(self) -> dict[str, float]:
         return {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
 
-    # --- losses ---
-
-    def _losses(self, batch: Batch) -> Tensor:
-        """Return the weighted training loss of each picture of a batch, fp32 (B,)."""
-        latents_BCHW = self.inputs.latents(batch)
-        patch = self.trainer.family.patch
-        tokens = (latents_BCHW.shape[-2] // patch) * (latents_BCHW.shape[-1] // patch)
-        sigma_B = training_sigmas(self.options.timesteps, tokens, batch.draws, self.seed)
-        noisy = add_noise(latents_BCHW, training_noise(latents_BCHW, batch.draws, self.seed), sigma_B)
-        weights_B = batch.weights_B.to(self.device, non_blocking=True)
-        scheme = self.options.timesteps.weighting_scheme
-        return self._losses_at(batch, noisy, weights_B * sigma_weight(scheme, noisy.sigma_B))
-
-    def _losses_at(self, batch: Batch, noisy: NoisyLatents, weights_B: Tensor | None = None) -> Tensor:
-        self.network.multiplier = batch.network_multiplier
-        mask = batch.masks_B1HW
-        return velocity_losses(
-            self._velocity,
-            noisy,
-            self.inputs.conditions(batch),
-            self.options.loss,
-            mask_B1HW=None if mask is None else mask.to(self.device, non_blocking=True),
-            weights_B=weights_B,
-        )
-
-    def _velocity(self, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        return self.trainer.velocity(self.model, x_BCHW, sigma_B, conditions)
-
     # --- events ---
 
     def _events(self) -> list[Event]:
@@ -256,8 +229,8 @@ class TrainingRun:
             items=[manifest.items[i] for i in manifest.validation],
             max_batches=options.max_validation_steps,
             batch=self.loader.batch,
-            latents=self.inputs.latents,
-            losses=self._losses_at,
+            inputs=self.inputs,
+            objective=self.objective,
             report=self.metrics.log,
             modules=[self.network, self.model],
         )
@@ -265,7 +238,11 @@ class TrainingRun:
     def _previews(self) -> Previews:
         family = self.trainer.family
         model = ImageModel(
-            self._velocity, self.inputs.decode, self.device, family.latent_channels, family.latent_stride
+            self.objective.velocity,
+            self.inputs.decode,
+            self.device,
+            family.latent_channels,
+            family.latent_stride,
         )
         return Previews(
             options=self.options.sampling,

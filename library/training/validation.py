@@ -1,5 +1,4 @@
-"""The loss on held-out pictures: always the same pictures, captions, sigmas and noise, so runs can be
-compared."""
+"""The loss on held-out pictures: the same captions, sigmas and noise always, so that runs can be compared."""
 
 from __future__ import annotations
 
@@ -15,31 +14,29 @@ from library.data.batch import Batch
 from library.data.items import Draw, Item
 from library.flow import path
 from library.training.events import Interval, Moment
+from library.training.inputs import Inputs
+from library.training.objective import Objective, add_noise
 from library.training.preview import evaluating
-from library.training.step import NoisyLatents, add_noise
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 _log = logger("validation")
-
-Losses = Callable[[Batch, NoisyLatents], Tensor]
 
 
 @dataclass(frozen=True)
 class Validation:
     """The event that measures validation loss at each of SIGMAS and reports it.
 
-    batch: makes a batch from draws. latents: encodes it. losses: (B,) losses at given noise. report: takes
-    the step and the values. The noise of a picture is a function of its content and the sigma: it does not
-    change with the run's seed, the batch size, or the other pictures.
+    batch: makes a batch from draws. report: takes the step and the values. The noise of a picture is a
+    function of its content and the sigma: it does not change with the run's seed or the other pictures.
     """
 
     interval: Interval
     items: Sequence[Item]
     max_batches: int | None
     batch: Callable[[Sequence[Draw]], Batch]
-    latents: Callable[[Batch], Tensor]
-    losses: Losses
+    inputs: Inputs
+    objective: Objective
     report: Callable[[int, dict[str, float]], None]
     modules: Sequence[nn.Module]
 
@@ -59,10 +56,10 @@ class Validation:
         losses: dict[float, list[Tensor]] = {sigma: [] for sigma in SIGMAS}
         for number, item in enumerate(self.items[: self.max_batches]):
             batch = self.batch([Draw(item.index, repeat=0, epoch=0, step=0, micro=0, slot=number)])
-            latents_1CHW = self.latents(batch)
+            latents_1CHW, conditions = self.inputs.latents(batch), self.inputs.conditions(batch)
             for sigma in SIGMAS:
                 noisy = add_noise(latents_1CHW, _noise(latents_1CHW, item, sigma), torch.tensor([sigma]))
-                losses[sigma].append(self.losses(batch, noisy))
+                losses[sigma].append(self.objective.losses_at(batch, noisy, conditions))
         means = {sigma: torch.cat(values).mean().item() for sigma, values in losses.items()}
         values = {f"loss/validation_sigma_{sigma}": mean for sigma, mean in means.items()}
         return {"loss/validation": sum(means.values()) / len(means)} | values

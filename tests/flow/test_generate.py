@@ -18,9 +18,9 @@ REQUEST = ImageRequest(prompt="a", width=64, height=48, steps=6, seed=11, cfg_tr
 
 
 def velocity(x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[float]) -> Tensor:
-    """Each sample on its own: leads to a picture that depends on its condition and its noise."""
-    target = torch.tensor(conditions).view(-1, 1, 1, 1) * torch.ones_like(x_BCHW)
-    return (x_BCHW - target) / sigma_B.view(-1, 1, 1, 1) + 0.1 * torch.sin(5 * x_BCHW)
+    """Each sample on its own: the picture depends on its condition and its noise."""
+    condition_B111 = torch.tensor(conditions).view(-1, 1, 1, 1)
+    return torch.sin(2 * x_BCHW) + condition_B111 * sigma_B.view(-1, 1, 1, 1)
 
 
 def decode(latents_BCHW: Tensor) -> Tensor:
@@ -47,8 +47,9 @@ def test_each_seed_is_a_picture_whatever_it_is_drawn_with() -> None:
     requests = [replace(REQUEST, seed=seed) for seed in (11, 0, 2**62)]
     together = draw(*requests)
     alone = [draw(request)[0] for request in requests]
-    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
-    assert not torch.equal(together[0], together[1])
+    for one, other in zip(together, alone, strict=True):
+        assert (one.int() - other.int()).abs().max() <= 1  # sums over a batch may be rounded differently
+    assert (together[0].int() - together[1].int()).abs().max() > 100
 
 
 def test_a_perfect_model_draws_its_picture() -> None:
@@ -73,10 +74,16 @@ def test_drawing_touches_no_global_randomness_and_builds_no_graph() -> None:
     assert seen and not any(seen)
 
 
-def test_not_a_number_is_reported() -> None:
-    broken = model(velocity=lambda x, sigma, conditions: x * float("nan"))
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"velocity": lambda x, sigma, conditions: x * float("nan")},
+        {"decode": lambda latents: decode(latents) / 0},
+    ],
+)
+def test_not_a_number_is_reported(broken: dict[str, object]) -> None:
     with pytest.raises(NonFiniteError, match="fp32"):
-        generate(broken, [REQUEST], [0.1], [0.1], progress=False)
+        generate(model(**broken), [REQUEST], [0.1], [0.1], progress=False)
 
 
 def test_bytes_are_rounded_and_clamped() -> None:

@@ -35,7 +35,8 @@ def test_the_real_file(hollow_file, tmp_path, prefix):
     assert found.prefix == prefix
 
 
-def test_a_2b_without_its_last_layers_is_incomplete(hollow_file, tmp_path):
+def test_fewer_layers_than_the_config_says_are_incomplete(hollow_file, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2", "num_hidden_layers": 26}')
     shapes = dict(parameter_shapes(GEMMA2_2B))
     short = {n: s for n, s in shapes.items() if not n.startswith(("layers.24.", "layers.25."))}
     message = refusal(hollow_file(tmp_path / "g.safetensors", short))
@@ -93,6 +94,16 @@ def test_head_width_comes_from_config_or_metadata(tmp_path):
     save_file(tensors, path)
     (tmp_path / "config.json").write_text(config)
     assert inspect_gemma2(path).params == params
+
+
+def test_a_config_may_switch_the_soft_cap_off(nano_in, tmp_path):
+    for file in nano_in("diffusers").gemma2.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": None}))
+    assert inspect_gemma2(tmp_path).params.attn_logit_softcapping is None
+    (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": "wide"}))
+    assert "head_dim" in refusal(tmp_path)
 
 
 def test_the_config_of_another_model_beside_the_file_is_not_believed(nano_in, tmp_path):

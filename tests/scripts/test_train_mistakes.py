@@ -1,4 +1,4 @@
-"""Mistakes a user makes: one sentence, exit code 2, no traceback, nothing half-written, before torch is imported."""
+"""Mistakes a user makes: one sentence, exit code 2, no traceback, nothing half-written."""
 
 import shutil
 
@@ -32,8 +32,9 @@ class Case:
         config = self.folder / "data.toml"
         if not config.exists():
             config.write_text(
-                f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = {self.toml["resolution"]}\n'
-                f"{self.toml['extra']}\n[[datasets.subsets]]\nimage_dir = '{self.photos}'\n{self.toml['subset']}\n"
+                '[general]\ncaption_extension = ".txt"\n'
+                f"[[datasets]]\nresolution = {self.toml['resolution']}\n{self.toml['extra']}\n"
+                f"[[datasets.subsets]]\nimage_dir = '{self.photos}'\n{self.toml['subset']}\n"
             )
         return [f"--{k}={v}" for k, v in self.flags.items()] + [f"--dataset_config={config}"]
 
@@ -80,11 +81,20 @@ def blocked_output(case):
 
 
 MISTAKES = {
-    "misspelt flag": (flag("network_dimm", "4"), "unknown argument '--network_dimm'; did you mean '--network_dim'?"),
+    "misspelt flag": (
+        flag("network_dimm", "4"),
+        "unknown argument '--network_dimm'; did you mean '--network_dim'?",
+    ),
     "flag of a later release": (flag("blocks_to_swap", "8"), "unknown argument '--blocks_to_swap'"),
     "rank 0": (flag("network_dim", "0"), "--network_dim is 0"),
-    "unknown sampling": (flag("timestep_sampling", "nextdit"), "argument --timestep_sampling: invalid choice"),
-    "missing model": (flag("ae", "nowhere.safetensors"), "There is no weight file or folder nowhere.safetensors"),
+    "unknown sampling": (
+        flag("timestep_sampling", "nextdit"),
+        "argument --timestep_sampling: invalid choice",
+    ),
+    "missing model": (
+        flag("ae", "nowhere.safetensors"),
+        "There is no weight file or folder nowhere.safetensors",
+    ),
     "truncated model": (
         lambda case: case.flags.update(gemma2=copy_of(case, case.flags["gemma2"], truncate)),
         "is not a complete safetensors file",
@@ -104,7 +114,9 @@ MISTAKES = {
     "truncated picture": (truncated_photo, "a.png"),
     "output in the way": (blocked_output, "is not a folder that can be written to"),
     "augmented latents cached": (
-        lambda case: case.flags.update(cache_latents_to_disk="") or case.toml.update(subset="color_aug = true"),
+        lambda case: (
+            case.flags.update(cache_latents_to_disk="") or case.toml.update(subset="color_aug = true")
+        ),
         "color_aug",
     ),
 }

@@ -30,7 +30,7 @@ def nano(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory):
-    """Run a script of the repository in a process of its own: `run_script("x.py", "--flag", ...)`."""
+    """Run Python in the repository, in a process of its own: `run_script("x.py", "--flag", ...)`."""
     cache = tmp_path_factory.mktemp("cache")
 
     def run(script, *arguments, **environment):
@@ -41,7 +41,7 @@ def run_script(tmp_path_factory):
             "XDG_CACHE_HOME": str(cache),
         }
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            [sys.executable, script, *map(str, arguments)],
             capture_output=True,
             text=True,
             cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What the quickstart leaves to look at: a loss curve and a contact sheet of pictures before and after training."""
+"""What the quickstart leaves to look at: a loss curve, and pictures before and after training."""
 
 from __future__ import annotations
 

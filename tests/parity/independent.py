@@ -82,11 +82,11 @@ class Lumina:
         return states[-2], mask_BL.bool()
 
     def velocity(
-        self, x_BChw: Tensor, sigma_B: Tensor, texts: Sequence[str], lora: State, alpha_scale: float = 1.0
+        self, x_BChw: Tensor, sigma_B: Tensor, texts: Sequence[str], lora: State, strength: float = 1.0
     ) -> Tensor:
         """noise - x0: Lumina's clock is 1 - sigma, and its output x0 - noise."""
         features_BLD, mask_BL = self.features(texts)
-        weights = added(self.dit, self.places, lora, alpha_scale)
+        weights = added(self.dit, self.places, lora, strength)
         inputs = (x_BChw, 1 - sigma_B, features_BLD, mask_BL)
         return -functional_call(self.dit, weights, inputs, {"return_dict": False})[0]
 

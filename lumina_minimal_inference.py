@@ -22,10 +22,8 @@ from library.core.files import require_writable_directory
 from library.core.log import logger, setup_logging
 from library.data.prompts import load_prompts
 from library.inference.console import typed_requests
-from library.models.flux_vae_format import inspect_flux_vae
-from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer, format_prompt, load_gemma2_tokenizer
-from library.models.lumina2_format import inspect_lumina2
+from library.models.lumina2_files import check_models
 from library.options.group import parse_options
 from library.options.inference import LuminaInferenceOptions
 from library.options.request import ImageRequest
@@ -67,9 +65,8 @@ def read_requests(options: LuminaInferenceOptions) -> list[ImageRequest]:
 
 def check_files(options: LuminaInferenceOptions) -> None:
     """Read the headers of all weight files. Raises UserError for one that cannot be used."""
-    inspect_lumina2(options.models.pretrained_model_name_or_path)
-    inspect_gemma2(options.models.gemma2_path)
-    inspect_flux_vae(options.models.ae_path)
+    models = options.models
+    check_models(models.pretrained_model_name_or_path, models.gemma2_path, models.ae_path)
     for lora in options.models.lora_weights:
         inspect_lora(lora.path)
     require_writable_directory(options.run.output_dir, "--output_dir")
@@ -164,7 +161,7 @@ class LuminaModels:
         return velocity(self._shelf.use("transformer")[0], x_BCHW, sigma_B, conditions)
 
     def _decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self._shelf.use("vae").decode_tiled(latents_BCHW, tile=192, overlap=24)  # whole up to 1536 px
+        return self._shelf.use("vae").decode_tiled(latents_BCHW)
 
     def _load_transformer(self) -> nn.ModuleList:
         """Return the transformer, followed by the LoRAs that are applied and not merged."""

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
 from library.core.hashing import HashLedger
-from library.models.flux_vae_format import inspect_flux_vae
-from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer, find_tokenizer, format_prompt
-from library.models.lumina2_format import inspect_lumina2
+from library.models.lumina2_files import check_models
 from library.models.lumina2_identity import latent_identity, text_identity
 from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
@@ -55,9 +53,7 @@ class LuminaTrainer(NetworkTrainer):
     def check_files(self) -> None:
         """Read the headers of the three weight files."""
         models = self.options.model
-        inspect_lumina2(models.pretrained_model_name_or_path)
-        inspect_gemma2(models.gemma2)
-        inspect_flux_vae(models.ae)
+        check_models(models.pretrained_model_name_or_path, models.gemma2, models.ae)
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
         """Identify the weight files for the caches, and describe them for the metadata."""
@@ -114,8 +110,8 @@ class LuminaTrainer(NetworkTrainer):
         return vae.encode_mean(pixels_BCHW)
 
     def decode_latents(self, vae: FluxVAE, latents_BCHW: Tensor) -> Tensor:
-        """Return pixels in [-1, 1]."""
-        return vae.decode(latents_BCHW)
+        """Return pixels in [-1, 1], decoded in tiles where the picture is large."""
+        return vae.decode_tiled(latents_BCHW)
 
     def format_prompt(self, text: str, *, negative: bool = False) -> str:
         """Put the system prompt before a caption or prompt; negative prompts go without."""

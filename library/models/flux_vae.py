@@ -53,11 +53,12 @@ class FluxVAE(nn.Module):
         unscaled_BCHW = latents_BCHW.float() / self.scale + self.shift
         return self.decoder(self._prepared(unscaled_BCHW)).float()
 
-    def decode_tiled(self, latents_BCHW: Tensor, tile: int = 128, overlap: int = 16) -> Tensor:
+    def decode_tiled(self, latents_BCHW: Tensor, tile: int = 192, overlap: int = 24) -> Tensor:
         """Decode in tiles of `tile` latents that blend over `overlap`: large pictures in bounded memory.
 
-        A picture that fits in one tile comes out exactly as from `decode`. Larger ones differ slightly,
-        because each tile has group norm statistics and attention of its own.
+        By default a picture of up to 1536 pixels a side is one tile. What fits in one tile comes out
+        exactly as from `decode`; larger pictures differ slightly, because each tile has group norm
+        statistics and attention of its own.
         """
         return map_tiles(self.decode, latents_BCHW, tile=tile, overlap=overlap, stride=self.stride)
 

@@ -65,12 +65,15 @@ class Inputs:
         return self._encode([self._trainer.format_prompt(caption) for caption in batch.captions])
 
     def prompts(self, texts: Sequence[str]) -> list[Condition]:
-        """Return the conditions of formatted texts for previews, each encoded once in the run."""
+        """Return the conditions of formatted texts for previews, each encoded once in the run.
+
+        Each goes through the encoder alone, as in the inference script, so that the pictures are the same.
+        """
         new = [text for text in dict.fromkeys(texts) if text not in self._prompts]
-        if new:
-            self._prompts |= zip(new, self._encode(new), strict=True)
-            if self.text_source is not None:
-                self.encoders.release()
+        for text in new:
+            (self._prompts[text],) = self._encode([text])
+        if new and self.text_source is not None:
+            self.encoders.release()
         return [self._on_device(self._prompts[text]) for text in texts]
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from library.core.hashing import HashLedger
 from library.core.log import setup_logging
 from library.data.cache_keys import check_latents_cacheable
 from library.data.items import Manifest
-from library.data.prompts import load_prompts
+from library.data.prompts import load_sample_prompts
 from library.data.scan import scan
 from library.data.schema import load_datasets
 from library.options.request import ImageRequest
@@ -47,6 +47,6 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
     files = trainer.model_files(ledger)
     if options.sampling.sample_prompts is not None:
-        load_prompts(options.sampling.sample_prompts, ImageRequest())
+        load_sample_prompts(options.sampling.sample_prompts, ImageRequest(seed=0))
     ledger.save()
     return Prepared(manifest, files, ledger)

@@ -17,6 +17,7 @@ from library.core.log import logger, setup_logging
 from library.data.batch import Batch, Condition
 from library.data.loader import BatchLoader, LoaderSettings, Sources
 from library.data.plan import Plan
+from library.data.prompts import load_sample_prompts
 from library.flow.generate import ImageModel
 from library.options.request import ImageRequest
 from library.training.events import Event, Interval, Moment
@@ -27,7 +28,7 @@ from library.training.metrics import Metrics, make_trackers
 from library.training.objective import Objective
 from library.training.optimizer import create_optimizer, describe_optimizer, set_lr
 from library.training.prepare import Prepared
-from library.training.preview import Previews, load_sample_prompts
+from library.training.preview import Previews
 from library.training.saving import NetworkFile, PeriodicSave, final_path, metrics_path
 from library.training.update import Share, Updater
 from library.training.validation import Validation
@@ -190,6 +191,7 @@ class TrainingRun:
         """Run the events that are due, on the main process; the others wait."""
         due = [event for event in events if event.due(moment)]
         if due:
+            self.network.multiplier = 1.0  # and not what the last batch's dataset said
             self._on_main(lambda: [event.run(moment) for event in due])
             self.inputs.release_vae()
 

@@ -1,0 +1,31 @@
+"""The three weight files of Lumina Image 2.0 together: each whole, and all of one family. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from library.core.errors import CheckpointError
+from library.models.flux_vae_format import inspect_flux_vae
+from library.models.gemma2_format import inspect_gemma2
+from library.models.lumina2_format import inspect_lumina2
+
+
+def check_models(dit: Path, gemma2: Path, ae: Path) -> None:
+    """Read the headers of the three files.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged or of another kind, or files that do not go together.
+    """
+    transformer = inspect_lumina2(dit).params
+    encoder = inspect_gemma2(gemma2).params
+    autoencoder = inspect_flux_vae(ae).params
+    if transformer.cap_feat_dim != encoder.hidden:
+        raise CheckpointError(
+            f"{dit} was made for text features of width {transformer.cap_feat_dim}, but {gemma2} gives "
+            f"{encoder.hidden}; name the text encoder that belongs to the model."
+        )
+    if transformer.in_channels != autoencoder.latent_channels:
+        raise CheckpointError(
+            f"{dit} was made for latents of {transformer.in_channels} channels, but {ae} gives "
+            f"{autoencoder.latent_channels}; name the autoencoder that belongs to the model."
+        )

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.data.batch import Condition
+    from networks.lora import LoRANetwork
 
 _log = logger("inference")
 
@@ -49,7 +50,7 @@ def main() -> None:
     if options.run.interactive:
         draw_typed(models, options)
     else:
-        models.artist.prepare(requests)
+        models.prepare(requests)
         for request in requests:
             models.draw(request)
 
@@ -99,27 +100,35 @@ class LuminaModels:
         from library.flow.generate import ImageModel
         from library.inference.artist import Artist
         from library.models.flux_vae import load_flux_vae
-        from library.models.gemma2 import load_gemma2
         from library.nn.shelf import Shelf
 
         chosen = options.models
         device = device_named(chosen.device)
         loaders = {
-            "text": lambda: load_gemma2(
-                chosen.gemma2_path, device=device, dtype=dtype_named(chosen.gemma2_dtype)
-            ),
+            "text": self._load_text_encoder,
             "transformer": self._load_transformer,
             "vae": lambda: load_flux_vae(chosen.ae_path, device=device, dtype=dtype_named(chosen.ae_dtype)),
         }
         self._options, self._tokenizer, self._device = options, tokenizer, device
+        # Which of the LoRAs change the text encoder too, and how strongly they do at the moment.
+        self._text_loras = [
+            n for n, lora in enumerate(chosen.lora_weights) if inspect_lora(lora.path).has_text_encoder
+        ]
+        self._text_multipliers = tuple(chosen.lora_weights[n].multiplier for n in self._text_loras)
         self._shelf = Shelf(loaders, device, offload=chosen.offload)
         self.artist = Artist(ImageModel(self._velocity, self._decode, device), self._texts, self._encode)
+
+    def prepare(self, requests: Sequence[ImageRequest]) -> None:
+        """Encode the texts of all pictures at once, unless each may want other LoRAs on the text encoder."""
+        if not (self._text_loras and any(request.lora_multipliers for request in requests)):
+            self.artist.prepare(requests)
 
     def draw(self, request: ImageRequest) -> None:
         """Draw one picture and print its path."""
         chosen, run = self._options.models, self._options.run
-        self.artist.prepare([request])  # first of all, so that --offload moves each model once a picture
         multipliers = request.lora_multipliers or tuple(lora.multiplier for lora in chosen.lora_weights)
+        self._weigh_text_loras(multipliers)
+        self.artist.prepare([request])  # first of all, so that --offload moves each model once a picture
         _, *networks = self._shelf.use("transformer")
         for network, multiplier in zip(networks, multipliers, strict=not chosen.merge_lora_weights):
             network.multiplier = multiplier
@@ -153,7 +162,17 @@ class LuminaModels:
             if (count := self._tokenizer.count(text)) > limit:
                 _log.warning("only the first %d of %d tokens are used of: %.80s...", limit, count, text)
         # One by one: what a text is encoded with can change the last bits of its features.
-        return encode_prompts(self._shelf.use("text"), self._tokenizer, texts, limit, batch_size=1)
+        return encode_prompts(self._shelf.use("text")[0], self._tokenizer, texts, limit, batch_size=1)
+
+    def _weigh_text_loras(self, multipliers: Sequence[float]) -> None:
+        """Set the strength of LoRAs on the text encoder; what it said at another strength is forgotten."""
+        wanted = tuple(multipliers[place] for place in self._text_loras)
+        if self._options.models.merge_lora_weights or wanted == self._text_multipliers:
+            return
+        for network, multiplier in zip(self._shelf.use("text")[1:], wanted, strict=True):
+            network.multiplier = multiplier
+        self._text_multipliers = wanted
+        self.artist.forget()
 
     def _velocity(self, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]) -> Tensor:
         from library.models.lumina2 import velocity
@@ -163,13 +182,23 @@ class LuminaModels:
     def _decode(self, latents_BCHW: Tensor) -> Tensor:
         return self._shelf.use("vae").decode_tiled(latents_BCHW)
 
+    def _load_text_encoder(self) -> nn.ModuleList:
+        """Return the text encoder, followed by the LoRAs that are applied to it and not merged."""
+        from library.core.device import dtype_named
+        from library.models.gemma2 import load_gemma2
+        from networks.lora_lumina import create_text_network_from_file, text_model
+
+        chosen = self._options.models
+        dtype = dtype_named(chosen.gemma2_dtype)
+        encoder = load_gemma2(chosen.gemma2_path, device=self._device, dtype=dtype)
+        model, weights = text_model(encoder), [chosen.lora_weights[n] for n in self._text_loras]
+        networks = [create_text_network_from_file(model, w.path, w.multiplier) for w in weights]
+        return _with_networks(encoder, model, networks, merged=chosen.merge_lora_weights)
+
     def _load_transformer(self) -> nn.ModuleList:
         """Return the transformer, followed by the LoRAs that are applied and not merged."""
-        from torch import nn
-
         from library.core.device import dtype_named
         from library.models.lumina2 import load_nextdit
-        from networks.lora import merge
         from networks.lora_lumina import create_network_from_file
 
         chosen = self._options.models
@@ -180,12 +209,23 @@ class LuminaModels:
             attention="flash" if chosen.use_flash_attn else "auto",
         )
         networks = [create_network_from_file(model, w.path, w.multiplier) for w in chosen.lora_weights]
-        if chosen.merge_lora_weights:
-            merge(model, networks)
-            return nn.ModuleList([model])
-        for network in networks:
-            network.apply_to(model)
-        return nn.ModuleList([model, *networks])
+        return _with_networks(model, model, networks, merged=chosen.merge_lora_weights)
+
+
+def _with_networks(
+    whole: nn.Module, model: nn.Module, networks: Sequence[LoRANetwork], *, merged: bool
+) -> nn.ModuleList:
+    """Merge networks into `model` or apply them to it; return `whole`, followed by those applied."""
+    from torch import nn
+
+    from networks.lora import merge
+
+    if merged:
+        merge(model, networks)
+        return nn.ModuleList([whole])
+    for network in networks:
+        network.requires_grad_(False).apply_to(model)
+    return nn.ModuleList([whole, *networks])
 
 
 if __name__ == "__main__":

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
 from library.core.hashing import HashLedger
+from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer, find_tokenizer, format_prompt
 from library.models.lumina2_files import check_models
+from library.models.lumina2_format import inspect_lumina2, linear_layers
 from library.models.lumina2_identity import latent_identity, text_identity
 from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
 from library.training.family import FamilySpec, ModelFiles
 from library.training.metadata import weight_file
 from library.training.trainer import NetworkTrainer
+from networks.module import check_layers
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +54,11 @@ class LuminaTrainer(NetworkTrainer):
     options: LuminaTrainOptions
 
     def check_files(self) -> None:
-        """Read the headers of the three weight files."""
+        """Read the headers of the three weight files, and check that the network fits the transformer."""
         models = self.options.model
         check_models(models.pretrained_model_name_or_path, models.gemma2, models.ae)
+        transformer = inspect_lumina2(models.pretrained_model_name_or_path)
+        check_layers(self.options.network, linear_layers(transformer.params))
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
         """Identify the weight files for the caches, and describe them for the metadata."""
@@ -100,9 +105,12 @@ class LuminaTrainer(NetworkTrainer):
         from library.models.lumina2 import load_nextdit
 
         models = self.options.model
-        attention = "flash" if models.use_flash_attn else "auto"
         return load_nextdit(
-            models.pretrained_model_name_or_path, device=device, dtype=dtype, attention=attention
+            models.pretrained_model_name_or_path,
+            device=device,
+            dtype=dtype,
+            attention=models.attention,
+            mmap=not models.disable_mmap_load_safetensors,
         )
 
     def encode_images(self, vae: FluxVAE, pixels_BCHW: Tensor) -> Tensor:
@@ -126,7 +134,21 @@ class LuminaTrainer(NetworkTrainer):
         """Encode formatted texts with Gemma2."""
         from library.models.gemma2 import encode_prompts
 
-        return encode_prompts(encoders, self._tokenizer, texts, self.options.model.gemma2_max_token_length)
+        limit = self.options.model.gemma2_max_token_length
+        return encode_prompts(encoders, self._tokenizer, texts, limit, batch_size=len(texts))
+
+    def count_tokens(self, text: str) -> tuple[int, int]:
+        """Count Gemma's tokens."""
+        return self._tokenizer.count(text), self.options.model.gemma2_max_token_length
+
+    def blank_condition(self, tokens: int, device: torch.device) -> Condition:
+        """Return empty features of Gemma2's width."""
+        import torch
+
+        from library.data.batch import Condition
+
+        width = inspect_gemma2(self.options.model.gemma2).params.hidden
+        return Condition(torch.empty(tokens, width, device=device))
 
     def velocity(
         self, model: NextDiT, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]

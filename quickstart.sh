@@ -25,8 +25,9 @@ echo "Training a LoRA on examples/photos ..."
   --output_name="photos_lora" \
   --save_model_as=safetensors \
   --network_module=networks.lora_lumina \
-  --network_dim=32 \
-  --network_alpha=32 \
+  --network_dim=64 \
+  --network_alpha=64 \
+  --network_args "embedder_dims=[64,64,64]" \
   --learning_rate=2e-3 \
   --optimizer_type="AdamW" \
   --lr_scheduler="cosine" \
@@ -34,8 +35,8 @@ echo "Training a LoRA on examples/photos ..."
   --discrete_flow_shift=6.0 \
   --model_prediction_type="raw" \
   --system_prompt="$system_prompt" \
-  --max_train_epochs=10 \
-  --save_every_n_epochs=5 \
+  --max_train_epochs=8 \
+  --save_every_n_epochs=4 \
   --mixed_precision="bf16" \
   --gradient_checkpointing \
   --cache_latents_to_disk \

@@ -4,21 +4,23 @@
     python benchmarks/step.py --dtype fp32 --batch 4
     python benchmarks/step.py --device cuda --size full
 
-Both train LoRA of rank 16 on attention and feed-forward of the same random Lumina Image 2.0 transformer with AdamW and
-clipping by norm. Needs `diffusers` and `peft` (requirements-dev.txt).
+Both train LoRA of rank 16 on attention and feed-forward of the same random Lumina Image 2.0 transformer
+with AdamW and clipping by norm. Needs `diffusers` and `peft` (requirements-dev.txt).
 
-Time: steps of ours, theirs and ours again (the control, which shows the noise) take turns in one process; medians.
-With one CPU thread it is the process's CPU time, which other work on the machine disturbs least; with several
-threads it is wall time; on CUDA it is device time. The first step of each is not counted.
+Time: steps of ours, theirs and ours again (the control, which shows the noise) take turns in one process;
+medians. With one CPU thread it is the process's CPU time, which other work on the machine disturbs least;
+with several threads it is wall time; on CUDA it is device time. The first step of each is not counted.
 Matmul share: the products that the step cannot do without (no weight gradients of frozen weights, attention
-backward = 2 x forward, real caption tokens only) over the time that a 1536^3 product, measured between the steps in the
-fastest dtype that this processor has for it, says they should take.
+backward = 2 x forward, real caption tokens only) over the time that a 1536^3 product, measured between the
+steps in the fastest dtype that this processor has for it, says they should take.
 Memory: each implementation alone in a process; the peak during two steps, above what was there before them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -34,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from library.core.device import keep_freed_memory  # noqa: E402
 from library.models.lumina2_format import NextDiTParams, diffusers_names, parameter_shapes  # noqa: E402
 from library.models.nextdit import NextDiT  # noqa: E402
 from library.nn.products import product_dtype  # noqa: E402
@@ -52,10 +55,13 @@ class Size:
     caption: int = 60
 
 
-def _params(dim: int, heads: int, kv_heads: int, layers: int, refiners: int, axes: tuple[int, int, int]) -> NextDiTParams:
+def _params(
+    dim: int, heads: int, kv_heads: int, layers: int, refiners: int, axes: tuple[int, int, int]
+) -> NextDiTParams:
     return NextDiTParams(
         dim=dim, n_layers=layers, n_noise_refiners=refiners, n_context_refiners=refiners, n_heads=heads,
-        n_kv_heads=kv_heads, head_dim=dim // heads, ffn_dim=4 * dim, cap_feat_dim=dim, time_dim=min(dim, 1024),
+        n_kv_heads=kv_heads, head_dim=dim // heads, ffn_dim=4 * dim, cap_feat_dim=dim,
+        time_dim=min(dim, 1024),
         axes_dims=axes, qk_norm_eps=1e-5,
     )  # fmt: skip
 
@@ -126,6 +132,7 @@ class Ours:
     """This project."""
 
     def __init__(self, settings: Settings) -> None:
+        keep_freed_memory()  # as `load_nextdit` does
         with torch.device("meta"):
             model = NextDiT(settings.params)
         weights = make_weights(settings.params)
@@ -225,7 +232,11 @@ def useful_flops(settings: Settings) -> float:
     total = 0.0
     for index in range(settings.batch):
         text = size.caption - 7 * (index % 3)
-        for blocks, tokens in ((p.n_layers, text + image), (p.n_noise_refiners, image), (p.n_context_refiners, text)):
+        for blocks, tokens in (
+            (p.n_layers, text + image),
+            (p.n_noise_refiners, image),
+            (p.n_context_refiners, text),
+        ):
             linear = 2 * 2 * tokens * matrices  # forward, and backward to the input
             attention = 3 * 4 * tokens**2 * p.n_heads * p.head_dim  # forward, and twice that backward
             total += blocks * (linear + attention)
@@ -274,7 +285,9 @@ def measure_time(settings: Settings, reps: int) -> None:
     rate = statistics.median(rates)
     tokens = sum((SIZES[settings.size].latent // 2) ** 2 + len(caption) for caption in work.captions)
     print(f"matmul rate {rate / 1e9:.0f} GFLOP/s in {square.dtype}; {clock.kind} time, {reps} rounds")
-    print("| implementation | ms/step | tokens/s | share of matmul rate | ratio to diffusers (median of pairs) |")
+    print(
+        "| implementation | ms/step | tokens/s | share of matmul rate | ratio to diffusers (least .. most) |"
+    )
     print("|---|---|---|---|---|")
     for name, seconds in times.items():
         middle = statistics.median(seconds)
@@ -291,6 +304,10 @@ def peak_above_weights(settings: Settings, name: str) -> dict[str, float]:
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what building the model left behind would be used by the step, uncounted
         Path("/proc/self/clear_refs").write_text("5")  # lowers the recorded peak to the present size
         base = _status_bytes("VmRSS")
     step()
@@ -307,18 +324,22 @@ def _status_bytes(key: str) -> int:
 def measure_memory(arguments: list[str]) -> None:
     """Print the peak of each implementation, measured in a child process (Linux only on the CPU)."""
     peaks = {}
-    print("| implementation | peak above weights, MB | before the step, MB | ratio to diffusers |\n|---|---|---|---|")
+    print("| implementation | peak above weights, MB | before the step, MB | ratio |\n|---|---|---|---|")
     for name in reversed(CONTESTANTS):
         command = [sys.executable, __file__, *arguments, "--memory_of", name]
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(result.stdout.splitlines()[-1])
         peaks[name] = found["peak"] - found["base"]
-        print(f"| {name} | {peaks[name]:.0f} | {found['base']:.0f} | {peaks[name] / peaks['diffusers']:.3f} |")
+        print(
+            f"| {name} | {peaks[name]:.0f} | {found['base']:.0f} | {peaks[name] / peaks['diffusers']:.3f} |"
+        )
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)

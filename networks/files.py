@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -16,45 +16,58 @@ from library.core.checkpoint_files import open_checkpoint
 from library.core.errors import CheckpointError
 from library.core.files import write_bytes
 from library.core.suggest import shorten
+from networks.names import ALPHA, DOWN, UP
+from networks.peft_names import PeftLayer, peft_layers, rank_of, to_kohya
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
-
 _FOREIGN_MARKS = {
-    ".lora_A.": "a LoRA with diffusers' (PEFT) names",
-    ".lora_B.": "a LoRA with diffusers' (PEFT) names",
     ".lora.down.": "a LoRA with the names of early diffusers",
     ".lokr_": "a LyCORIS LoKr",
     ".hada_": "a LyCORIS LoHa",
     ".oft_": "an OFT network",
     ".dora_scale": "a DoRA",
+    ".lora_magnitude_vector": "a DoRA",
     ".lora_mid.": "a LoRA with convolutions",
 }
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A LoRA file by its header: the rank of each layer by kohya name, and the metadata."""
+    """A LoRA file by its header: the rank of each layer by kohya name, and the metadata.
+
+    Attributes:
+        path: what the user named. tensors: the safetensors file there.
+        peft_layers: where the LoRA of each layer is in a file with PEFT's names; empty for kohya's names.
+    """
 
     path: Path
     ranks: Mapping[str, int]
     metadata: Mapping[str, str]
+    tensors: Path
+    peft_layers: Mapping[str, PeftLayer] = field(default_factory=dict)
+
+    @property
+    def has_text_encoder(self) -> bool:
+        """Whether a part of it is for the text encoder."""
+        return any(name.startswith("lora_te") for name in self.ranks)
 
     def read(self) -> dict[str, Tensor]:
-        """Load the tensors on the CPU, in the file's dtype; a missing alpha becomes the rank."""
+        """Load the tensors under kohya's names, on the CPU; a missing alpha becomes the rank."""
         import torch  # here, because this module must be importable before torch
         from safetensors.torch import load_file
 
-        tensors = load_file(self.path)
+        tensors = load_file(self.tensors)
+        if self.peft_layers:
+            return to_kohya(tensors, self.peft_layers)
         for name, rank in self.ranks.items():
             tensors.setdefault(name + ALPHA, torch.tensor(float(rank)))
         return tensors
 
 
 def inspect_lora(path: Path) -> LoRAFile:
-    """Read the header of a LoRA file with kohya's names. Torch-free.
+    """Read the header of a LoRA with kohya's or PEFT's names: a file, or an adapter's folder. Torch-free.
 
     Raises:
         CheckpointError: the file is missing, truncated, not a LoRA, a network of another kind, or incomplete.
@@ -64,8 +77,13 @@ def inspect_lora(path: Path) -> LoRAFile:
     for mark, what in _FOREIGN_MARKS.items():
         if any(mark in key for key in keys):
             raise CheckpointError(
-                f"{path} is {what}; only plain LoRAs with kohya's names (lora_unet_...{DOWN}) can be read."
+                f"{path} is {what}; only plain LoRAs with the names of kohya (lora_unet_...{DOWN}) or PEFT "
+                f"(transformer...lora_A.weight) can be read."
             )
+    layers = peft_layers(checkpoint)
+    if layers:
+        ranks = {name: rank_of(layer) for name, layer in sorted(layers.items())}
+        return LoRAFile(Path(path), ranks, checkpoint.metadata, checkpoint.files[0], layers)
     downs = {key.removesuffix(DOWN) for key in keys if key.endswith(DOWN)}
     ups = {key.removesuffix(UP) for key in keys if key.endswith(UP)}
     if not downs and not ups:
@@ -76,7 +94,7 @@ def inspect_lora(path: Path) -> LoRAFile:
     if keys - known:
         raise CheckpointError(f"{path} has keys that are no part of a LoRA: {shorten(sorted(keys - known))}.")
     ranks = {name: checkpoint.shape(name + DOWN)[0] for name in sorted(downs)}
-    return LoRAFile(Path(path), ranks, checkpoint.metadata)
+    return LoRAFile(Path(path), ranks, checkpoint.metadata, checkpoint.files[0])
 
 
 def save_network(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -100,11 +118,6 @@ def save_network(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
         "modelspec.hash_sha256": f"0x{model_hash}",
     }
     write_bytes(path, save(tensors, {**metadata, **hashes}))
-
-
-def kohya_name(path: str, prefix: str = "lora_unet") -> str:
-    """Return kohya's name of a layer: layers.0.attention.qkv -> lora_unet_layers_0_attention_qkv."""
-    return f"{prefix}_{path.replace('.', '_')}"
 
 
 def tensors_hash(content: bytes) -> str:

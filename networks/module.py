@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from library.core.errors import ConfigError
+from library.core.errors import CheckpointError, ConfigError
+from library.core.log import logger
 from library.options.network import NetworkOptions
-from networks.files import inspect_lora
+from networks.files import LoRAFile, inspect_lora
 
 if TYPE_CHECKING:
     from torch import nn
 
     from networks.lora import LoRANetwork
 
+_log = logger("network")
+
 
 @runtime_checkable
 class NetworkModule(Protocol):
     """A kind of network for a family of models. Importing it must not import torch."""
 
-    def check_args(self, args: Mapping[str, str]) -> object:
-        """Read `--network_args`; raise ConfigError for a mistake."""
+    def check_args(
+        self, args: Mapping[str, str], *, sizes_from_file: bool, dit: bool, text_encoder: bool
+    ) -> object:
+        """Read `--network_args`; raise ConfigError for a mistake, also for what has no say.
+
+        dit, text_encoder: what is trained. sizes_from_file: layers, ranks and alphas are those of a file.
+        """
+        ...
+
+    def check_layers(
+        self, args: Mapping[str, str], files: Iterable[LoRAFile], layers: Iterable[str], *, dit: bool
+    ) -> None:
+        """Check arguments and files against the paths of the DiT's linear layers.
+
+        Raises ConfigError or CheckpointError for one that does not fit. dit: whether that is trained.
+        """
         ...
 
     def create_network(
@@ -34,12 +52,35 @@ class NetworkModule(Protocol):
         dropout: float | None = None,
         args: Mapping[str, str] | None = None,
         seed: int = 0,
+        sizes_from: LoRAFile | None = None,
     ) -> LoRANetwork:
-        """Make a new network for `model`, without effect until it is applied and trained."""
+        """Make a new network for `model`, without effect until it is applied and trained.
+
+        With `sizes_from`, its layers, ranks and alphas are those of that file.
+        """
+        ...
+
+    def text_model(self, encoder: nn.Module) -> nn.Module:
+        """Return the part of the text encoder whose layers can have LoRAs."""
+        ...
+
+    def create_text_network(
+        self,
+        model: nn.Module,
+        *,
+        dim: int,
+        alpha: float | None,
+        lr: float,
+        dropout: float | None = None,
+        args: Mapping[str, str] | None = None,
+        seed: int = 0,
+        sizes_from: LoRAFile | None = None,
+    ) -> LoRANetwork:
+        """Make a new network for what `text_model` returns, which learns at `lr`."""
         ...
 
     def create_network_from_file(self, model: nn.Module, path: Path, multiplier: float = 1.0) -> LoRANetwork:
-        """Make the network that a file holds."""
+        """Make the part of a file's network that is for `model`."""
         ...
 
 
@@ -66,20 +107,99 @@ def check_network(options: NetworkOptions) -> None:
 
     Raises:
         ConfigError: an unknown module or a mistake in `--network_args`.
-        CheckpointError: `--network_weights` is not a LoRA file.
+        CheckpointError: `--network_weights` or one of `--base_weights` is not a LoRA file, or one for a text
+            encoder that is not trained.
     """
-    load_network_module(options.network_module).check_args(options.args_by_key())
+    module = load_network_module(options.network_module)
+    module.check_args(
+        options.args_by_key(),
+        sizes_from_file=options.dim_from_weights,
+        dit=options.trains_dit,
+        text_encoder=options.trains_text_encoder,
+    )
     if options.network_weights is not None:
-        inspect_lora(options.network_weights)
+        _check_parts(options, inspect_lora(options.network_weights))
+    for path in options.base_weights:
+        if inspect_lora(path).has_text_encoder:
+            raise CheckpointError(
+                f"--base_weights {path} is for the text encoder too, which is not merged; part of its effect "
+                f"would be lost. Use one that was trained with --network_train_unet_only."
+            )
 
 
-def make_network(options: NetworkOptions, model: nn.Module, seed: int) -> LoRANetwork:
-    """Make the network to train for `model`, from `--network_weights` where given; not applied yet.
+def check_layers(options: NetworkOptions, layers: Iterable[str]) -> None:
+    """Check the network's arguments and files against the paths of the DiT's linear layers. Torch-free.
 
     Raises:
-        ConfigError: the arguments leave nothing to train.
+        ConfigError: an argument that does not fit the model. CheckpointError: a file of another model.
+    """
+    weights = () if options.network_weights is None else (options.network_weights,)
+    files = [inspect_lora(path) for path in (*weights, *options.base_weights)]
+    module = load_network_module(options.network_module)
+    module.check_layers(options.args_by_key(), files, layers, dit=options.trains_dit)
+
+
+def apply_base_weights(options: NetworkOptions, model: nn.Module) -> None:
+    """Merge `--base_weights` into the weights of `model`, all at once, so that they are rounded once.
+
+    Raises:
+        CheckpointError: a file is not for this model.
+    """
+    from networks.lora import merge  # here, because it imports torch
+
+    module = load_network_module(options.network_module)
+    networks = [module.create_network_from_file(model, path, strength) for path, strength in options.bases()]
+    merge(model, networks)
+    for path, strength in options.bases():
+        _log.info("merged %s into the model, times %g", path, strength)
+
+
+def install_network(
+    options: NetworkOptions,
+    model: nn.Module,
+    load_encoder: Callable[[], nn.Module],
+    *,
+    seed: int,
+    learning_rate: float,
+) -> LoRANetwork:
+    """Make what is trained, from `--network_weights` where given, and apply it.
+
+    Args:
+        model: the DiT. load_encoder: returns the text encoder; called only if that is trained.
+        learning_rate: the rate of the text encoder unless `--text_encoder_lr` says another.
+
+    Raises:
+        ConfigError: the arguments leave nothing to train, or do not fit the model.
         CheckpointError: `--network_weights` is of other layers, ranks or alphas.
     """
+    network = install_new_network(options, model, load_encoder, seed=seed, learning_rate=learning_rate)
+    if options.network_weights is not None:
+        weights = inspect_lora(options.network_weights)
+        network.load_state(weights.read(), str(weights.path))
+    return network
+
+
+def install_new_network(
+    options: NetworkOptions,
+    model: nn.Module,
+    load_encoder: Callable[[], nn.Module],
+    *,
+    seed: int,
+    learning_rate: float,
+) -> LoRANetwork:
+    """Do what `install_network` does, but for the weights: of `--network_weights` only the sizes are used."""
+    from networks.lora import JointNetwork  # here, because it imports torch
+
+    if not options.trains_text_encoder:
+        _log.info("training a LoRA on the DiT only; for the text encoder: --network_train_text_encoder")
+        return _on_dit(options, model, seed)
+    networks = [_on_text_encoder(options, load_encoder(), seed, learning_rate)]
+    if options.trains_dit:
+        networks.append(_on_dit(options, model, seed))
+    return JointNetwork(networks)
+
+
+def _on_dit(options: NetworkOptions, model: nn.Module, seed: int) -> LoRANetwork:
     network = load_network_module(options.network_module).create_network(
         model,
         dim=options.network_dim,
@@ -87,7 +207,48 @@ def make_network(options: NetworkOptions, model: nn.Module, seed: int) -> LoRANe
         dropout=options.network_dropout,
         args=options.args_by_key(),
         seed=seed,
+        sizes_from=inspect_lora(options.network_weights) if options.dim_from_weights else None,
     )
-    if options.network_weights is not None:
-        network.load_state(inspect_lora(options.network_weights).read(), str(options.network_weights))
+    network.apply_to(model)
     return network
+
+
+def _on_text_encoder(
+    options: NetworkOptions, encoder: nn.Module, seed: int, learning_rate: float
+) -> LoRANetwork:
+    module = load_network_module(options.network_module)
+    model = module.text_model(encoder)
+    network = module.create_text_network(
+        model,
+        dim=options.network_dim,
+        alpha=options.network_alpha,
+        lr=options.text_encoder_lr[0] if options.text_encoder_lr else learning_rate,
+        dropout=options.network_dropout,
+        args=options.args_by_key(),
+        seed=seed,
+        sizes_from=inspect_lora(options.network_weights) if options.dim_from_weights else None,
+    )
+    network.apply_to(model)
+    return network
+
+
+def _check_parts(options: NetworkOptions, weights: LoRAFile) -> None:
+    """Raise CheckpointError if a part of `--network_weights` would be lost."""
+    has_dit = any(not name.startswith("lora_te") for name in weights.ranks)
+    if weights.has_text_encoder and not options.trains_text_encoder:
+        raise CheckpointError(
+            f"--network_weights {weights.path} is for the text encoder too; train that too, with "
+            f"--network_train_text_encoder, or start from a file without it."
+        )
+    if has_dit and not options.trains_dit:
+        raise CheckpointError(
+            f"--network_weights {weights.path} is for the DiT too; train both, with "
+            f"--network_train_text_encoder in place of --network_train_text_encoder_only."
+        )
+
+
+def network_facts(network: LoRANetwork) -> dict[str, object]:
+    """Return what the metadata says of a network whose sizes came from a file: the commonest of them."""
+    sizes = Counter((lora.rank, lora.alpha) for lora in network.loras.values())
+    (rank, alpha), _ = sizes.most_common(1)[0]
+    return {"network_dim": rank, "network_alpha": alpha}

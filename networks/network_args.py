@@ -7,7 +7,9 @@ class Args:
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar
@@ -16,6 +18,8 @@ from library.core.errors import ConfigError
 from library.core.suggest import did_you_mean
 
 Args = TypeVar("Args")
+_PAIR = re.compile(r"\s*([^\s=].*?)\s*=\s*([^=,]+?)\s*(?:,|$)")  # a pattern may hold commas and =
+_TABLE = re.compile(rf"(?:{_PAIR.pattern})+")
 Parse = Callable[[str], Any]  # raises ValueError with what the value must be
 
 
@@ -69,6 +73,38 @@ def to_ranks(count: int, shape: str) -> Parse:
     return read
 
 
+def to_rank_list(text: str) -> tuple[int, ...]:
+    """Read ranks separated by commas."""
+    return tuple(to_rank(word) for word in text.strip("[] ").split(","))
+
+
+def to_positive_list(text: str) -> tuple[float, ...]:
+    """Read positive numbers separated by commas."""
+    return tuple(to_positive(word) for word in text.strip("[] ").split(","))
+
+
+def to_patterns(text: str) -> tuple[re.Pattern[str], ...]:
+    """Read one regular expression, or a list of them as Python writes it: ['a.*', 'b.*']."""
+    try:
+        words = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        words = [text]
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        words = [text]
+    return tuple(_pattern(word) for word in words)
+
+
+def to_pattern_table(read: Callable[[str], Any]) -> Parse:
+    """Return a reader of `pattern=value,pattern=value`; `read` reads a value."""
+
+    def read_table(text: str) -> tuple[tuple[re.Pattern[str], Any], ...]:
+        if not _TABLE.fullmatch(text):
+            raise ValueError("pattern=value, separated by commas")
+        return tuple((_pattern(pair[1]), read(pair[2])) for pair in _PAIR.finditer(text))
+
+    return read_table
+
+
 def to_probability(text: str) -> float:
     """Read a dropout probability."""
     return _number(text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
@@ -106,6 +142,13 @@ def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
     if not fits(value):
         raise ValueError(what)
     return value
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"a regular expression ('{text}': {error})") from None
 
 
 def _is_rank(value: object) -> bool:

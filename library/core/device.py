@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import sys
 
 import torch
 
 from library.core.errors import ConfigError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 _DTYPES = {
     "bf16": torch.bfloat16,
@@ -62,6 +66,20 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the CPU memory that it frees, for its next step. Does nothing where there is no glibc.
+
+    Otherwise glibc gives the memory of a step's activations back to the system, and the next step gets it again page
+    by page, which is a twentieth of a step's time.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    most = 2**31 - 1
+    for threshold in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        mallopt(threshold, most)
 
 
 def empty_cache(device: torch.device) -> None:

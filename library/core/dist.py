@@ -64,6 +64,12 @@ class Processes:
         """Return the sum of `tensor` over all processes."""
         return tensor if self.world == 1 else self.accelerator.reduce(tensor, reduction="sum")
 
+    def any(self, wish: bool) -> bool:
+        """Return on every process whether `wish` is true on at least one."""
+        if self.world == 1:
+            return wish
+        return bool(self.sum(torch.tensor(float(wish), device=self.device)).item())
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace each parameter's gradient by its sum over all processes, in one exchange a dtype.
 

@@ -46,3 +46,13 @@ class StorageError(UserError):
     """A file could not be written (disk full, no permission while running)."""
 
     exit_code = 74
+
+
+class Stopped(BaseException):
+    """The run was asked to stop and left everything in order; the same command with --resume goes on.
+
+    Not an error, and like KeyboardInterrupt not an Exception, so that nothing on the way mistakes it for a
+    failure and carries on.
+    """
+
+    exit_code = 75

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +46,70 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path`; when the block ends, flush all its files and rename it to `path`.
+
+    Whoever looks at `path` sees the whole new folder, the whole old one, or (for an instant, when an old one
+    is replaced) none. On any failure what was at `path` stays and the hidden folder is removed.
+
+    Raises:
+        StorageError: the operating system refused a write (disk full, no permission).
+    """
+    path = Path(path)
+    staging = path.parent / _owned_name("tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        for file in sorted(staging.iterdir()):
+            _sync_file(file)
+        _sync_directory(staging)
+        if path.exists():
+            remove_directory(path)
+        os.rename(staging, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise StorageError(f"Could not write {path}: {explain(error)}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a folder; it is renamed first, so that nobody takes a half-deleted one for whole.
+
+    Raises:
+        OSError: it cannot be renamed. What cannot be deleted then is left to `sweep_leftovers`.
+    """
+    trash = path.parent / _owned_name("trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Delete hidden folders in `folder` that dead processes left in the middle of the functions above.
+
+    Those of living processes and of other computers that share the disk are left alone.
+    """
+    import psutil  # comes with accelerate; signal 0, the POSIX way to ask, kills the process on Windows
+
+    for leftover in Path(folder).glob(".folder-*"):
+        owner, _, number = leftover.name.removeprefix(".folder-").rpartition("-")
+        own = owner in (_owner("tmp"), _owner("trash")) and number.isdigit()
+        if own and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _owned_name(purpose: str) -> str:
+    return f".folder-{_owner(purpose)}-{os.getpid()}"
+
+
+def _owner(purpose: str) -> str:
+    return f"{purpose}-{platform.node()[:32]}"
 
 
 def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
@@ -104,6 +170,12 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def _sync_file(path: Path) -> None:
+    """Flush a file's content to the disk. Windows wants the file open for writing."""
+    with open(path, "r+b") as handle:
+        os.fsync(handle.fileno())
 
 
 def _sync_directory(path: Path) -> None:

@@ -41,4 +41,17 @@ def read_content(path: Path, what: str) -> object:
 
 def dump_toml(content: dict[str, object]) -> str:
     """Return `content` as TOML text; None values are left out, since TOML has no null."""
-    return toml.dumps({k: v for k, v in content.items() if v is not None})
+    return toml.dumps({k: v for k, v in content.items() if v is not None}, _Encoder())
+
+
+class _Encoder(toml.TomlEncoder):
+    """The package's encoder with strings of its own: the original turns a backslash before x into nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dump_funcs[str] = _quoted
+
+
+def _quoted(text: str) -> str:
+    """A JSON string is a TOML string, but for the one control character that JSON leaves as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -21,6 +21,7 @@ from library.options.request import ImageRequest
 
 PARAMETERS_KEY = "parameters"
 JSON_KEY = "flow-scripts"
+_SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmsolver++": "DPM++ 2M"}  # as in the web UI
 
 
 def write_png(path: Path, pixels_HWC: np.ndarray, request: ImageRequest, extra: Mapping[str, str]) -> None:
@@ -41,7 +42,7 @@ def parameters_text(request: ImageRequest, extra: Mapping[str, str]) -> str:
     """Return the request as prompt, negative prompt, and one line of `Name: value` pairs."""
     pairs = {
         "Steps": request.steps,
-        "Sampler": "Euler",
+        "Sampler": _SAMPLER_NAMES[request.sampler],
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",

@@ -49,10 +49,10 @@ _INLINE = {
     "ctr": _Option("cfg_trunc_ratio", float, "a number"),
     "rcfg": _Option("renorm_cfg", float, "a number"),
     "fs": _Option("discrete_flow_shift", float, "a number"),
+    "ss": _Option("sampler", str, "text"),
     "m": _Option("lora_multipliers", _multipliers, "numbers separated by commas"),
 }
 _REFUSED = {
-    "ss": "there is one sampler, Euler's method along the flow",
     "cn": "ControlNet pictures are not supported",
 }
 _TABLE_KEYS: dict[str, tuple[str, type]] = {
@@ -67,6 +67,7 @@ _TABLE_KEYS: dict[str, tuple[str, type]] = {
     "cfg_trunc_ratio": ("cfg_trunc_ratio", float),
     "renorm_cfg": ("renorm_cfg", float),
     "discrete_flow_shift": ("discrete_flow_shift", float),
+    "sample_sampler": ("sampler", str),
 }
 _KIND_NAMES = {str: "text", int: "a whole number", float: "a number"}
 

@@ -56,7 +56,7 @@ def generate(
     sigmas = sampler_sigmas(first.steps, first.discrete_flow_shift)
     with tqdm(total=first.steps, desc="drawing", leave=False, disable=not progress) as bar:
         velocity_at = guided(model.velocity, conditions, negatives, first)
-        latents_BCHW = solve(velocity_at, noise_BCHW, sigmas, on_step=bar.update)
+        latents_BCHW = solve(velocity_at, noise_BCHW, sigmas, bar.update, sampler=first.sampler)
     # One by one: decoding takes the most memory of all, and a picture is then the same in every batch.
     latents = _finite(latents_BCHW).split(1)
     return [to_uint8(_finite(model.decode(latents_1CHW)))[0] for latents_1CHW in latents]

@@ -11,12 +11,15 @@ on as fp32.
     nextdit_shift   u shifted by the resolution's shift                  the recipe of Lumina Image 2.0
     flux_shift      s shifted by the resolution's shift                  the recipe of FLUX
     sigma           a row of the shifted table of 1000 sigmas, drawn from weighting_scheme's density
+
+min_timestep and max_timestep cut a density off at both ends: between them it keeps its form.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import NormalDist
 
 from library.core import seeds
@@ -24,6 +27,7 @@ from library.options.timesteps import TimestepOptions
 
 TABLE_SIZE = 1000
 _NORMAL = NormalDist()
+_BISECTIONS = 53
 _TINY = 2.0**-53  # keeps u inside (0, 1), where the normal quantile is finite
 
 
@@ -39,7 +43,35 @@ def draw_sigma(options: TimestepOptions, tokens: int, seed: int, *key: int) -> f
 
 def sigma_at(options: TimestepOptions, tokens: int, u: float) -> float:
     """Return the sigma in [0, 1] that the options' sampling gives to the uniform number `u`."""
+    low, high = options.sigma_range
+    if (low, high) == (0, 1):
+        return _uncut_sigma(options, tokens, u)
+    first, last = _range_of_u(options, tokens)
+    return min(max(_uncut_sigma(options, tokens, first + (last - first) * u), low), high)
+
+
+def _uncut_sigma(options: TimestepOptions, tokens: int, u: float) -> float:
     return _SAMPLINGS[options.timestep_sampling](options, tokens, min(max(u, _TINY), 1 - _TINY))
+
+
+@lru_cache(maxsize=1024)
+def _range_of_u(options: TimestepOptions, tokens: int) -> tuple[float, float]:
+    """Return the u of the least and of the greatest sigma that is allowed; every sampling is monotonic."""
+    rises = _uncut_sigma(options, tokens, 1) > _uncut_sigma(options, tokens, 0)
+    low, high = (_place_of(options, tokens, bound, rises) for bound in options.sigma_range)
+    return low, high
+
+
+def _place_of(options: TimestepOptions, tokens: int, sigma: float, rises: bool) -> float:
+    """Find by bisection the u from which on (rising), or up to which (falling), sigma is at least `sigma`."""
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if (_uncut_sigma(options, tokens, middle) < sigma) == rises:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def shift(sigma: float, factor: float) -> float:

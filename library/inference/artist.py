@@ -36,6 +36,10 @@ class Artist(Generic[Condition]):
         if new:
             self._conditions |= dict(zip(new, self._encode(new), strict=True))
 
+    def forget(self) -> None:
+        """Forget encoded texts, because the text encoder has changed."""
+        self._conditions.clear()
+
     def draw(self, request: ImageRequest, folder: Path, facts: Mapping[str, str]) -> Path:
         """Draw a request into `folder/image_<time>_<seed>.png`, with `facts` beside it; return the path."""
         request = request if request.seed is not None else replace(request, seed=secrets.randbits(32))

@@ -48,9 +48,24 @@ class Gemma2Encoder(nn.Module):
         """The dtype of weights and features."""
         return self.model.embed_tokens.weight.dtype
 
-    @torch.no_grad()
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether layers keep only their input for backward, and are computed again there."""
+        return self.model.is_activation_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        if value:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.activation_checkpointing_disable()
+        self.train(value)  # transformers checkpoints in training mode only; Gemma2 has no dropout to wake up
+
     def encode(self, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Encode texts as one batch; return (L, D) features of each, without padding."""
+        """Encode texts as one batch; return (L, D) features of each, without padding.
+
+        The weights are frozen, so no graph is kept unless layers carry LoRAs that are trained.
+        """
         longest = max(map(len, token_ids))
         padded = [[*ids, *[_PAD_ID] * (longest - len(ids))] for ids in token_ids]
         ids_BL = torch.tensor(padded, device=self.device)
@@ -102,7 +117,9 @@ def encode_prompts(
     max_length: int,
     batch_size: int = 8,
 ) -> list[Condition]:
-    """Encode whole prompts (see `format_prompt`); what a text is encoded together with makes no difference.
+    """Encode whole prompts (see `format_prompt`).
+
+    What a text is encoded together with changes no more than its last bits.
 
     Texts of similar length are put together, so little is padded. They are cut after `max_length` tokens.
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from library.core.checkpoint_files import Checkpoint, open_checkpoint
 from library.core.errors import CheckpointError
@@ -117,6 +118,10 @@ def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     return shape
 
 
+_FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+_LAYER_TYPES = ("sliding_attention", "full_attention")
+
+
 class _Config:
     """The config.json beside the weights, or a copy in the file's metadata, if it is one of a Gemma2."""
 
@@ -126,6 +131,15 @@ class _Config:
         values = next((c for c in candidates if c.get("model_type") == "gemma2"), {})
         rope = values.get("rope_parameters")
         self._values = {**values, **(rope if isinstance(rope, dict) else {})}
+        for key, usual in _FIXED.items():
+            if self._values.get(key, usual) != usual:
+                self._refuse(key, f"only {usual!r} is supported")
+        kinds = self._values.get("layer_types") or []
+        if any(kind != _LAYER_TYPES[number % 2] for number, kind in enumerate(kinds)):
+            self._refuse("layer_types", f"only {' and '.join(_LAYER_TYPES)} in turn are supported")
+
+    def _refuse(self, key: str, why: str) -> NoReturn:
+        raise CheckpointError(f"config.json of {self._path}: {key} is {self._values[key]!r}; {why}.")
 
     def number(self, key: str, default: float) -> float:
         """Return a number of the configuration."""

@@ -1,12 +1,12 @@
 """The transformer of Lumina Image 2.0 as files: which layout, which sizes, which tensor is which. No torch.
 
-Layouts: the original one (`layers.0.attention.qkv.weight`), bare or under `model.diffusion_model.` as in ComfyUI
-and all-in-one checkpoints, and that of `diffusers.Lumina2Transformer2DModel`
+Layouts: the original one (`layers.0.attention.qkv.weight`), bare or under `model.diffusion_model.` as in
+ComfyUI and all-in-one checkpoints, and that of `diffusers.Lumina2Transformer2DModel`
 (`layers.0.attn.to_q.weight`, ...), as a file, a folder or shards.
 
-Sizes are read off tensor shapes, so a model of any size loads. What shapes cannot tell (how the head is divided among
-the position axes, epsilons, patch size) comes from the file's metadata or the config.json beside it, else it is
-as in the released 2B model.
+Sizes are read off tensor shapes, so a model of any size loads. What shapes cannot tell (how the head is
+divided among the position axes, epsilons, patch size) comes from the file's metadata or the config.json
+beside it, else it is as in the released 2B model.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def inspect_lumina2(path: Path) -> Lumina2Checkpoint:
             with `transformer/`).
 
     Raises:
-        CheckpointError: unreadable, truncated, of another kind, with tensors missing, extra or misshapen, or with
-            settings that do not fit the shapes.
+        CheckpointError: unreadable, truncated, of another kind, with tensors missing, extra or misshapen, or
+            with settings that do not fit the shapes.
     """
     found = open_checkpoint(path, subfolder="transformer")
     checkpoint, layout = _detect(found)
@@ -112,7 +112,7 @@ def _detect(found: Checkpoint) -> tuple[Checkpoint, str]:
     refuse(found, _WANTED)
 
 
-# ---- sizes ---------------------------------------------------------------------------------------------------------
+# ---- sizes ----
 
 
 def _read_params(checkpoint: Checkpoint, layout: str) -> NextDiTParams:
@@ -152,14 +152,14 @@ def _read_params(checkpoint: Checkpoint, layout: str) -> NextDiTParams:
     )
     if sum(params.axes_dims) != head_dim or any(dim < 2 or dim % 2 for dim in params.axes_dims):
         raise CheckpointError(
-            f"{checkpoint.path}: axes_dims {list(params.axes_dims)} must be even and add up to {head_dim}, the "
-            f"features of a head."
+            f"{checkpoint.path}: axes_dims {list(params.axes_dims)} must be even and add up to "
+            f"{head_dim}, the features of a head."
         )
     return params
 
 
 def _axes_of(head_dim: int) -> tuple[int, int, int]:
-    """Divide a head among caption, row and column as the 2B model does: equally; what is over goes to the caption."""
+    """Divide a head among caption, row and column: equally, as in the 2B model; the rest to the caption."""
     spatial = head_dim // 6 * 2
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -195,11 +195,11 @@ class _Shapes:
         return shape[dimension]
 
 
-# ---- settings beside the shapes --------------------------------------------------------------------------------------
+# ---- settings beside the shapes ----
 
 
 class _Settings:
-    """Values from the safetensors metadata, and from a config.json that speaks of this model; metadata wins."""
+    """Values from the safetensors metadata, then from a config.json that speaks of this model."""
 
     def __init__(self, path: Path, values: Mapping[str, object]) -> None:
         self._path = path
@@ -226,7 +226,9 @@ class _Settings:
             return default
         value = self._values[key]
         if not isinstance(value, list) or len(value) != 3 or not all(type(v) is int for v in value):
-            raise CheckpointError(f"{self._path}: setting {key} is {value!r}, but must be three whole numbers.")
+            raise CheckpointError(
+                f"{self._path}: setting {key} is {value!r}, but must be three whole numbers."
+            )
         return tuple(value)
 
 
@@ -243,7 +245,13 @@ def _settings(checkpoint: Checkpoint) -> _Settings:
     return _Settings(checkpoint.path, values)
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names ----
+
+
+def linear_layers(params: NextDiTParams) -> list[str]:
+    """Return the paths of the network's linear layers."""
+    matrices = (name for name, shape in parameter_shapes(params) if len(shape) == 2)
+    return [name.removesuffix(".weight") for name in matrices]
 
 
 def parameter_shapes(params: NextDiTParams) -> Iterator[NamedShape]:
@@ -288,7 +296,7 @@ def _same_name(name: str) -> tuple[str, ...]:
 
 
 def diffusers_names(name: str) -> tuple[str, ...]:
-    """Return what `diffusers.Lumina2Transformer2DModel` calls a parameter: one name, or three for the fused qkv."""
+    """Return what `diffusers.Lumina2Transformer2DModel` calls a parameter: three names for the fused qkv."""
     if name.endswith(".attention.qkv.weight"):
         block = name.removesuffix(".attention.qkv.weight")
         return tuple(f"{block}.attn.to_{part}.weight" for part in "qkv")

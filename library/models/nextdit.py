@@ -1,21 +1,24 @@
 """NextDiT, the transformer of Lumina Image 2.0.
 
 Notable facts:
-- The tokens of all samples lie end to end, (T, D): captions at their real length, images of any size. There is no
-  padding and no mask; linear layers and norms see one long sequence, only attention knows where a sample ends.
-- Captions and images are refined apart (`context_refiner`, `noise_refiner`), then joined: caption first, then image.
-- Sandwich norms: RMS normalisation before and after attention and feed-forward. The timestep scales the first and,
-  through tanh, gates the second; the context refiner knows no timestep.
+- The tokens of all samples lie end to end, (T, D): captions at their real length, images of any size. There
+  is no padding and no mask; linear layers and norms see one long sequence, only attention knows where a
+  sample ends.
+- Captions and images are refined apart (`context_refiner`, `noise_refiner`), then joined: caption first,
+  then image.
+- Sandwich norms: RMS normalisation before and after attention and feed-forward. The timestep scales the
+  first and, through tanh, gates the second; the context refiner knows no timestep.
 - Queries and keys are normalised head by head; several query heads share one key/value head.
-- Position is rotary over three axes: (caption index, row, column). Image tokens have caption index = caption length.
+- Position is rotary over three axes: caption index, row, column. The caption index of an image's tokens is
+  the length of its caption.
 - Time runs from 0 (noise) to 1 (image) and the output is x0 - noise; `library.models.lumina2` translates.
 - Modules are named as in the original release, because LoRA files are named after them.
 
 Paper: https://arxiv.org/abs/2503.21758. Code of the authors: https://github.com/Alpha-VLLM/Lumina-Image-2.0.
 
-Shape legend: T packed tokens, B samples, D model features, E features of the timestep, H query heads, K key/value
-heads, S query, key and value heads together, F features of a head; C channels, h and w height and width of a latent, L
-caption tokens of one sample.
+Shape legend: T packed tokens, B samples, D model features, E features of the timestep, H query heads, K
+key/value heads, S query, key and value heads together, F features of a head; C channels, h and w height and
+width of a latent, L caption tokens of one sample.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from library.nn.layers import (
     scaled_rms_norm,
     swiglu,
 )
+from library.nn.offload import offloaded_checkpoint
 from library.nn.products import Linear
 from library.nn.rope import RopeTables
 
@@ -91,7 +95,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each between two norms; if `modulated`, scaled and gated by the timestep."""
+    """Attention and feed-forward between two norms each; if `modulated`, scaled and gated by time."""
 
     def __init__(self, params: NextDiTParams, modulated: bool) -> None:
         super().__init__()
@@ -137,19 +141,24 @@ class FinalLayer(nn.Module):
         """Samples of (tokens, D), one row of time each -> (T, patch features)."""
         scales_BD = 1 + self.adaLN_modulation(time_BE)
         normed = [F.layer_norm(x_TD, x_TD.shape[-1:], eps=1e-6) for x_TD in parts]
-        return self.linear(torch.cat([x_TD * scale_D for x_TD, scale_D in zip(normed, scales_BD, strict=True)]))
+        return self.linear(
+            torch.cat([x_TD * scale_D for x_TD, scale_D in zip(normed, scales_BD, strict=True)])
+        )
 
 
 class NextDiT(nn.Module):
     """The network; see the module's docstring.
 
-    `gradient_checkpointing`: keep only the input of each block for backward, and compute the block again there.
+    `gradient_checkpointing`: keep only the input of each block for backward, and compute the block again
+    there.
+    `offload_checkpoints`: keep those inputs in the computer's memory instead of the GPU's.
     """
 
     def __init__(self, params: NextDiTParams) -> None:
         super().__init__()
         self.params = params
         self.gradient_checkpointing = False
+        self.offload_checkpoints = False
         self.rope = RopeTables(params.axes_dims, params.rope_theta)
         self.x_embedder = Linear(params.patch_dim, params.dim)
         self.t_embedder = TimestepEmbedder(params.time_dim, params.time_frequencies)
@@ -187,12 +196,11 @@ class NextDiT(nn.Module):
         time_BE = self.t_embedder(t_B).to(self.dtype)
         text_TD = self._run(self.context_refiner, self._embed_captions(captions), text)
         image_TD = self._run(self.noise_refiner, self._embed_images(x), image, time_BE)
-        parts = zip(_split(text_TD, text), _split(image_TD, image), strict=True)
-        x_TD = self._run(self.layers, torch.cat([tokens for part in parts for tokens in part]), joint, time_BE)
-        images = [
-            tokens_TD[length:] for tokens_TD, length in zip(_split(x_TD, joint), text.packing.lengths, strict=True)
-        ]
-        patches = _split(self.final_layer(images, time_BE), image)
+        pairs = zip(_split(text_TD, text), _split(image_TD, image), strict=True)
+        x_TD = torch.cat([tokens for pair in pairs for tokens in pair])
+        x_TD = self._run(self.layers, x_TD, joint, time_BE)
+        pairs = zip(_split(x_TD, joint), text.packing.lengths, strict=True)
+        patches = _split(self.final_layer([tokens[length:] for tokens, length in pairs], time_BE), image)
         return [self._unpatchify(tokens, grid) for tokens, grid in zip(patches, grids, strict=True)]
 
     def _grid(self, x_Chw: Tensor) -> tuple[int, int]:
@@ -200,8 +208,8 @@ class NextDiT(nn.Module):
         patch, (channels, height, width) = self.params.patch_size, x_Chw.shape
         if channels != self.params.in_channels or height % patch or width % patch:
             raise ValueError(
-                f"latents of shape {tuple(x_Chw.shape)} do not fit: {self.params.in_channels} channels and a height and "
-                f"width divisible by {patch} are needed"
+                f"latents of shape {tuple(x_Chw.shape)} do not fit: {self.params.in_channels} channels, and "
+                f"a height and width divisible by {patch} are needed"
             )
         return height // patch, width // patch
 
@@ -236,10 +244,15 @@ class NextDiT(nn.Module):
         patch, (rows, columns) = self.params.patch_size, grid
         return rearrange(tokens, "(h w) (p q c) -> c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
 
-    def _run(self, blocks: nn.ModuleList, x_TD: Tensor, layout: Layout, time_BE: Tensor | None = None) -> Tensor:
+    def _run(
+        self, blocks: nn.ModuleList, x_TD: Tensor, layout: Layout, time_BE: Tensor | None = None
+    ) -> Tensor:
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, layout, time_BE, use_reentrant=False)
+                if self.offload_checkpoints:
+                    x_TD = offloaded_checkpoint(block, x_TD, layout, time_BE)
+                else:
+                    x_TD = checkpoint(block, x_TD, layout, time_BE, use_reentrant=False)
             else:
                 x_TD = block(x_TD, layout, time_BE)
         return x_TD

@@ -1,7 +1,8 @@
-"""Attention over packed sequences: the tokens of all samples lie end to end, and each sample attends to itself alone.
+"""Attention over packed sequences: the tokens of all samples lie end to end, and each sample attends to
+itself alone.
 
-There is no padding and no mask. Keys and values may have fewer heads than queries (grouped queries); they are not
-repeated. Kernels:
+There is no padding and no mask. Keys and values may have fewer heads than queries (grouped queries); they
+are not repeated. Kernels:
 
 - `sdpa`: torch's scaled_dot_product_attention, one call a sample. Every device and dtype.
 - `varlen`: torch.nn.attention.varlen, one call a batch. CUDA, bf16 or fp16.
@@ -31,7 +32,10 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the samples of a packed batch lie. `ends` is (B + 1,) int32 on the device: 0 and each sample's end."""
+    """Where the samples of a packed batch lie.
+
+    lengths: tokens of each sample. ends: (B + 1,) int32 on the device, 0 and each sample's end; CUDA only.
+    """
 
     lengths: tuple[int, ...]
     ends: Tensor | None = None
@@ -58,7 +62,8 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
         raise MissingPackageError("flash_attn", "Attention kernel 'flash'", "flash-attn --no-build-isolation")
     if kernel in ("flash", "varlen") and (device.type != "cuda" or dtype not in _HALF):
         raise ConfigError(
-            f"Attention kernel '{kernel}' needs a CUDA device and bf16 or fp16, not {device.type} and {dtype}; use 'sdpa'."
+            f"Attention kernel '{kernel}' needs a CUDA device and bf16 or fp16, not {device.type} and "
+            f"{dtype}; use 'sdpa'."
         )
 
 
@@ -83,7 +88,7 @@ _Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
 def _choose(q_THD: Tensor, packing: Packing, kernel: str) -> _Kernel:
     if kernel == "auto":
-        # torch's varlen kernel is written for NVIDIA, and a single sample is served by SDPA's own choice of kernels
+        # torch's varlen kernel is written for NVIDIA; a single sample is best left to SDPA's choice
         able = q_THD.is_cuda and torch.version.cuda is not None and q_THD.dtype in _HALF
         kernel = "varlen" if able and len(packing.lengths) > 1 and _has_flash(q_THD.device) else "sdpa"
     return {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash}[kernel]

@@ -1,14 +1,17 @@
-"""The memory-bound parts of a transformer block: normalisation with modulation, gated residual, SwiGLU, q/k preparation.
+"""The memory-bound parts of a transformer block: modulated norms, gated residuals, SwiGLU, query and key
+preparation.
 
-Each `plain_*` function is the reference: it says what is computed, and it is what `torch.compile` gets to see. The
-function of the same name without `plain_` computes the same and keeps less for backward: its inputs, and whatever is
-one number a row. On the CPU that is written out by hand, in fp32 inside and rounded once, some rows at a time so that
-temporaries stay in the cache; elsewhere the plain function runs again in backward where that saves memory.
+Each `plain_*` function is the reference: it says what is computed, and it is what `torch.compile` gets to
+see. The function of the same name without `plain_` computes the same and keeps less for backward: its
+inputs, and whatever is one number a row. Where that is faster it is written out by hand, in fp32 inside and
+rounded once, on the CPU some rows at a time so that temporaries stay in the cache; elsewhere the plain
+function runs again in backward.
 
-Norm weights enter as a `gain` that callers make with ordinary operations, so they get gradients when they want them.
+Norm weights enter as a `gain` that callers make with ordinary operations, so they get gradients if they
+want them.
 
-Shape legend: T packed tokens of all samples, B samples, D features, F hidden features of the feed-forward, H heads of
-queries followed by heads of keys, P pairs of features of a head.
+Shape legend: T packed tokens of all samples, B samples, D features, F features of the feed-forward's middle
+or of one head, H heads, P pairs of features of a head.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +28,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.rope import rotate
 
-_BLOCK_ELEMENTS = 1 << 18  # numbers that a CPU loop takes at a time: 1 MB in fp32, which fits a second-level cache
+_BLOCK_ELEMENTS = 1 << 18  # numbers that a CPU loop takes at a time: 1 MB in fp32, part of a level-2 cache
 
 
 class RMSNorm(nn.Module):
-    """Weight and epsilon of an RMS normalisation."""
+    """Weight and epsilon of an RMS normalisation; `scaled_rms_norm` applies them."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -36,34 +40,37 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def gain(self, factor_BD: Tensor | None = None) -> Tensor:
-        """Return weight * factor in fp32, (B, D), for `scaled_rms_norm`; (1, D) without a factor."""
-        weight_D = self.weight.float()
-        return weight_D.unsqueeze(0) if factor_BD is None else weight_D * factor_BD.float()
+        """Return weight * factor in fp32, (B, D); (1, D) without a factor."""
+        weight_D = self.weight.to(wide(self.weight))
+        return weight_D.unsqueeze(0) if factor_BD is None else weight_D * factor_BD
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{len(self.weight)}, eps={self.eps:g}"
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid of a time in [0, 1] (not scaled; cosines first), then a two-layer perceptron.
+    """Sinusoid of a time in [0, 1] (unscaled, cosines first), then a two-layer perceptron.
 
-    It runs in the dtype of its own weights, which the loader keeps in fp32: in bf16 two thirds of all times in a
-    thousand would coincide.
+    It runs in the dtype of its own weights, which the loader keeps in fp32: bf16 has 254 different times.
     """
 
-    def __init__(self, dim: int, frequency_dim: int = 256, max_period: float = 10000.0) -> None:
+    def __init__(self, dim: int, frequencies: int = 256, max_period: float = 10000.0) -> None:
         super().__init__()
-        self.frequency_dim = frequency_dim
+        self.frequencies = frequencies
         self.max_period = max_period
-        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t_B: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        half = self.frequency_dim // 2
+        half = self.frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
         angles = t_B.float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)
         features = torch.cat((angles.cos(), angles.sin()), dim=-1)
         return self.mlp(features.to(next(self.parameters()).dtype))
 
 
-# ---- x / rms(x) * gain, alone or added to the residual stream -------------------------------------------------------
+# ---- x / rms(x) * gain, alone or added to the residual stream ----
 
 
 def plain_scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float) -> Tensor:
@@ -72,14 +79,8 @@ def plain_scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int],
     gain_BD = gain_BD.to(x_TD.dtype)
     if len(gain_BD) == 1:
         return normed_TD * gain_BD
-    return torch.cat([part * gain for part, gain in zip(normed_TD.split(list(lengths)), gain_BD, strict=True)])
-
-
-def plain_normed_residual(
-    stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float
-) -> Tensor:
-    """stream + x / rms(x) * gain."""
-    return stream_TD + plain_scaled_rms_norm(x_TD, gain_BD, lengths, eps)
+    parts = normed_TD.split(list(lengths))
+    return torch.cat([part_TD * gain_D for part_TD, gain_D in zip(parts, gain_BD, strict=True)])
 
 
 def scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float) -> Tensor:
@@ -89,21 +90,27 @@ def scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: 
         gain_BD: one row a sample, or a single row for all.
         lengths: tokens of each sample, in order.
     """
-    if _by_hand(x_TD):
+    if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
         return _ScaledRMSNorm.apply(x_TD, gain_BD, None, tuple(lengths), eps)
     plain = functools.partial(plain_scaled_rms_norm, lengths=lengths, eps=eps)
-    return run_again_in_backward(plain, x_TD, gain_BD) if gain_BD.requires_grad else plain(x_TD, gain_BD)
+    return _run_again_for_gain(plain, x_TD, gain_BD)
+
+
+def plain_normed_residual(
+    stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float
+) -> Tensor:
+    """stream + x / rms(x) * gain."""
+    return stream_TD + plain_scaled_rms_norm(x_TD, gain_BD, lengths, eps)
 
 
 def normed_residual(
     stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float
 ) -> Tensor:
-    """Return stream + x / rms(x) * gain, as `scaled_rms_norm`. A gate is a factor of the gain."""
-    if _by_hand(x_TD):
+    """Return stream + x / rms(x) * gain, see `scaled_rms_norm`. A gate is a factor of the gain."""
+    if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
         return _ScaledRMSNorm.apply(x_TD, gain_BD, stream_TD, tuple(lengths), eps)
     plain = functools.partial(plain_normed_residual, lengths=lengths, eps=eps)
-    inputs = (stream_TD, x_TD, gain_BD)
-    return run_again_in_backward(plain, *inputs) if gain_BD.requires_grad else plain(*inputs)
+    return _run_again_for_gain(plain, stream_TD, x_TD, gain_BD)
 
 
 class _ScaledRMSNorm(torch.autograd.Function):
@@ -124,10 +131,11 @@ class _ScaledRMSNorm(torch.autograd.Function):
         rstd_T1 = torch.empty(tokens, 1, dtype=wide(x_TD))
         for rows, sample in _row_blocks(lengths, dim):
             x = x_TD[rows].to(rstd_T1.dtype)
-            rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=rstd_T1[rows])
-            rstd.square_().div_(dim).add_(eps).rsqrt_()
-            y = (x * rstd).mul_(gain_BD[sample])
-            y_TD[rows] = y if stream_TD is None else y.add_(stream_TD[rows])
+            rstd = _reciprocal_rms(x, eps, rstd_T1[rows])
+            with _wide_room(y_TD[rows]) as y:
+                torch.mul(x, rstd, out=y).mul_(gain_BD[sample])
+                if stream_TD is not None:
+                    y.add_(stream_TD[rows])
         ctx.save_for_backward(x_TD, gain_BD, rstd_T1)
         ctx.lengths = lengths
         return y_TD
@@ -137,22 +145,33 @@ class _ScaledRMSNorm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gain_BD, rstd_T1 = ctx.saved_tensors
         need_x, need_gain, need_stream, _, _ = ctx.needs_input_grad
-        dim = x_TD.shape[-1]
         grad_x_TD = torch.empty_like(x_TD) if need_x else None
         grad_gain_BD = torch.zeros_like(gain_BD) if need_gain else None
-        for rows, sample in _row_blocks(ctx.lengths, dim):
+        for rows, sample in _row_blocks(ctx.lengths, x_TD.shape[-1]):
             rstd = rstd_T1[rows]
             x, grad = x_TD[rows].to(rstd.dtype), grad_TD[rows].to(rstd.dtype)
             if need_gain:
                 grad_gain_BD[sample] += (x * rstd).mul_(grad).sum(0)
             if need_x:
-                inner = grad * gain_BD[sample]
-                along = torch.linalg.vecdot(inner, x).unsqueeze(-1).mul_(rstd.pow(3)).div_(dim)
-                grad_x_TD[rows] = inner.mul_(rstd).addcmul_(x, along, value=-1)
+                with _wide_room(grad_x_TD[rows]) as grad_x:
+                    torch.mul(grad, gain_BD[sample], out=grad_x)
+                    _through_rms(grad_x, x, rstd)
         return grad_x_TD, grad_gain_BD, grad_TD if need_stream else None, None, None
 
 
-# ---- SwiGLU --------------------------------------------------------------------------------------------------------
+def _reciprocal_rms(x: Tensor, eps: float, out: Tensor) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, written to `out`."""
+    torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=out)
+    return out.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _through_rms(grad: Tensor, x: Tensor, rstd: Tensor) -> None:
+    """Turn the gradient of x / rms(x) into that of x, in place: rstd * (g - x * mean(g x) * rstd^2)."""
+    along = torch.linalg.vecdot(grad, x).unsqueeze(-1).mul_(rstd.pow(3)).div_(x.shape[-1])
+    grad.mul_(rstd).addcmul_(x, along, value=-1)
+
+
+# ---- SwiGLU ----
 
 
 def plain_swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
@@ -161,20 +180,18 @@ def plain_swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
 
 
 def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
-    """Return silu(a) * b; silu(a) is not kept for backward."""
-    if torch.compiler.is_compiling():
-        return plain_swiglu(a_TF, b_TF)
-    return _SwiGLU.apply(a_TF, b_TF)
+    """Return silu(a) * b. Nothing is kept for backward but a and b, which linear layers made."""
+    return plain_swiglu(a_TF, b_TF) if torch.compiler.is_compiling() else _SwiGLU.apply(a_TF, b_TF)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(a) * b. Keeps a and b, which the linear layers made anyway, and nothing else."""
+    """silu(a) * b on any device."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, a_TF: Tensor, b_TF: Tensor) -> Tensor:
         ctx.save_for_backward(a_TF, b_TF)
         y_TF = torch.empty_like(a_TF)
-        for rows in _blocks_of(a_TF):
+        for rows in _blocks(a_TF):
             torch.mul(F.silu(a_TF[rows]), b_TF[rows], out=y_TF[rows])
         return y_TF
 
@@ -183,93 +200,94 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_TF: Tensor) -> tuple[Tensor | None, ...]:
         a_TF, b_TF = ctx.saved_tensors
         grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
-        for rows in _blocks_of(a_TF):
+        for rows in _blocks(a_TF):
             a, grad = a_TF[rows], grad_TF[rows]
             torch.mul(F.silu(a), grad, out=grad_b_TF[rows])
-            grad_a_TF[rows] = torch.ops.aten.silu_backward(grad * b_TF[rows], a)
+            torch.ops.aten.silu_backward.grad_input(grad * b_TF[rows], a, grad_input=grad_a_TF[rows])
         return grad_a_TF, grad_b_TF
 
 
-# ---- queries and keys: a norm a head, then the rotary embedding -----------------------------------------------------
+# ---- queries and keys: a norm a head, then the rotary embedding ----
 
 
-def plain_norm_and_rotate(x_THD: Tensor, gain_HD: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
+def plain_norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
     """rotate(x / rms(x) * gain), the norm over each head's own features."""
-    normed_THD = F.rms_norm(x_THD.to(wide(x_THD)), x_THD.shape[-1:], eps=eps) * gain_HD
-    return rotate(normed_THD, table_TP2).to(x_THD.dtype)
+    normed_THF = F.rms_norm(x_THF.to(wide(x_THF)), x_THF.shape[-1:], eps=eps) * gain_HF
+    return rotate(normed_THF, table_TP2).to(x_THF.dtype)
 
 
-def norm_and_rotate(x_THD: Tensor, gain_HD: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
+def norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
     """Return rotate(x / rms(x) * gain), contiguous, in the dtype of x.
 
     Args:
-        gain_HD: the norm's weight for each head (queries and keys differ), fp32.
+        x_THF: heads of queries and of keys, one after another.
+        gain_HF: the norm's weight for each of these heads, fp32.
         table_TP2: cos and sin of each token and pair, see `library.nn.rope`.
     """
-    if _by_hand(x_THD):
-        return _NormAndRotate.apply(x_THD, gain_HD, table_TP2, eps)
-    plain = functools.partial(plain_norm_and_rotate, table_TP2=table_TP2, eps=eps)
-    return plain(x_THD, gain_HD) if torch.compiler.is_compiling() else run_again_in_backward(plain, x_THD, gain_HD)
+    if x_THF.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        return _NormAndRotate.apply(x_THF, gain_HF, table_TP2, eps)
+    return plain_norm_and_rotate(x_THF, gain_HF, table_TP2, eps)
 
 
 class _NormAndRotate(torch.autograd.Function):
-    """rotate(x / rms(x) * gain) on the CPU, where turning a pair is fastest as a product of complex numbers."""
+    """rotate(x / rms(x) * gain). A pair is turned as one complex number, which is a single operation."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_THD: Tensor, gain_HD: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
-        tokens, heads, dim = x_THD.shape
-        y_THD = x_THD.new_empty(x_THD.shape)
-        rstd_TH1 = torch.empty(tokens, heads, 1, dtype=wide(x_THD))
-        turns_TP = torch.view_as_complex(table_TP2.to(rstd_TH1.dtype)).unsqueeze(1)
-        for rows, _ in _row_blocks((tokens,), heads * dim):
-            x = x_THD[rows].to(rstd_TH1.dtype)
-            rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=rstd_TH1[rows])
-            rstd.square_().div_(dim).add_(eps).rsqrt_()
-            y = torch.mul(x, rstd, out=x.new_empty(x.shape)).mul_(gain_HD)
-            _pairs(y).mul_(turns_TP[rows])
-            y_THD[rows] = y
-        ctx.save_for_backward(x_THD, gain_HD, table_TP2, rstd_TH1)
-        return y_THD
+    def forward(ctx: FunctionCtx, x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
+        tokens, heads, _ = x_THF.shape
+        y_THF = torch.empty_like(x_THF, memory_format=torch.contiguous_format)
+        rstd_TH1 = torch.empty(tokens, heads, 1, dtype=wide(x_THF), device=x_THF.device)
+        turns_T1P = torch.view_as_complex(table_TP2.to(rstd_TH1.dtype)).unsqueeze(1)
+        for rows in _blocks(x_THF):
+            x = x_THF[rows].to(rstd_TH1.dtype)
+            rstd = _reciprocal_rms(x, eps, rstd_TH1[rows])
+            with _wide_room(y_THF[rows]) as y:
+                torch.mul(x, rstd, out=y).mul_(gain_HF)
+                _pairs(y).mul_(turns_T1P[rows])
+        ctx.save_for_backward(x_THF, gain_HF, table_TP2, rstd_TH1)
+        return y_THF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
-        x_THD, gain_HD, table_TP2, rstd_TH1 = ctx.saved_tensors
+    def backward(ctx: FunctionCtx, grad_THF: Tensor) -> tuple[Tensor | None, ...]:
+        x_THF, gain_HF, table_TP2, rstd_TH1 = ctx.saved_tensors
         need_x, need_gain, _, _ = ctx.needs_input_grad
-        tokens, heads, dim = x_THD.shape
-        grad_x_THD = x_THD.new_empty(x_THD.shape) if need_x else None
-        grad_gain_HD = torch.zeros_like(gain_HD) if need_gain else None
-        turns_TP = torch.view_as_complex(table_TP2.to(rstd_TH1.dtype)).conj().resolve_conj().unsqueeze(1)
-        for rows, _ in _row_blocks((tokens,), heads * dim):
+        grad_x_THF = torch.empty_like(x_THF, memory_format=torch.contiguous_format) if need_x else None
+        grad_gain_HF = torch.zeros_like(gain_HF) if need_gain else None
+        turns_T1P = torch.view_as_complex(table_TP2.to(rstd_TH1.dtype)).conj_physical().unsqueeze(1)
+        for rows in _blocks(x_THF):
             rstd = rstd_TH1[rows]
-            x, grad = x_THD[rows].to(rstd.dtype), grad_THD[rows].to(rstd.dtype, copy=True)
-            _pairs(grad).mul_(turns_TP[rows])
+            x = x_THF[rows].to(rstd.dtype)
+            grad = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_THF[rows])
+            _pairs(grad).mul_(turns_T1P[rows])
             if need_gain:
-                grad_gain_HD += (x * rstd).mul_(grad).sum(0)
+                grad_gain_HF += (x * rstd).mul_(grad).sum(0)
             if need_x:
-                inner = grad.mul_(gain_HD)
-                along = torch.linalg.vecdot(inner, x).unsqueeze(-1).mul_(rstd.pow(3)).div_(dim)
-                grad_x_THD[rows] = inner.mul_(rstd).addcmul_(x, along, value=-1)
-        return grad_x_THD, grad_gain_HD, None, None
+                with _wide_room(grad_x_THF[rows]) as grad_x:
+                    torch.mul(grad, gain_HF, out=grad_x)
+                    _through_rms(grad_x, x, rstd)
+        return grad_x_THF, grad_gain_HF, None, None
 
 
-def _pairs(x_THD: Tensor) -> Tensor:
-    """View neighbouring features of a contiguous fp32 tensor as complex numbers."""
-    return torch.view_as_complex(x_THD.unflatten(-1, (-1, 2)))
+def _pairs(x_THF: Tensor) -> Tensor:
+    """View neighbouring features of a contiguous tensor as complex numbers."""
+    return torch.view_as_complex(x_THF.unflatten(-1, (-1, 2)))
 
 
-# ---- shared --------------------------------------------------------------------------------------------------------
+# ---- shared ----
 
 
 def run_again_in_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Return function(*inputs), keeping only the inputs for backward and calling `function` again there.
 
-    Like checkpointing, but for a few deterministic operations: no random state is saved and no hooks are set.
+    Like checkpointing, for a few deterministic operations: no random state is saved and no hooks are set.
     """
     return _RunAgain.apply(function, *inputs)
 
 
 class _RunAgain(torch.autograd.Function):
+    """See `run_again_in_backward`."""
+
     @staticmethod
     def forward(ctx: FunctionCtx, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         ctx.function = function
@@ -281,24 +299,37 @@ class _RunAgain(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
+            pairs = zip(ctx.saved_tensors, needed, strict=True)
+            inputs = [x.detach().requires_grad_(need) for x, need in pairs]
             output = ctx.function(*inputs)
-        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        wanted = [x for x in inputs if x.requires_grad]
         grads = iter(torch.autograd.grad(output, wanted, grad))
         return None, *(next(grads) if need else None for need in needed)
 
 
+def _run_again_for_gain(plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call a plain norm, which keeps a tensor of its own only if its gain, the last input, wants a gradient."""
+    if inputs[-1].requires_grad and not torch.compiler.is_compiling():
+        return run_again_in_backward(plain, *inputs)
+    return plain(*inputs)
+
+
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype in which norms are computed: fp32, or that of x where it is wider still."""
+    """Return the dtype in which norms are computed: fp32, or that of x where it is wider still."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _by_hand(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+@contextmanager
+def _wide_room(result: Tensor) -> Iterator[Tensor]:
+    """Lend room to compute `result` in fp32: its own memory, or scratch that is rounded into it after."""
+    room = result if result.dtype == wide(result) else torch.empty_like(result, dtype=wide(result))
+    yield room
+    if room is not result:
+        result.copy_(room)
 
 
 def _row_blocks(lengths: Sequence[int], width: int) -> Iterator[tuple[slice, int]]:
-    """Cut packed rows into blocks that end where samples end; yields the rows and the sample's index."""
+    """Cut packed rows into blocks that end where samples end; yield the rows and the sample's index."""
     step, start = max(1, _BLOCK_ELEMENTS // width), 0
     for sample, length in enumerate(lengths):
         for offset in range(start, start + length, step):
@@ -306,10 +337,9 @@ def _row_blocks(lengths: Sequence[int], width: int) -> Iterator[tuple[slice, int
         start += length
 
 
-def _blocks_of(x_TF: Tensor) -> Iterator[slice]:
-    """Blocks of rows on the CPU, all rows at once elsewhere, where each operation is a kernel launch."""
-    tokens, width = x_TF.shape
-    if x_TF.device.type != "cpu":
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Blocks of rows on the CPU; elsewhere all rows at once, because each operation is a kernel to launch."""
+    if x.device.type != "cpu":
         yield slice(None)
     else:
-        yield from (rows for rows, _ in _row_blocks((tokens,), width))
+        yield from (rows for rows, _ in _row_blocks((len(x),), x[0].numel() if len(x) else 1))

@@ -1,9 +1,10 @@
 """In which dtype matrix products are computed, and a linear layer that does so.
 
-Many processors multiply fp32 matrices faster than bf16 ones: those without bf16 instructions, where the product is
-emulated, and those whose bf16 instructions are slow (Intel's AVX512-BF16 without AMX runs at half the fp32 rate). There
-half-precision factors are widened to fp32 (which is exact), multiplied, and the result is rounded once. That is at least
-as accurate as a half-precision product with fp32 accumulation, and faster; only the factors at hand are ever wide.
+Many processors multiply fp32 matrices faster than bf16 ones: those without bf16 instructions, where the
+product is emulated, and those whose bf16 instructions are slow (Intel's AVX512-BF16 without AMX runs at
+half the fp32 rate). There half-precision factors are widened to fp32 (which is exact), multiplied, and the
+result is rounded once. That is at least as accurate as a half-precision product with fp32 accumulation, and
+faster; only the factors at hand are ever wide.
 
 The choice is a rule on the processor's capabilities and not a timing, so that a run repeats bit for bit.
 """
@@ -45,7 +46,7 @@ def _cpu_is_fast_in(dtype: torch.dtype) -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose products are computed in `product_dtype`. Input and output have the weight's dtype."""
+    """`nn.Linear` that multiplies in `layer_dtype`. Input and output have the dtype of the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

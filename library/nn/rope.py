@@ -1,8 +1,8 @@
 """Rotary position embedding over several axes, with real fp32 tables.
 
-A head's features are pairs (even, odd); pair p of a token at position m is turned by the angle m * theta^(-2p/d). With
-several axes the head is cut into one part an axis. Tables hold cos and sin side by side, (T, head_dim/2, 2); angles are
-computed in fp64, as the reference implementations do, and stored in fp32.
+A head's d features are pairs; pair p of a token at position m is turned by the angle m * theta^(-2p/d). With
+several axes the head is cut into one part for each. Tables hold cos and sin side by side, (T, d/2, 2); angles
+are computed in fp64, as the reference implementations do, and stored in fp32.
 
 Shape legend: T tokens, H heads, P pairs (half of head_dim).
 """
@@ -26,8 +26,10 @@ def rotate(x_THD: Tensor, table_TP2: Tensor) -> Tensor:
 
 
 class RopeTables:
-    """Tables of samples that are a caption followed by an image: text token i lies at (i, 0, 0), image tokens at
-    (caption length, row, column). The last few tables are kept for each device."""
+    """Tables of samples that are a caption followed by an image; the last few that were used are kept.
+
+    Text token i lies at position (i, 0, 0), an image token at (caption length, row, column).
+    """
 
     def __init__(self, axes_dims: Sequence[int], theta: float) -> None:
         self.axes_dims = tuple(axes_dims)

@@ -6,6 +6,7 @@ in RAM; on the CPU, in the file's own dtype, it stays a view of the mapped file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from library.core.checkpoint_files import Checkpoint
@@ -38,12 +40,14 @@ def load_module(
     *,
     device: torch.device,
     dtype: DtypeRule | torch.dtype | None = None,
+    mmap: bool = True,
 ) -> None:
     """Fill every parameter and buffer of `module` (on meta) from `checkpoint`.
 
     Args:
         sources: for each parameter name of the module, where it comes from.
         dtype: target dtype, or a rule from parameter name to dtype; None keeps the file's dtype.
+        mmap: map the files into memory; else read them, which some network disks are faster at.
 
     Raises:
         CheckpointError: a parameter without a source, a tensor missing from the file, or a shape that
@@ -51,7 +55,7 @@ def load_module(
     """
     targets = dict(module.state_dict(keep_vars=True))
     check_complete(checkpoint, targets, sources)
-    with _TensorReader() as reader:
+    with _TensorReader(mmap) as reader:
         for name, target in targets.items():
             tensor = _as_convolution(reader.read(checkpoint, sources[name]), target)
             if tensor.shape != target.shape:
@@ -82,11 +86,12 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 class _TensorReader:
-    """Keeps each file of a checkpoint open (memory-mapped) while tensors are read from it."""
+    """Keeps each file of a checkpoint open while tensors are read from it, memory-mapped or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, mmap: bool = True) -> None:
+        self._mmap = mmap
         self._stack = ExitStack()
-        self._open: dict[Path, safe_open] = {}
+        self._open: dict[Path, safe_open | _PlainFile] = {}
 
     def __enter__(self) -> _TensorReader:
         return self
@@ -101,10 +106,33 @@ class _TensorReader:
     def _read_one(self, checkpoint: Checkpoint, name: str) -> Tensor:
         info = checkpoint.tensors[name]
         if info.file not in self._open:
-            self._open[info.file] = self._stack.enter_context(
-                safe_open(info.file, framework="pt", device="cpu")
-            )
+            mapped = self._mmap and safe_open(info.file, framework="pt", device="cpu")
+            self._open[info.file] = self._stack.enter_context(mapped or _PlainFile(info.file))
         return self._open[info.file].get_tensor(info.name)
+
+
+class _PlainFile:
+    """A safetensors file whose tensors are read one by one, with ordinary reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")
+        length = int.from_bytes(self._file.read(8), "little")
+        self._header = json.loads(self._file.read(length))
+        self._start = 8 + length
+
+    def __enter__(self) -> _PlainFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Read one tensor, as a file of its own: the package knows about dtypes, and this class does not."""
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        header = json.dumps({name: entry | {"data_offsets": [0, end - begin]}}).encode()
+        self._file.seek(self._start + begin)
+        return load(len(header).to_bytes(8, "little") + header + self._file.read(end - begin))[name]
 
 
 def _as_convolution(tensor: Tensor, target: Tensor) -> Tensor:

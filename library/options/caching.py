@@ -65,6 +65,12 @@ class CachingOptions(LatentPassOptions, TextPassOptions):
         False, "keep the features in files instead (implies --cache_text_encoder_outputs)"
     )
 
+    skip_cache_check: bool = option(
+        False,
+        "take entries on disk for good if they are there, without looking at their bytes; each is still "
+        "verified when training reads it",
+    )
+
     @property
     def latents(self) -> bool:
         """Whether latents are cached at all."""
@@ -83,6 +89,12 @@ class CachingOptions(LatentPassOptions, TextPassOptions):
         if not self.texts:
             self._refuse_changed(
                 ("text_encoder_batch_size", "max_caption_variants"), "--cache_text_encoder_outputs"
+            )
+        to_disk = self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk
+        if self.skip_cache_check and not to_disk:
+            raise ConfigError(
+                "--skip_cache_check has no effect without --cache_latents_to_disk or "
+                "--cache_text_encoder_outputs_to_disk."
             )
         if not (self.latents or self.texts):
             self._refuse_changed(

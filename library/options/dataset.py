@@ -43,6 +43,9 @@ class DatasetOptions(OptionGroup):
         None, "masks for --train_data_dir, in folders of the same names; needs --masked_loss"
     )
     masked_loss: bool = option(False, "weigh the loss by masks (conditioning_data_dir or alpha_mask)")
+    cache_info: bool = option(
+        False, "remember what is known of pictures for the next start, which is what happens without it too"
+    )
     skip_bad_images: bool = option(False, "leave out pictures that cannot be read, and list them")
 
     resolution: tuple[int, int] | None = option(
@@ -75,7 +78,9 @@ class DatasetOptions(OptionGroup):
     )
     alpha_mask: bool = option(False, "use a picture's alpha channel as its loss mask")
 
-    caption_extension: str = option(".caption", "ending of caption files; many datasets have .txt")
+    caption_extension: str = option(
+        ".caption", "ending of caption files; many datasets have .txt", aliases=("caption_extention",)
+    )
     caption_prefix: str | None = option(None, "text put before every caption")
     caption_suffix: str | None = option(None, "text put after every caption")
     caption_separator: str = option(",", "what separates the tags of a caption")

@@ -15,16 +15,21 @@ from __future__ import annotations
 import argparse
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from library.core.errors import ConfigError
+from library.core.files import write_text
 from library.core.suggest import did_you_mean
-from library.core.toml_file import read_config
+from library.options.config_file import config_text, with_ending, words_of
 
 REQUIRED = MISSING
+COMMON_FLAGS = {
+    "config_file": "read options from this TOML or JSON file (sections are flattened); the command line wins",
+    "output_config": "write all options to the new file that --config_file names, and exit",
+}
 
 
 def option(
@@ -35,13 +40,37 @@ def option(
     nargs: str | None = None,
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
+    aliases: Sequence[str] = (),
+    saved: bool = True,
 ) -> Any:
     """Declare an option.
 
-    `default=REQUIRED` makes it obligatory; `parse` converts one word and raises ValueError.
+    `default=REQUIRED` makes it obligatory; `parse` converts one word and raises ValueError. `aliases` are
+    other names of the same flag. `saved=False` keeps it out of written config files: passwords, and what is
+    meant for one start only.
     """
     metadata = {"help": help, "choices": choices, "nargs": nargs, "parse": parse, "metavar": metavar}
+    metadata |= {"aliases": tuple(aliases), "saved": saved, "refusal": None}
     return field(metadata=metadata) if default is REQUIRED else field(default=default, metadata=metadata)
+
+
+def refused(reason: str, *, default: Any = None, harmless: Sequence[Any] = ()) -> Any:
+    """Declare a flag of another tool that cannot be used here, so that whoever brings it is told why.
+
+    It is accepted at its default and at `harmless` values, with which it asks for nothing; anything else is a
+    ConfigError with the `reason`, which ends with the way out. `--help` leaves it out.
+    """
+    refusal = Refusal(reason, (default, *harmless))
+    metadata = {"help": argparse.SUPPRESS, "choices": None, "nargs": None, "parse": None, "metavar": None}
+    return field(default=default, metadata=metadata | {"aliases": (), "saved": False, "refusal": refusal})
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a flag cannot be used, and the values with which it asks for nothing."""
+
+    reason: str
+    harmless: tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +85,13 @@ class OptionGroup:
         hints = typing.get_type_hints(cls)
         for f in fields(cls):
             kind, meta = _scalar_type(hints[f.name]), f.metadata
+            names = [f"--{name}" for name in (f.name, *meta["aliases"])]
             text = _help_with_default(meta["help"], f.default)
             if kind is bool:
-                group.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=text)
+                group.add_argument(*names, action="store_true", default=argparse.SUPPRESS, help=text)
                 continue
             group.add_argument(
-                f"--{f.name}",
+                *names,
                 type=meta["parse"] or kind,
                 choices=meta["choices"],
                 nargs=meta["nargs"],
@@ -96,25 +126,27 @@ def parse_options(
 
     Raises:
         ConfigError: unknown flag or key, wrong type or choice, or a combination that a group refuses.
+        SystemExit: the options were written to a file, as `--output_config` asks.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = group_classes(options_class)
     parser = build_parser(options_class, description)
     given = vars(_parse(parser, argv))
-    if given.get("config_file"):
-        file_words = _words_of_config_file(given["config_file"], parser)
+    if given["config_file"] and not given["output_config"]:
+        file_words = words_of(given["config_file"], parser)
         given = vars(_parse(parser, file_words + argv, given["config_file"]))
-    return options_class(**{name: group.take(given) for name, group in groups.items()})
+    _refuse(groups.values(), given)
+    options = options_class(**{name: group.take(given) for name, group in groups.items()})
+    if given["output_config"]:
+        _write_config(given["config_file"], options)
+    return options
 
 
 def build_parser(options_class: type, description: str = "") -> argparse.ArgumentParser:
     """Return the argparse parser of a script's options."""
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    parser.add_argument(
-        "--config_file",
-        type=Path,
-        help="read options from this TOML or JSON file (sections are flattened); the command line wins",
-    )
+    parser.add_argument("--config_file", type=Path, help=COMMON_FLAGS["config_file"])
+    parser.add_argument("--output_config", action="store_true", help=COMMON_FLAGS["output_config"])
     for group in group_classes(options_class).values():
         group.add_to(parser)
     return parser
@@ -151,24 +183,27 @@ def _parse(
     return namespace
 
 
-def _words_of_config_file(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """Turn a config file into command-line words, so that both are checked by the same rules."""
-    path = path if path.suffix else path.with_suffix(".toml")  # the reference tool adds the ending too
-    flat: dict[str, object] = {}
-    for key, value in read_config(path, "The config file").items():
-        flat |= value if isinstance(value, dict) else {key: value}
-    known = {name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")}
-    words: list[str] = []
-    for key, value in flat.items():
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key '{key}'{did_you_mean(key, known) or '.'}")
-        if isinstance(value, bool):
-            words += [f"--{key}"] if value else []
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        else:
-            words += [f"--{key}={value}"]
-    return words
+def _write_config(path: Path | None, options: object) -> NoReturn:
+    """Do what --output_config asks for, and leave."""
+    if path is None:
+        raise ConfigError("--output_config writes to the file that --config_file names: add --config_file.")
+    path = with_ending(path)
+    if path.exists():
+        raise ConfigError(f"--output_config would overwrite {path}; name a new file with --config_file.")
+    write_text(path, config_text(options))
+    print(f"wrote {path}")
+    sys.exit(0)
+
+
+def _refuse(groups: Iterable[type[OptionGroup]], given: dict[str, Any]) -> None:
+    """Raise one ConfigError for all flags that cannot be used: a long command line may have several."""
+    reasons = []
+    for f in (f for group in groups for f in fields(group)):
+        refusal: Refusal | None = f.metadata["refusal"]
+        if refusal is not None and f.name in given and given[f.name] not in refusal.harmless:
+            reasons.append(f"--{f.name} cannot be used here: {refusal.reason}.")
+    if reasons:
+        raise ConfigError("\n".join(reasons))
 
 
 def _scalar_type(hint: Any) -> Any:
@@ -179,6 +214,8 @@ def _scalar_type(hint: Any) -> Any:
 
 def _help_with_default(text: str, default: object) -> str:
     """argparse formats help with %, so a literal percent sign is doubled."""
+    if text == argparse.SUPPRESS:
+        return text
     shown = "" if default in (REQUIRED, None, False, "", ()) else f" (default: {default})"
     shown = " (required)" if default is REQUIRED else shown
     return (text + shown).replace("%", "%%")

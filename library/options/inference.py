@@ -9,7 +9,7 @@ from pathlib import Path
 from library.core.errors import ConfigError
 from library.options.group import REQUIRED, OptionGroup, option
 from library.options.model import DEFAULT_TOKEN_LIMIT
-from library.options.request import ImageRequest
+from library.options.request import SAMPLERS, ImageRequest
 
 DEFAULT_PROMPT = "A beautiful sunset over the mountains"
 DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32", "float")
@@ -100,6 +100,9 @@ class PictureOptions(OptionGroup):
         1.0, "bound of the guided prediction's norm, relative to the plain one; 0: none"
     )
     discrete_flow_shift: float = option(6.0, "shift of the sampler's steps towards noise")
+    sampler: str = option(
+        "euler", "euler; heun, which asks the model twice a step; dpmsolver++ (2M)", choices=SAMPLERS
+    )
     system_prompt: str = option("", "put before the prompt, followed by <Prompt Start>")
     add_system_prompt_to_negative_prompt: bool = option(False, "put it before the negative prompt as well")
 
@@ -121,6 +124,7 @@ class PictureOptions(OptionGroup):
             cfg_trunc_ratio=self.cfg_trunc_ratio,
             renorm_cfg=self.renorm_cfg,
             discrete_flow_shift=self.discrete_flow_shift,
+            sampler=self.sampler,
         )
 
 

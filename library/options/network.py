@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.errors import ConfigError
+from library.options.caching import CachingOptions
 from library.options.group import REQUIRED, OptionGroup, option
 
 
@@ -24,8 +26,29 @@ class NetworkOptions(OptionGroup):
         (), "more settings of the network module, as key=value", nargs="*", metavar="KEY=VALUE"
     )
     network_weights: Path | None = option(None, "start from this LoRA file, of the same ranks and alpha")
+    dim_from_weights: bool = option(False, "take layers, ranks and alphas from --network_weights")
+    base_weights: tuple[Path, ...] = option(
+        (), "LoRA files that are merged into the model before training", nargs="*", parse=Path, metavar="PATH"
+    )
+    base_weights_multiplier: tuple[float, ...] = option(
+        (), "strengths of --base_weights, 1 where there are fewer", nargs="*", parse=float, metavar="NUMBER"
+    )
+    scale_weight_norms: float | None = option(
+        None, "after each step, scale down LoRAs whose norm is above this (max-norm; 1 is a good start)"
+    )
     network_train_unet_only: bool = option(
         False, "train a LoRA on the DiT and none on the text encoder, which is what happens without it too"
+    )
+    network_train_text_encoder: bool = option(
+        False, "train a LoRA on the text encoder too; few programs can use its part of the file"
+    )
+    network_train_text_encoder_only: bool = option(False, "train a LoRA on the text encoder only")
+    text_encoder_lr: tuple[float, ...] = option(
+        (),
+        "rate of the text encoder (default: --learning_rate); above 0 it is trained, at 0 it is not",
+        nargs="*",
+        parse=float,
+        metavar="NUMBER",
     )
 
     def __post_init__(self) -> None:
@@ -35,7 +58,71 @@ class NetworkOptions(OptionGroup):
             raise ConfigError(f"--network_alpha is {self.network_alpha}; it must be 0 or more.")
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             raise ConfigError(f"--network_dropout is {self.network_dropout}; it must be from 0 to below 1.")
+        if self.scale_weight_norms is not None and not 0 < self.scale_weight_norms < float("inf"):
+            raise ConfigError(f"--scale_weight_norms is {self.scale_weight_norms}; it must be above 0.")
+        self._check_files()
+        self._check_text_encoder()
         self.args_by_key()
+
+    @property
+    def trains_dit(self) -> bool:
+        """Whether the DiT gets a LoRA."""
+        return not self.network_train_text_encoder_only
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the text encoder gets a LoRA."""
+        asked = self.network_train_text_encoder or self.network_train_text_encoder_only
+        return asked or any(self.text_encoder_lr)
+
+    def _check_text_encoder(self) -> None:
+        """Raise ConfigError for options about what is trained that do not go together."""
+        rates = self.text_encoder_lr
+        if len(rates) > 1:
+            raise ConfigError(f"--text_encoder_lr gives {len(rates)} rates, but there is one text encoder.")
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise ConfigError(f"--text_encoder_lr is {rates[0]}; it must be 0 or more.")
+        asking = [
+            name
+            for name in ("network_train_text_encoder", "network_train_text_encoder_only")
+            if getattr(self, name)
+        ]
+        if asking and 0 in rates:
+            raise ConfigError(f"--{asking[0]} and --text_encoder_lr 0 contradict each other.")
+        if self.network_train_unet_only and self.trains_text_encoder:
+            also = asking[0] if asking else "text_encoder_lr above 0"
+            raise ConfigError(f"--network_train_unet_only and --{also} contradict each other.")
+
+    def check_caches(self, caching: CachingOptions) -> None:
+        """Raise ConfigError if the text encoder is trained, but what it says is kept in a cache."""
+        if self.trains_text_encoder and caching.texts:
+            raise ConfigError(
+                "--cache_text_encoder_outputs keeps what the text encoder says before training, so a LoRA on "
+                "it would learn nothing. Leave the cache out, or leave out what asks for that LoRA: "
+                "--network_train_text_encoder, --network_train_text_encoder_only, --text_encoder_lr."
+            )
+
+    def _check_files(self) -> None:
+        """Raise ConfigError for options about files that do not go together."""
+        if self.dim_from_weights and self.network_weights is None:
+            raise ConfigError("--dim_from_weights needs --network_weights, whose ranks it takes.")
+        for name in ("network_dim", "network_alpha"):
+            if self.dim_from_weights and getattr(self, name) != getattr(NetworkOptions, name):
+                raise ConfigError(f"--dim_from_weights and --{name} both say it; give one of them.")
+        weights, multipliers = self.base_weights, self.base_weights_multiplier
+        if len(multipliers) > len(weights):
+            raise ConfigError(
+                f"--base_weights_multiplier gives {len(multipliers)} strengths, but --base_weights names "
+                f"{len(weights)} files."
+            )
+        if not all(math.isfinite(multiplier) for multiplier in multipliers):
+            given = " ".join(map(str, multipliers))
+            raise ConfigError(f"--base_weights_multiplier {given}: each must be a finite number.")
+
+    def bases(self) -> tuple[tuple[Path, float], ...]:
+        """Return the files of `--base_weights`, each with its strength."""
+        missing = len(self.base_weights) - len(self.base_weights_multiplier)
+        return tuple(zip(self.base_weights, (*self.base_weights_multiplier, *[1.0] * missing), strict=True))
 
     def args_by_key(self) -> dict[str, str]:
         """Return `--network_args` as texts by key. Raises ConfigError unless each is key=value, once."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError
 
 SIZE_STEP = 16  # pixels: the autoencoder's 8, times 2 for the transformer's patches
+SAMPLERS = ("euler", "heun", "dpmsolver++")
 MAX_STEPS = 1000  # the sampler's table has as many
 
 
@@ -17,7 +18,7 @@ class ImageRequest:
 
     width, height: pixels. seed: None until one is chosen. cfg_trunc_ratio: guidance acts while 1 - sigma is
     below it. renorm_cfg: bound of the guided velocity's norm, as a multiple of the conditional one's; 0 is no
-    bound. lora_multipliers: () means those of the command line.
+    bound. sampler: one of SAMPLERS. lora_multipliers: () means those of the command line.
 
     Raises:
         ConfigError: a value that cannot be drawn.
@@ -33,6 +34,7 @@ class ImageRequest:
     cfg_trunc_ratio: float = 0.25
     renorm_cfg: float = 1.0
     discrete_flow_shift: float = 6.0
+    sampler: str = "euler"
     lora_multipliers: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -40,6 +42,10 @@ class ImageRequest:
         _check_side("image height", self.height)
         if not 1 <= self.steps <= MAX_STEPS:
             raise ConfigError(f"steps is {self.steps}; it must be from 1 to {MAX_STEPS}.")
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(
+                f"sampler '{self.sampler}' is not one for flow models; there are {', '.join(SAMPLERS)}."
+            )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1.")
         for name in ("guidance_scale", "cfg_trunc_ratio", "renorm_cfg"):

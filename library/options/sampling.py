@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.core.errors import ConfigError
 from library.options.group import OptionGroup, option
+from library.options.request import SAMPLERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,18 @@ class SampleOptions(OptionGroup):
     sample_every_n_steps: int | None = option(None, "draw the prompts every N optimizer steps")
     sample_every_n_epochs: int | None = option(None, "draw the prompts every N epochs")
     sample_at_first: bool = option(False, "draw the prompts once before training")
+    sample_sampler: str = option(
+        "euler",
+        "sampler of the pictures: euler; heun, which asks the model twice a step; dpmsolver++ (2M)",
+        choices=SAMPLERS,
+    )
     sample_batch_size: int = option(
         1,
         "pictures of equal settings drawn together; above 1 is faster, but can change a picture's last bits",
+    )
+
+    sample_compare_base: bool = option(
+        False, "draw every prompt once without the network too, to compare with: <name>-base_..."
     )
 
     def __post_init__(self) -> None:
@@ -34,6 +44,8 @@ class SampleOptions(OptionGroup):
             raise ConfigError(
                 "sample pictures are asked for, but --sample_prompts does not name a file of prompts."
             )
+        if self.sample_compare_base and self.sample_prompts is None:
+            raise ConfigError("--sample_compare_base has no prompts to draw: add --sample_prompts.")
         if self.sample_prompts is not None and not scheduled:
             raise ConfigError(
                 "--sample_prompts is given, but nothing says when to draw them: add --sample_every_n_epochs, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from library.core.errors import ConfigError
@@ -17,22 +17,52 @@ class SavingOptions(OptionGroup):
 
     output_dir: Path = option(REQUIRED, "folder for the trained network, its samples and its logs")
     output_name: str = option("last", "file name of the trained network, without ending")
-    save_model_as: str = option("safetensors", "file format", choices=("safetensors",))
+    save_model_as: str = option(
+        "safetensors",
+        "file format; ckpt and pt are pickles without metadata, which other tools read but this one does not",
+        choices=("safetensors", "ckpt", "pt"),
+    )
     save_precision: str | None = option(
         None, "precision of the saved weights (default: as trained, fp32)", choices=("float", "fp16", "bf16")
     )
     save_every_n_epochs: int | None = option(None, "save the network after every N epochs")
     save_every_n_steps: int | None = option(None, "save the network after every N steps")
+    save_n_epoch_ratio: int | None = option(
+        None, "save the network at least N times, evenly over the epochs; wins over --save_every_n_epochs"
+    )
+    save_last_n_epochs: int | None = option(None, "keep the last N of the files saved by epoch")
+    save_last_n_steps: int | None = option(None, "keep files saved by step until N steps later")
+    save_last_n_files: int | None = option(None, "keep the last N files, saved by epoch or by step")
 
     def __post_init__(self) -> None:
         if not self.output_name or Path(self.output_name).name != self.output_name:
             raise ConfigError(
                 f"--output_name '{self.output_name}' must be a plain file name; folders go to --output_dir."
             )
-        for name in ("save_every_n_epochs", "save_every_n_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}; it must be 1 or more.")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"--{f.name} is {value}; it must be 1 or more.")
+        by_epoch, by_step = self.save_every_n_epochs or self.save_n_epoch_ratio, self.save_every_n_steps
+        _require(by_epoch, self.save_last_n_epochs, "save_last_n_epochs", "--save_every_n_epochs")
+        _require(by_step, self.save_last_n_steps, "save_last_n_steps", "--save_every_n_steps")
+        _require(
+            by_epoch or by_step,
+            self.save_last_n_files,
+            "save_last_n_files",
+            "--save_every_n_epochs or --save_every_n_steps",
+        )
+
+    def epoch_interval(self, total_epochs: int) -> int | None:
+        """Return after how many epochs the network is saved, in a run of `total_epochs`; None for never."""
+        if self.save_n_epoch_ratio is None:
+            return self.save_every_n_epochs
+        return max(1, total_epochs // self.save_n_epoch_ratio)
+
+
+def _require(source: int | None, kept: int | None, flag: str, needed: str) -> None:
+    if kept is not None and not source:
+        raise ConfigError(f"--{flag} says which files to keep, but none are saved: add {needed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +72,44 @@ class LoggingOptions(OptionGroup):
     A metrics file, one JSON object a step, is always written beside the network.
     """
 
-    logging_dir: Path | None = option(None, "folder for TensorBoard logs; turns them on")
-    log_with: str | None = option(None, "tracker for the logs in --logging_dir", choices=("tensorboard",))
+    logging_dir: Path | None = option(
+        None, "folder for TensorBoard's and W&B's logs; alone it turns TensorBoard on"
+    )
+    log_with: str | None = option(
+        None, "where numbers and sample pictures are shown", choices=("tensorboard", "wandb", "all")
+    )
     log_prefix: str = option("", "put before the time stamp in the name of the log folder")
-    log_tracker_name: str = option("network_train", "name of the TensorBoard run folder")
+    log_tracker_name: str = option(
+        "network_train", "name of the TensorBoard run folder and of the W&B project"
+    )
+    wandb_run_name: str | None = option(None, "name of the W&B run (default: W&B invents one)")
+    wandb_api_key: str | None = option(
+        None, "key to log in to W&B with; better: run `wandb login` once", saved=False
+    )
+    log_tracker_config: Path | None = option(
+        None, "TOML file with tables [tensorboard] and [wandb]: arguments for SummaryWriter and wandb.init"
+    )
+    log_config: bool = option(False, "show the run's configuration in the trackers too")
     console_log_level: str = option("INFO", "least severe message to show", choices=LOG_LEVELS)
+    console_log_file: Path | None = option(None, "append messages to this file instead of showing them")
+    console_log_simple: bool = option(False, "show messages without time and level")
 
     def __post_init__(self) -> None:
-        if self.log_with is not None and self.logging_dir is None:
+        if "tensorboard" in self.trackers and self.logging_dir is None:
             raise ConfigError(f"--log_with {self.log_with} needs --logging_dir.")
+        for name in ("wandb_run_name", "wandb_api_key"):
+            if getattr(self, name) is not None and "wandb" not in self.trackers:
+                raise ConfigError(f"--{name} is for W&B, which is not logged to: add --log_with wandb.")
+        if self.log_config and not self.trackers:
+            raise ConfigError("--log_config has no tracker to show it: add --logging_dir or --log_with.")
+        if self.log_tracker_config is not None and not self.trackers:
+            raise ConfigError(
+                "--log_tracker_config has no tracker to configure: add --logging_dir or --log_with."
+            )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers in use beside the metrics file."""
+        if self.log_with is None:
+            return () if self.logging_dir is None else ("tensorboard",)
+        return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)

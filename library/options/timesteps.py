@@ -45,11 +45,22 @@ class TimestepOptions(OptionGroup):
     logit_mean: float = option(0.0, "mean of --weighting_scheme logit_normal")
     logit_std: float = option(1.0, "standard deviation of --weighting_scheme logit_normal")
     mode_scale: float = option(1.29, "scale of --weighting_scheme mode")
+    min_timestep: int | None = option(
+        None, "train only on noise levels of at least this many thousandths (sigma * 1000)"
+    )
+    max_timestep: int | None = option(None, "train only on noise levels of at most this many thousandths")
     model_prediction_type: str = option(
         "raw",
         "what the prediction is compared with; raw: the velocity",
         choices=("raw", "additive", "sigma_scaled"),
     )
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The least and the greatest sigma that is trained on."""
+        low = 0 if self.min_timestep is None else self.min_timestep
+        high = 1000 if self.max_timestep is None else self.max_timestep
+        return low / 1000, high / 1000
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -72,6 +83,12 @@ class TimestepOptions(OptionGroup):
                 raise ConfigError(f"--{name} is {value}; it must be above 0.")
         if not math.isfinite(self.logit_mean):
             raise ConfigError(f"--logit_mean is {self.logit_mean}; it must be a number.")
+        low, high = self.sigma_range
+        if not 0 <= low < high <= 1:
+            raise ConfigError(
+                f"--min_timestep {round(low * 1000)} and --max_timestep {round(high * 1000)} leave no noise "
+                "level: they must be from 0 to 1000, the first below the second."
+            )
         if not -1 <= self.mode_scale <= _MAX_MODE_SCALE:
             raise ConfigError(
                 f"--mode_scale is {self.mode_scale}; it must be from -1 to {_MAX_MODE_SCALE:.4f}, outside of "

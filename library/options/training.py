@@ -25,12 +25,40 @@ class TrainingOptions(PrecisionOptions):
     max_train_epochs: int | None = option(None, "epochs to train; wins over --max_train_steps")
     seed: int | None = option(None, "seed of everything random; default: a random one, printed")
     gradient_checkpointing: bool = option(False, "keep only each block's input and compute the rest again")
+    cpu_offload_checkpointing: bool = option(
+        False, "with --gradient_checkpointing: keep blocks' inputs in the computer's memory, not the GPU's"
+    )
+    full_bf16: bool = option(
+        False, "keep the trained network in bf16 too; saves a little memory, and small updates get lost"
+    )
     gradient_accumulation_steps: int = option(1, "batches added up for one optimizer step")
     max_data_loader_n_workers: int = option(
         8, "threads that prepare batches ahead; 0 prepares them in the main thread"
     )
+    persistent_data_loader_workers: bool = option(
+        False, "keep those threads over epochs, which is what happens without it too"
+    )
+    lowram: bool = option(
+        False, "read weights straight to the GPU, one by one, which is what happens without it too"
+    )
+    highvram: bool = option(
+        False, "do not empty the GPU's cache between batches, which is what happens without it too"
+    )
     prior_loss_weight: float = option(1.0, "weight of the loss of regularisation pictures")
+    dry_run: bool = option(
+        False,
+        "do not train; print what would be done, and draw a sheet of what the model would see",
+        saved=False,
+    )
+    debug_dataset: bool = option(
+        False, "do not train; draw sheets of all pictures as the model would see them", saved=False
+    )
     ddp_timeout: int | None = option(None, "minutes that processes wait for each other before giving up")
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether nothing is trained."""
+        return self.dry_run or self.debug_dataset
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "gradient_accumulation_steps"):
@@ -38,6 +66,10 @@ class TrainingOptions(PrecisionOptions):
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.max_train_epochs is not None and self.max_train_epochs < 1:
             raise ConfigError(f"--max_train_epochs is {self.max_train_epochs}; it must be 1 or more.")
+        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
+            raise ConfigError("--cpu_offload_checkpointing has no effect without --gradient_checkpointing.")
+        if self.full_bf16 and self.mixed_precision != "bf16":
+            raise ConfigError("--full_bf16 needs --mixed_precision bf16.")
         if self.max_data_loader_n_workers < 0:
             raise ConfigError(
                 f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."

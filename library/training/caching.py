@@ -47,7 +47,8 @@ class PassRun:
     """How a pass is carried out.
 
     `rank` and `world` share the work out: with entries on disk each process makes its own part, then all meet
-    at `barrier`. Entries in memory cannot be shared, so there each process makes them all.
+    at `barrier`. Entries in memory cannot be shared, so there each process makes them all. Without `check`
+    an entry on disk counts as good if its file is there.
     """
 
     batch_size: int
@@ -55,6 +56,7 @@ class PassRun:
     world: int = 1
     barrier: Callable[[], None] = _go_on
     threads: int = min(8, os.cpu_count() or 1)
+    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _fill(
     jobs = _unique(jobs)
     if entries.place.to_disk:
         jobs = jobs[run.rank :: run.world]
-    found = map_ahead(partial(_find, entries), jobs, threads=run.threads, ahead=16 * run.threads)
+    found = map_ahead(partial(_find, entries, run.check), jobs, threads=run.threads, ahead=16 * run.threads)
     missing = [job for job, is_there in zip(jobs, found, strict=True) if not is_there]
     _log.info("%s: %d in the cache, %d to encode", what, len(jobs) - len(missing), len(missing))
     try:
@@ -155,10 +157,10 @@ def _fill(
     return Counts(len(jobs) - len(missing), len(missing))
 
 
-def _find(entries: Entries, job: _Job) -> bool:
-    """Say whether an entry is there and whole; in memory mode, fetch it."""
+def _find(entries: Entries, check: bool, job: _Job) -> bool:
+    """Say whether an entry is there and (with `check`) whole; in memory mode, fetch it."""
     if entries.place.to_disk:
-        return job.store.check(job.key)
+        return job.store.check(job.key) if check else job.store.path(job.key).is_file()
     tensors = job.store.find(job.key)
     if tensors is not None:
         entries.memory[job.key] = tensors

@@ -62,13 +62,19 @@ class Inputs:
         """Return a batch's conditions on this process's device."""
         if batch.conditions is not None:
             return [self._on_device(c) for c in batch.conditions]
-        return self._encode([self._trainer.format_prompt(caption) for caption in batch.captions])
+        texts = [self._trainer.format_prompt(caption) for caption in batch.captions]
+        if self._options.network.trains_text_encoder:
+            return self._trainer.encode_prompts(self.encoders.get(), texts)  # with a graph, to train through
+        return self._encode(texts)
 
     def prompts(self, texts: Sequence[str]) -> list[Condition]:
         """Return the conditions of formatted texts for previews, each encoded once in the run.
 
+        Where the text encoder is trained, they are encoded every time.
         Each goes through the encoder alone, as in the inference script, so that the pictures are the same.
         """
+        if self._options.network.trains_text_encoder:
+            self._prompts.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._prompts]
         for text in new:
             (self._prompts[text],) = self._encode([text])
@@ -104,7 +110,8 @@ class Inputs:
 
     def _pass_run(self, batch_size: int) -> PassRun:
         processes = self._processes
-        return PassRun(batch_size, processes.rank, processes.world, processes.barrier)
+        check = not self._options.caching.skip_cache_check
+        return PassRun(batch_size, processes.rank, processes.world, processes.barrier, check=check)
 
     def _on_device(self, condition: Condition) -> Condition:
         device = self._processes.device

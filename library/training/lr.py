@@ -1,18 +1,34 @@
 """The learning rate as a pure function of the step, so that a resumed run needs no scheduler state.
 
-The curves are those of transformers' schedulers of the same names, with sd-scripts' meaning of the settings.
+The curves are those of transformers' schedulers of the same names (piecewise_constant: diffusers'), with
+sd-scripts' meaning of the settings.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from library.core.errors import ConfigError
 from library.options.optimizer import OptimizerOptions
 
 Multiplier = Callable[[int], float]
+Schedule = Callable[[int, Sequence[float]], Sequence[float]]
 _POLYNOMIAL_END = 1e-7  # transformers' `lr_end`: an absolute rate, not a share
+
+
+def learning_rate_schedule(options: OptimizerOptions, total_steps: int) -> Schedule:
+    """Return the function from optimizer step (the first is 0) and peak rates to rates.
+
+    Raises:
+        ConfigError: warm-up and decay are longer than the run, or `--lr_scheduler_type` cannot be used.
+    """
+    if options.lr_scheduler_type:
+        from library.training.lr_class import ClassSchedule  # it imports torch, and this file is read without
+
+        return ClassSchedule(options)
+    multiplier = lr_multiplier(options, total_steps)
+    return lambda step, peaks: [peak * multiplier(step) for peak in peaks]
 
 
 def lr_multiplier(options: OptimizerOptions, total_steps: int) -> Multiplier:
@@ -53,7 +69,7 @@ def _after_warmup(options: OptimizerOptions, warmup: int, decay: int, total: int
         return 1 / math.sqrt((step + timescale - warmup) / timescale)
 
     def polynomial(step: int) -> float:
-        end = _POLYNOMIAL_END / options.learning_rate
+        end = _POLYNOMIAL_END / options.network_lr
         remaining = max(0.0, 1 - (step - warmup) / falling)
         return (1 - end) * remaining**options.lr_scheduler_power + end
 
@@ -70,8 +86,13 @@ def _after_warmup(options: OptimizerOptions, warmup: int, decay: int, total: int
     def cosine_to_lowest(step: int) -> float:
         return lowest + (1 - lowest) * _half_wave(cycles * (step - warmup) / falling)
 
+    def piecewise(step: int) -> float:
+        return next(factor for factor, end in options.step_rules() if end is None or step < end)
+
     curves: dict[str, Multiplier] = {
         "constant": lambda step: 1.0,
+        "adafactor": lambda step: 1.0,
+        "piecewise_constant": piecewise,
         "constant_with_warmup": lambda step: 1.0,
         "linear": lambda step: max(0.0, (total - step) / falling),
         "cosine": lambda step: _half_wave((step - warmup) / falling),

@@ -135,7 +135,7 @@ def as_text(value: object) -> str:
     if isinstance(value, Path):
         return value.name
     if isinstance(value, dict | list | tuple):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, default=as_text)
     return str(value)
 
 

@@ -14,7 +14,11 @@ from library.data.prompts import load_sample_prompts
 from library.data.scan import scan
 from library.data.schema import load_datasets
 from library.options.request import ImageRequest
+from library.training.checkpoint import SavedState, find_resumed
 from library.training.family import ModelFiles
+from library.training.hub import check_uploads, fetch_state
+from library.training.identity import check_resumed, dataset_digest, settings_of
+from library.training.trackers import check_trackers
 from networks.module import check_network
 
 if TYPE_CHECKING:
@@ -23,11 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run: its dataset, its weight files, and the ledger of file digests."""
+    """A checked run: its dataset, its weight files, and the ledger of file digests.
+
+    resumed: the state to go on from. changes: a sentence for each setting that is not what it was there.
+    """
 
     manifest: Manifest
     files: ModelFiles
     ledger: HashLedger
+    resumed: SavedState | None = None
+    changes: tuple[str, ...] = ()
 
 
 def prepare(trainer: NetworkTrainer) -> Prepared:
@@ -36,10 +45,18 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     Raises UserError for what is wrong.
     """
     options = trainer.options
-    setup_logging(options.logging.console_log_level)
+    logging = options.logging
+    setup_logging(
+        logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple
+    )
     require_writable_directory(options.saving.output_dir, "--output_dir")
+    check_trackers(options.logging)
+    check_uploads(options.hub, options.state)
+    options.ema.check_samples(options.sampling)
     check_network(options.network)
+    options.network.check_caches(options.caching)
     trainer.check_files()
+    resumed = find_resumed(fetch_state(options.hub, options.state), options.saving)
     datasets = load_datasets(options.dataset, stride=trainer.family.pixel_stride)
     if options.caching.latents:
         check_latents_cacheable(datasets)
@@ -49,4 +66,8 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     if options.sampling.sample_prompts is not None:
         load_sample_prompts(options.sampling.sample_prompts, ImageRequest(seed=0))
     ledger.save()
-    return Prepared(manifest, files, ledger)
+    changes: list[str] = []
+    if resumed is not None:
+        settings = settings_of(options, files.described, manifest)
+        changes = check_resumed(resumed, settings, options.training.seed, dataset_digest(manifest))
+    return Prepared(manifest, files, ledger, resumed, tuple(changes))

@@ -6,31 +6,58 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from library.core.device import dtype_named
+from library.core.files import atomic_write
 from library.core.log import logger
 from library.options.saving import SavingOptions
+from library.training.ema import Ema
 from library.training.events import Interval, Moment
+from library.training.guards import require_finite
 from library.training.metadata import TrainingFacts, build_metadata
+from library.training.retention import Retention
 from networks.files import save_network
 from networks.lora import LoRANetwork
 
 log = logger("saving")
 
-Write = Callable[[Path, Moment], None]
+Write = Callable[[Path, Moment], list[Path]]
 
 
 class NetworkFile:
-    """Writes the trained network with the metadata of the moment."""
+    """Writes the trained network, and its running average beside it, with the metadata of the moment."""
 
-    def __init__(self, network: LoRANetwork, facts: TrainingFacts, precision: str | None) -> None:
+    def __init__(
+        self, network: LoRANetwork, facts: TrainingFacts, precision: str | None, ema: Ema | None = None
+    ) -> None:
         self._network = network
+        self._ema = ema
         self._facts = facts
         self._dtype = dtype_named(precision or "float")  # None: as trained, in fp32
 
-    def write(self, path: Path, moment: Moment) -> None:
-        """Write the network as it is now. Raises StorageError, with what was at `path` untouched."""
+    def write(self, path: Path, moment: Moment) -> list[Path]:
+        """Write the network as it is now and return the files.
+
+        Raises StorageError, or NonFiniteError for NaN in the weights, with what was at `path` untouched.
+        """
+        self._write(path, moment, weights="trained")
+        if self._ema is None:
+            return [path]
+        average_path = path.with_name(f"{path.stem}-ema{path.suffix}")
+        with self._ema.in_place():
+            self._write(average_path, moment, weights="running average (EMA)")
+        return [path, average_path]
+
+    def _write(self, path: Path, moment: Moment, *, weights: str) -> None:
+        state = self._network.export_state(self._dtype)
+        require_finite(state, f"the {weights} weights after step {moment.step}")
+        if path.suffix != ".safetensors":  # a pickle, as torch writes it: it has no place for metadata
+            with atomic_write(path) as handle:
+                torch.save(state, handle)
+            return
         metadata = build_metadata(self._facts, step=moment.step, epoch=moment.epoch, now=time.time())
-        save_network(path, self._network.export_state(self._dtype), metadata)
+        save_network(path, state, metadata | {"ss_weights": weights})
 
 
 class PeriodicSave:
@@ -40,33 +67,44 @@ class PeriodicSave:
     `<name>-step00000100.safetensors` after step 100.
     """
 
-    def __init__(self, options: SavingOptions, write: Write) -> None:
+    def __init__(self, options: SavingOptions, write: Write, *, total_epochs: int) -> None:
         self._options = options
         self._write = write
+        self._by_epoch = Interval(epochs=options.epoch_interval(total_epochs))
+        self._by_step = Interval(steps=options.save_every_n_steps)
+        self.retention = Retention(options)
 
     def due(self, moment: Moment) -> bool:
         """Whether a periodic file is due; at the end of the run the final file takes its place."""
-        return not moment.run_ended and bool(self._paths(moment))
+        return not moment.run_ended and (self._by_epoch.hits(moment) or self._by_step.hits(moment))
 
     def run(self, moment: Moment) -> None:
-        """Write the files that are due."""
-        for path in self._paths(moment):
-            self._write(path, moment)
-            log.info("saved %s", path)
+        """Write the files that are due, then remove those that are not kept any longer."""
+        if self._by_epoch.hits(moment):
+            self._save(f"-{moment.epoch:06d}", moment, by_epoch=True)
+        if self._by_step.hits(moment):
+            self._save(f"-step{moment.step:08d}", moment, by_epoch=False)
 
-    def _paths(self, moment: Moment) -> list[Path]:
-        options = self._options
-        paths = []
-        if Interval(epochs=options.save_every_n_epochs).hits(moment):
-            paths.append(_path(options, f"-{moment.epoch:06d}"))
-        if Interval(steps=options.save_every_n_steps).hits(moment):
-            paths.append(_path(options, f"-step{moment.step:08d}"))
-        return paths
+    def _save(self, suffix: str, moment: Moment, *, by_epoch: bool) -> None:
+        path = _path(self._options, suffix)
+        files = self._write(path, moment)
+        log.info("saved %s", path)
+        self.retention.add(files, by_epoch=by_epoch, step=moment.step)
 
 
 def final_path(options: SavingOptions) -> Path:
     """Return the path of the network as it is at the end of training."""
     return _path(options, "")
+
+
+def config_path(options: SavingOptions) -> Path:
+    """Return the path of the file from which the run can be repeated."""
+    return options.output_dir / f"{options.output_name}.config.toml"
+
+
+def grid_path(options: SavingOptions) -> Path:
+    """Return the path of the picture of all sample pictures."""
+    return options.output_dir / f"{options.output_name}.samples.png"
 
 
 def metrics_path(options: SavingOptions) -> Path:

@@ -75,6 +75,14 @@ class NetworkTrainer(ABC):
     ) -> Tensor:
         """Return the model's velocity in the house convention."""
 
+    @abstractmethod
+    def count_tokens(self, text: str) -> tuple[int, int]:
+        """Return how many tokens a formatted text has, and how many the text encoder takes. Torch-free."""
+
+    @abstractmethod
+    def blank_condition(self, tokens: int, device: torch.device) -> Condition:
+        """Return a condition of so many tokens with nothing in it, of which only the shape counts."""
+
     # --- what a family may write ---
 
     def format_prompt(self, text: str, *, negative: bool = False) -> str:
@@ -89,7 +97,9 @@ class NetworkTrainer(ABC):
             options.training,
             options.optimizer,
             options.timesteps,
+            options.noise,
             options.loss,
+            options.ema,
             options.validation,
         )
 
@@ -97,11 +107,20 @@ class NetworkTrainer(ABC):
 
     @final
     def train(self) -> Path:
-        """Check everything that can be checked cheaply, then train. Returns the saved network's path."""
+        """Check everything that can be checked cheaply, then train. Returns the saved network's path.
+
+        With --dry_run or --debug_dataset it only looks, and returns the path of what it drew.
+        """
         # Imported as they are needed: --help need not wait for the dataset code, nor a mistake for torch.
         from library.training.prepare import prepare
+        from library.training.stop import StopSignals
 
-        prepared = prepare(self)
-        from library.training.run import TrainingRun
+        with StopSignals().caught() as signals:
+            prepared = prepare(self)
+            if self.options.training.only_looks:
+                from library.training.dry_run import look
 
-        return TrainingRun(self, prepared).run()
+                return look(self, prepared)
+            from library.training.run import TrainingRun
+
+            return TrainingRun(self, prepared, signals).run()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from library.core.dist import Processes
 from library.core.errors import NonFiniteError
+from library.core.log import logger
 from library.core.seeds import derive
 from library.data.batch import Batch
 
-MAX_OVERFLOWS = (
-    25  # fp16 steps skipped in a row before the run is given up; the scaler halves the scale each time
-)
+MAX_SKIPPED = 25  # steps in a row without an update (fp16 overflow, --on_nan skip) before a run is given up
+
+_log = logger("update")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,16 @@ class StepResult:
     updated: bool
 
 
+class Losses(Protocol):
+    """What is minimised."""
+
+    def training_losses(self, batch: Batch) -> Tensor:
+        """Return the loss of each picture of a batch (B,)."""
+
+    def sigmas(self, batch: Batch) -> Tensor:
+        """Return the sigma at which each picture of a batch is trained (B,)."""
+
+
 class Updater:
     """Turns the micro-batches of a step into one update of the trained parameters.
 
@@ -45,7 +57,7 @@ class Updater:
 
     def __init__(
         self,
-        losses: Callable[[Batch], Tensor],
+        objective: Losses,
         parameters: Sequence[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         processes: Processes,
@@ -53,18 +65,34 @@ class Updater:
         seed: int,
         max_grad_norm: float,
         scale_gradients: bool,
+        on_nan: str = "stop",
     ) -> None:
-        self._losses = losses
+        self._objective = objective
         self._parameters = list(parameters)
         self._optimizer = optimizer
         self._processes = processes
         self._seed = seed
         self._max_grad_norm = max_grad_norm
         self._scaler = torch.amp.GradScaler(processes.device.type, enabled=scale_gradients)
-        self._overflows = 0
+        # The scale comes with the first use, and this process may have no picture in its first steps.
+        self._scaler.scale(torch.zeros((), device=processes.device))
+        self._on_nan = on_nan
+        self._skipped = 0  # steps in a row without an update
+        self._losses: list[Tensor] = []  # of each picture of the step, by micro-batch
+
+    def export_state(self) -> dict[str, object]:
+        """Return what must be remembered between steps, as JSON keeps it."""
+        return {"scaler": self._scaler.state_dict(), "skipped": self._skipped}
+
+    def import_state(self, state: dict[str, object]) -> None:
+        """Take over what `export_state` of another run returned."""
+        if self._scaler.is_enabled() and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+        self._skipped = int(state["skipped"])
 
     def step(self, step: int, shares: Sequence[Share]) -> StepResult:
-        """Run optimizer step number `step` (from 0).
+        """Run optimizer step number `step` (from 0). The parameters do not move on a loss or gradient that is
+        NaN or infinite: an fp16 overflow and, with on_nan "skip", any such step is left out.
 
         Raises:
             NonFiniteError: loss or gradient is NaN or infinite; the parameters are as they were.
@@ -77,7 +105,8 @@ class Updater:
             [self._processes.sum(loss), norm]
         ).tolist()  # the step's one wait
         updated = self._check(step, shares, loss_value, norm_value)
-        self._scaler.step(self._optimizer)
+        if updated:
+            self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss_value, norm_value, updated)
@@ -85,12 +114,15 @@ class Updater:
     def _backward(self, step: int, shares: Sequence[Share]) -> Tensor:
         """Add up gradients and return this process's part of the mean loss."""
         total = torch.zeros((), device=self._processes.device)
+        self._losses = []
         for micro, share in enumerate(shares):
             if not share.batch.draws:
                 continue  # this process has no picture in the last batch of a bucket
             # Dropout in the network draws from the global generator: seeded here, it has no history either.
             torch.manual_seed(derive(self._seed, "dropout", step, micro, self._processes.rank))
-            loss = self._losses(share.batch).sum() / (share.total * len(shares))
+            losses_B = self._objective.training_losses(share.batch)
+            self._losses.append(losses_B.detach())
+            loss = losses_B.sum() / (share.total * len(shares))
             self._scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -106,14 +138,31 @@ class Updater:
     def _check(self, step: int, shares: Sequence[Share], loss: float, norm: float) -> bool:
         """Return whether the update will happen; raise before weights move on anything that is not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
-            self._overflows = 0
+            self._skipped = 0
             return True
-        if math.isfinite(loss) and self._scaler.is_enabled() and self._overflows < MAX_OVERFLOWS:
-            self._overflows += 1  # an fp16 overflow: the scaler skips the update and lowers its scale
+        self._skipped += 1
+        overflow = math.isfinite(loss) and self._scaler.is_enabled()  # of fp16: the scaler lowers its scale
+        if overflow and self._skipped <= MAX_SKIPPED:
             return False
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-        names = sorted({name for share in shares for name in share.batch.names})
+        found = f"Step {step + 1}: the {what}. {self._suspects(shares)}"
+        if self._on_nan == "skip" and self._skipped <= MAX_SKIPPED:
+            _log.warning("%s This step is left out (--on_nan skip).", found)
+            return False
+        often = f" for the {self._skipped}th time in a row" if self._skipped > 1 else ""
         raise NonFiniteError(
-            f"Step {step + 1}: the {what}, so the run stops before the network is touched. Pictures of this "
-            f"step on this process: {', '.join(names)}. Lower --learning_rate, or use bf16 instead of fp16."
+            f"{found} So the run stops{often}, before the network is touched. Lower --learning_rate, use "
+            f"bf16 instead of fp16, or leave such steps out with --on_nan skip."
         )
+
+    def _suspects(self, shares: Sequence[Share]) -> str:
+        """Name this process's pictures whose loss is not finite, or all of the step if none is at fault."""
+        batches = [share.batch for share in shares if share.batch.draws]
+        if not batches:
+            return "The pictures of this process are not at fault: it had none in this step."
+        names = [name for batch in batches for name in batch.names]
+        sigmas = torch.cat([self._objective.sigmas(batch) for batch in batches]).tolist()
+        finite = torch.cat(self._losses).isfinite().tolist()
+        told = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas, strict=True)]
+        bad = [text for text, good in zip(told, finite, strict=True) if not good]
+        return f"It comes from {', '.join(bad)}." if bad else f"Pictures of this step: {', '.join(told)}."

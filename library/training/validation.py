@@ -56,7 +56,7 @@ class Validation:
         losses: dict[float, list[Tensor]] = {sigma: [] for sigma in SIGMAS}
         for number, item in enumerate(self.items[: self.max_batches]):
             batch = self.batch([Draw(item.index, repeat=0, epoch=0, step=0, micro=0, slot=number)])
-            latents_1CHW, conditions = self.inputs.latents(batch), self.inputs.conditions(batch)
+            latents_1CHW, conditions = self.inputs.latents(batch), self.objective.conditions(batch)
             for sigma in SIGMAS:
                 noisy = add_noise(latents_1CHW, _noise(latents_1CHW, item, sigma), torch.tensor([sigma]))
                 losses[sigma].append(self.objective.losses_at(batch, noisy, conditions))

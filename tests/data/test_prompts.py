@@ -94,7 +94,7 @@ def test_a_dash_clears_the_negative_prompt() -> None:
         ("x --m 1,a", "numbers separated by commas"),
         ("x --rcgf 1", "did you mean 'rcfg'"),
         ("x --ar 16:9", "there is no option --ar"),
-        ("x --ss ddim", "one sampler"),
+        ("x --ss ddim", "sampler 'ddim' is not one for flow models"),
         ("x --l 3 --g 4", "the guidance_scale is given twice"),
     ],
 )

@@ -54,3 +54,60 @@ def test_steps_are_those_of_a_loop_written_by_hand() -> None:
     assert torch.equal(found, x)
     assert calls == sigmas[:-1]
     assert len(ticks) == 5
+
+
+def exact_velocity(x: torch.Tensor, sigma: float, mean: float = 0.5, std: float = 0.3) -> torch.Tensor:
+    """The velocity of pictures whose pixels are normal numbers: noise and x0 are linear in x given x."""
+    variance = (1 - sigma) ** 2 * std**2 + sigma**2
+    surplus = x - (1 - sigma) * mean
+    return sigma * surplus / variance - (mean + (1 - sigma) * std**2 * surplus / variance)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("dpmsolver++", 2)])
+def test_the_error_falls_with_the_order_of_the_sampler(sampler: str, order: int) -> None:
+    noise = initial_noise((1, 1, 16, 16), 5).double()
+    exact = 0.5 + 0.3 * noise  # the flow keeps each number's place in the normal distribution
+
+    def error(steps: int) -> float:
+        found = solve(exact_velocity, noise, sampler_sigmas(steps, 1.0), sampler=sampler)
+        return (found - exact).abs().max().item()
+
+    assert error(40) / error(80) > 0.8 * 2**order
+    if sampler == "heun":
+        euler = solve(exact_velocity, noise, sampler_sigmas(40, 1.0))
+        assert error(40) < 0.3 * (euler - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmsolver++"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_perfect_model_leads_every_sampler_back(sampler: str, steps: int) -> None:
+    x0, noise = torch.rand(1, 4, 6, 6), initial_noise((1, 4, 6, 6), 1)
+    ticks: list[int] = []
+    found = solve(
+        lambda x, sigma: noise - x0,
+        noise,
+        sampler_sigmas(steps, 6.0),
+        on_step=lambda: ticks.append(1),
+        sampler=sampler,
+    )
+    assert torch.allclose(found, x0, atol=1e-5)
+    assert len(ticks) == steps
+
+
+def test_dpm_solver_is_that_of_diffusers() -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    sigmas = sampler_sigmas(12, 3.0)
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        final_sigmas_type="zero",
+        lower_order_final=True,
+    )
+    scheduler.set_timesteps(12)
+    scheduler.sigmas = torch.tensor([1 - 1e-6, *sigmas[1:]], dtype=torch.float64)  # it cannot begin at 1
+    x = start = initial_noise((1, 1, 8, 8), 3).double()
+    for timestep, sigma in zip(scheduler.timesteps, sigmas, strict=False):
+        x = scheduler.step(exact_velocity(x, sigma), timestep, x).prev_sample
+    found = solve(exact_velocity, start, sigmas, sampler="dpmsolver++")
+    assert torch.allclose(found, x, atol=1e-3)

@@ -135,3 +135,27 @@ def test_shift_is_undone_by_its_inverse(sigma: float, factor: float) -> None:
 def test_settings_without_a_meaning_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TimestepOptions(**settings)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_range_cuts_the_density_off_and_keeps_its_form(sampling: str) -> None:
+    cut, whole = options(sampling, min_timestep=300, max_timestep=700), options(sampling)
+    grid = [(i + 0.5) / 4000 for i in range(4000)]
+    ours = sorted(sigma_at(cut, TOKENS_AT_1024, u) for u in grid)
+    kept = sorted(s for s in (sigma_at(whole, TOKENS_AT_1024, u) for u in grid) if 0.3 <= s <= 0.7)
+    assert 0.3 <= ours[0] and ours[-1] <= 0.7
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+        assert ours[int(share * 4000)] == pytest.approx(kept[int(share * len(kept))], abs=0.01)
+
+
+@pytest.mark.parametrize("scheme", ["logit_normal", "mode"])
+def test_a_range_with_a_weighting_scheme(scheme: str) -> None:
+    cut = options("sigma", weighting_scheme=scheme, min_timestep=500)
+    ours = [sigma_at(cut, 256, (i + 0.5) / 500) for i in range(500)]
+    assert min(ours) >= 0.5 and max(ours) > 0.95
+
+
+@pytest.mark.parametrize("bounds", [(500, 500), (700, 300), (-1, 500), (0, 1001)])
+def test_a_range_without_noise_levels_is_refused(bounds: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match="leave no noise level"):
+        options("shift", min_timestep=bounds[0], max_timestep=bounds[1])

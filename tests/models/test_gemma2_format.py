@@ -117,3 +117,20 @@ def test_truncated_file(nano_in, tmp_path):
     path = tmp_path / "g.safetensors"
     path.write_bytes(nano_in("original").gemma2.read_bytes()[:-1])
     assert "truncated" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; only 'gelu_pytorch_tanh'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "only sliding_attention and full_attention",
+        ),
+    ],
+)
+def test_a_gemma2_of_another_build_is_refused(hollow_file, tmp_path, setting, words):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"} | setting))
+    path = hollow_file(tmp_path / "g.safetensors", dict(parameter_shapes(GEMMA2_2B)))
+    assert words in refusal(path)

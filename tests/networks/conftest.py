@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-WIDTH, HEADS_WIDTH, HIDDEN = 12, 20, 32
+WIDTH, QUERY, KEY, HIDDEN = 12, 12, 4, 32
 
 
 class Block(nn.Module):
@@ -18,8 +18,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention = nn.ModuleDict(
             {
-                "qkv": nn.Linear(WIDTH, HEADS_WIDTH, bias=False),
-                "out": nn.Linear(HEADS_WIDTH, WIDTH, bias=False),
+                "qkv": nn.Linear(WIDTH, QUERY + 2 * KEY, bias=False),
+                "out": nn.Linear(QUERY, WIDTH, bias=False),
             }
         )
         self.feed_forward = nn.ModuleDict(
@@ -34,7 +34,8 @@ class Block(nn.Module):
     def forward(self, x_LD: Tensor, t_D: Tensor) -> Tensor:
         if self.adaLN_modulation is not None:
             x_LD = x_LD * (1 + self.adaLN_modulation(t_D[None]))
-        x_LD = x_LD + self.attention["out"](torch.tanh(self.attention["qkv"](x_LD)))
+        q, k, v = torch.tanh(self.attention["qkv"](x_LD)).split([QUERY, KEY, KEY], dim=-1)
+        x_LD = x_LD + self.attention["out"](q * k.sum(-1, keepdim=True) + v.sum(-1, keepdim=True))
         mlp = self.feed_forward
         return x_LD + mlp["w2"](torch.sigmoid(mlp["w1"](x_LD)) * mlp["w3"](x_LD))
 

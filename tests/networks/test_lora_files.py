@@ -72,7 +72,8 @@ def test_hashes_do_not_change_with_the_title(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["transformer.layers.0.attn.to_q.lora_A.weight"], "diffusers' .PEFT. names"),
+        (["transformer.layers.0.attn.to_q.lora_A.weight"], "not complete"),
+        (["transformer.x.lora_A.weight", "transformer.x.lora_magnitude_vector.weight"], "DoRA"),
         (["lora_unet_layers_0.lokr_w1"], "LoKr"),
         ([f"{NAME}.lora_down.weight", f"{NAME}.lora_up.weight", f"{NAME}.dora_scale"], "DoRA"),
         (["layers.0.attention.qkv.weight"], "not a LoRA.*layers.0.attention.qkv.weight"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.nn.products import Linear
-from networks.lora import Dropouts, LoRA, LoRALinear, _LoRALinearOp, low_rank
+from networks.layer import Dropouts, LoRA, LoRALinear, _LoRALinearOp, low_rank
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from library.core.errors import CheckpointError, ConfigError
 from networks.files import save_network
 from networks.lora import LoRANetwork
-from networks.lora_lumina import check_args, create_network, create_network_from_file
+from networks.lora_lumina import (
+    check_args,
+    create_network,
+    create_network_from_file,
+    create_text_network_from_file,
+)
 
 Make = Callable[..., nn.Module]
 
@@ -110,9 +115,18 @@ def test_dropouts_and_loraplus_reach_the_network(lumina_like: Make) -> None:
         ({"module_dropout": "nan"}, "from 0 to below 1"),
         ({"loraplus_lr_ratio": "0"}, "above 0"),
         ({"verbose": "yes"}, "True or False"),
-        ({"split_qkv": "True"}, "q, k and v"),
+        ({"split_qkv": "maybe"}, "True or False"),
+        ({"exclude_patterns": "layers(.*"}, "a regular expression"),
+        ({"include_patterns": "['.*', '(']"}, "a regular expression"),
+        ({"network_reg_dims": ".*attention.*"}, "pattern=value, separated by commas"),
+        ({"network_reg_dims": ".*attention.*=4.5"}, "whole number"),
+        ({"network_reg_lrs": ".*attention.*=0"}, "above 0"),
+        ({"network_reg_lrs": ".*=1e-4,,x"}, "pattern=value"),
+        ({"block_dims": "4,4,x"}, "whole number"),
+        ({"block_lrs": "1e-4,-1"}, "above 0"),
         ({"conv_dim": "4"}, "no convolutions"),
-        ({"loraplus_text_encoder_lr_ratio": "4"}, "text encoder is not trained"),
+        ({"weight_decompose": "True"}, "there is no DoRA here"),
+        ({"init_lora_weights": "pissa"}, "leave it out"),
     ],
 )
 def test_bad_arguments_are_answered_with_what_they_must_be(args: dict[str, str], message: str) -> None:
@@ -170,7 +184,7 @@ def test_a_file_for_another_model_is_refused(lumina_like: Make, randomise: Calla
         create_network_from_file(lumina_like(layers=2), path)
 
 
-def test_a_file_with_text_encoder_weights_is_refused(
+def test_the_part_for_the_text_encoder_is_left_to_the_text_encoder(
     lumina_like: Make, randomise: Callable, tmp_path: Path
 ) -> None:
     network = create_network(lumina_like(), dim=4, alpha=1)
@@ -178,8 +192,13 @@ def test_a_file_with_text_encoder_weights_is_refused(
     state["lora_te_layers_0_mlp_up_proj.lora_down.weight"] = torch.zeros(4, 8)
     state["lora_te_layers_0_mlp_up_proj.lora_up.weight"] = torch.zeros(8, 4)
     save_network(tmp_path / "lora.safetensors", state, {})
-    with pytest.raises(CheckpointError, match="text encoder .lora_te_layers_0_mlp_up_proj"):
-        create_network_from_file(lumina_like(), tmp_path / "lora.safetensors")
+    read = create_network_from_file(lumina_like(), tmp_path / "lora.safetensors")
+    assert read.loras.keys() == network.loras.keys()
+    encoder = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(8, 8)})])})
+    with pytest.raises(
+        CheckpointError, match="1 layers that this text encoder lacks: lora_te_layers_0_mlp_up"
+    ):
+        create_text_network_from_file(encoder, tmp_path / "lora.safetensors")
 
 
 def test_a_file_of_another_width_is_refused(lumina_like: Make, tmp_path: Path) -> None:
@@ -188,3 +207,140 @@ def test_a_file_of_another_width_is_refused(lumina_like: Make, tmp_path: Path) -
     save_network(tmp_path / "lora.safetensors", state, {})
     with pytest.raises(CheckpointError, match=r"qkv.lora_down.weight' has shape \(4, 99\)"):
         create_network_from_file(lumina_like(), tmp_path / "lora.safetensors")
+
+
+def test_patterns_choose_layers(lumina_like: Make) -> None:
+    model = lumina_like(layers=12)
+    everything = ranks(model)
+    only = ranks(model, include_patterns=r"layers\.1[01]\.attention\..*")
+    assert set(only) == {f"layers.{n}.attention.{part}" for n in (10, 11) for part in ("qkv", "out")}
+    without = ranks(model, exclude_patterns=r"['.*adaLN_modulation.*', '.*refiner.*']")
+    assert set(without) == {p for p in everything if "adaLN" not in p and "refiner" not in p}
+    some = ranks(model, exclude_patterns=r".*", include_patterns=r"['.*\.w2', 'final_layer.linear']")
+    assert set(some) == {p for p in everything if p.endswith(".w2") or p == "final_layer.linear"}
+
+
+def test_patterns_and_blocks_set_ranks_alphas_and_rates(lumina_like: Make) -> None:
+    model = lumina_like(layers=3)
+    found = ranks(
+        model,
+        network_reg_dims=r"layers\.\d{1,2}\.attention.*=7, x_embedder=2",
+        block_dims="0,5,6",
+        mlp_dim="9",
+    )
+    assert not any(path.startswith("layers.0.") and "attention" not in path for path in found)
+    assert found["layers.0.attention.qkv"] == found["layers.2.attention.out"] == 7
+    assert found["layers.1.feed_forward.w1"] == 9 and found["layers.1.adaLN_modulation.1"] == 5
+    assert found["x_embedder"] == 2 and found["final_layer.linear"] == 4
+    network = create_network(
+        model,
+        dim=4,
+        alpha=1,
+        args={
+            "block_alphas": "1,2,8",
+            "block_lrs": "1e-4,1e-4,3e-4",
+            "network_reg_lrs": r".*\.w1=5e-5,.*qkv=1e-6",
+        },
+    )
+    assert network.loras["lora_unet_layers_2_attention_out"].scale == 2.0
+    assert network.loras["lora_unet_final_layer_linear"].scale == 0.25
+    groups = {group["name"]: group for group in network.parameter_groups(1e-3)}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        **{"lora": 1e-3, "lora_0.0001": 1e-4, "lora_0.0003": 3e-4, "lora_5e-05": 5e-5, "lora_1e-06": 1e-6}
+    }
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(network.parameters()))
+    w1 = network.loras["lora_unet_layers_0_feed_forward_w1"].down
+    assert any(parameter is w1 for parameter in groups["lora_5e-05"]["params"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            {"exclude_patterns": "attention"},
+            "'attention' matches no layer .*whole of a path such as x_embedder",
+        ),
+        ({"network_reg_dims": "layers=4"}, "network_reg_dims: 'layers' matches no layer"),
+        ({"block_dims": "4,4,4"}, "block_dims has 3 values, but the model has 2 blocks"),
+        ({"block_lrs": "1e-4"}, "block_lrs has 1 values"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_model(lumina_like: Make, args: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_network(lumina_like(), dim=4, alpha=1, args=args)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(1.0, 0.5), (8.0, 4.0), (0.0, 2.0)])
+def test_rank_stabilised_scale_is_what_any_reader_computes(
+    lumina_like: Make, alpha: float, scale: float
+) -> None:
+    network = create_network(lumina_like(), dim=4, alpha=alpha, args={"rs_lora": "True"})
+    assert {lora.scale for lora in network.loras.values()} == {scale}
+    assert network.export_state()["lora_unet_final_layer_linear.alpha"].item() / 4 == scale
+
+
+def split_network(model: nn.Module, randomise: Callable, **args: str) -> LoRANetwork:
+    network = create_network(model, dim=4, alpha=2, args={"split_qkv": "True", **args})
+    randomise(network)
+    return network
+
+
+def test_split_qkv_acts_on_q_k_and_v_apart(lumina_like: Make, randomise: Callable) -> None:
+    network = split_network(lumina_like(), randomise)
+    lora = network.loras["lora_unet_layers_0_attention_qkv"]
+    delta = lora.delta()
+    starts = {"q": 0, "k": 12, "v": 16}
+    for n, (first, width) in enumerate(zip(starts.values(), (12, 4, 4), strict=True)):
+        own_up, own_down = lora.up[first : first + width], lora.down[4 * n : 4 * n + 4]
+        assert torch.allclose(delta[first : first + width], 0.5 * own_up @ own_down, atol=1e-6)
+    assert type(network.loras["lora_unet_layers_0_attention_out"]) is not type(lora)
+    trained = sum(network.loras["lora_unet_layers_0_attention_qkv"].up.shape)
+    assert trained == 20 + 4  # no zeros of the block-diagonal matrix are trained
+
+
+def test_split_qkv_files_are_plain_loras_of_the_same_effect(
+    lumina_like: Make, inputs: tuple[Tensor, ...], randomise: Callable, tmp_path: Path
+) -> None:
+    model, path = lumina_like(), tmp_path / "lora.safetensors"
+    network = split_network(model, randomise)
+    save_network(path, network.export_state(), {})
+    network.apply_to(model)
+    expected = model(*inputs)
+    network.remove()
+    plain = create_network_from_file(model, path)
+    lora = plain.loras["lora_unet_layers_0_attention_qkv"]
+    assert (lora.rank, lora.alpha, lora.scale) == (12, 6.0, 0.5)
+    plain.apply_to(model)
+    assert torch.allclose(model(*inputs), expected, atol=1e-6)
+    assert not lora.up[:12, 4:].any() and not lora.up[12:16, :4].any() and not lora.up[16:, :8].any()
+
+
+def test_split_qkv_can_be_continued_from_its_file(lumina_like: Make, randomise: Callable) -> None:
+    first = split_network(lumina_like(), randomise)
+    second = create_network(lumina_like(), dim=4, alpha=2, args={"split_qkv": "True"}, seed=9)
+    second.load_state(first.export_state())
+    for one, two in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, two)
+    fused = create_network(lumina_like(), dim=12, alpha=6)
+    randomise(fused)
+    state = second.export_state() | {k: v for k, v in fused.export_state().items() if "qkv" in k}
+    before = second.export_state()
+    with pytest.raises(CheckpointError, match="other.safetensors: the parts of '.*qkv' .*trained together"):
+        second.load_state(state, "other.safetensors")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in second.export_state().items())
+
+
+def test_split_qkv_learns_with_every_part(lumina_like: Make, inputs: tuple[Tensor, ...]) -> None:
+    model = lumina_like()
+    args = {"split_qkv": "True", "rank_dropout": "0.1", "include_patterns": "layers.*qkv"}
+    network = create_network(model, dim=2, alpha=2, dropout=0.1, args=args)
+    network.apply_to(model)
+    before = {name: lora.up.detach().clone() for name, lora in network.loras.items()}
+    optimizer = torch.optim.AdamW(network.parameter_groups(lr=1e-2))
+    torch.manual_seed(0)
+    for _ in range(3):
+        model(*inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, lora in network.loras.items():
+        assert all((part != 0).any() for part in (lora.up - before[name]).split(lora.widths))

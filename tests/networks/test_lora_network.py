@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
-from networks.lora import LoRALinear, LoRANetwork, LoRASize, linear_layers, merge, unmerge
+from networks.layer import LoRALinear, linear_layers
+from networks.lora import LoRANetwork, LoRASize, merge, unmerge
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Make = Callable[..., nn.Module]
@@ -239,3 +240,30 @@ def test_loraplus_gives_up_matrices_their_own_rate(model: nn.Module, sizes_of: C
     assert len(downs["params"]) + len(ups["params"]) == len(list(network.parameters()))
     (group,) = LoRANetwork(model, sizes_of(model)).parameter_groups(lr=1e-4)
     assert group["lr"] == 1e-4 and len(group["params"]) == len(list(network.parameters()))
+
+
+def test_max_norm_scales_down_what_is_too_large_and_nothing_else(
+    model: nn.Module, network: LoRANetwork
+) -> None:
+    before = {name: lora.delta() for name, lora in network.loras.items()}
+    norms = {name: delta.norm().item() for name, delta in before.items()}
+    limit = sorted(norms.values())[len(norms) // 2] * 1.001
+    network.multiplier = 0.3  # has no say
+    done = network.apply_max_norm(limit)
+    network.multiplier = 1.0
+    for name, lora in network.loras.items():
+        if norms[name] <= limit:
+            assert torch.equal(lora.delta(), before[name])
+        else:
+            assert torch.allclose(lora.delta(), before[name] * (limit / norms[name]), rtol=1e-4, atol=1e-6)
+            assert lora.delta().norm().item() == pytest.approx(limit, rel=1e-5)
+    kept = [min(norm, limit) for norm in norms.values()]
+    assert done.scaled == sum(norm > limit for norm in norms.values()) > 0
+    assert done.average == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+    assert done.largest == pytest.approx(limit, rel=1e-5)
+    assert network.apply_max_norm(limit * 1.01).scaled == 0
+
+
+def test_max_norm_of_a_new_network_is_zero(model: nn.Module, sizes_of: Callable) -> None:
+    done = LoRANetwork(model, sizes_of(model)).apply_max_norm(1.0)
+    assert (done.scaled, done.average, done.largest) == (0, 0.0, 0.0)

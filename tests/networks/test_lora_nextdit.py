@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.core.errors import ConfigError
 from library.models.lumina2_format import NextDiTParams
+from library.models.lumina2_format import linear_layers as layers_of_params
 from library.models.nextdit import NextDiT
-from networks.lora import Dropouts, LoRANetwork, linear_layers
-from networks.lora_lumina import create_network
+from networks.layer import Dropouts, linear_layers
+from networks.lora import LoRANetwork
+from networks.lora_lumina import check_layers, create_network
 
 PARAMS = NextDiTParams(
     dim=48,
@@ -53,6 +56,13 @@ def gradients(model: nn.Module, network: LoRANetwork) -> dict[str, Tensor]:
     torch.manual_seed(7)  # of dropout
     predict(model).square().sum().backward()
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+def test_layers_are_known_before_the_model_is_built() -> None:
+    assert set(layers_of_params(PARAMS)) == set(linear_layers(make_model()))
+    check_layers({"exclude_patterns": ".*refiner.*", "block_dims": "4,0"}, [], layers_of_params(PARAMS))
+    with pytest.raises(ConfigError, match="'attention' matches no layer"):
+        check_layers({"include_patterns": "attention"}, [], layers_of_params(PARAMS))
 
 
 def test_default_layers_are_all_but_the_embedders() -> None:

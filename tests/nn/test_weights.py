@@ -49,3 +49,16 @@ def test_missing_tensor_is_named_with_its_neighbour(checkpoint):
 def test_wrong_shape_gives_both_shapes(checkpoint):
     with pytest.raises(CheckpointError, match=r"shape \(3, 3\), but the model needs \(4, 3\)"):
         load_module(meta_linear(4), checkpoint[0], SOURCES, device=CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_plain_reading_gives_the_same_tensors_as_mapping(tmp_path, dtype):
+    tensors = {"q": torch.arange(6).view(2, 3).to(dtype), "k": torch.ones(1, 3).to(dtype)}
+    tensors["bias"] = torch.tensor([1.0, 2.0, 3.0])
+    save_file(tensors, tmp_path / "m.safetensors")
+    files = open_checkpoint(tmp_path / "m.safetensors")
+    modules = [meta_linear(), meta_linear()]
+    for module, mmap in zip(modules, (True, False), strict=True):
+        load_module(module, files, SOURCES, device=CPU, dtype=torch.float32, mmap=mmap)
+    assert torch.equal(modules[0].weight, modules[1].weight)
+    assert torch.equal(modules[1].bias, tensors["bias"])

@@ -56,6 +56,12 @@ def test_a_flag_without_effect_is_refused_with_what_it_needs(words, needed):
         parse(*words)
 
 
+def test_skip_cache_check_is_for_caches_on_disk():
+    assert parse("--cache_latents_to_disk", "--skip_cache_check").skip_cache_check
+    with pytest.raises(ConfigError, match="--skip_cache_check has no effect without"):
+        parse("--cache_latents", "--skip_cache_check")
+
+
 @pytest.mark.parametrize("name", ["vae_batch_size", "text_encoder_batch_size", "max_caption_variants"])
 def test_numbers_must_be_positive(name):
     with pytest.raises(ConfigError, match=f"--{name} is 0; it must be 1 or more"):

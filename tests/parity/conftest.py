@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from torch import nn
 
 from library.core.seeds import generator
 from tests.parity.runs import (
-    ROOT,
     Run,
     flags,
     launch,
     pipeline_flags,
     recipe_flags,
+    training_worker,
     write_config,
     write_photos,
 )
@@ -34,20 +35,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_all(
-    tmp_path_factory: pytest.TempPathFactory, cache: Path
-) -> Callable[[Mapping[str, Mapping[str, object]]], dict[str, Run]]:
-    """Return a function: options of training runs by name -> the runs, all made in one process."""
+def train(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Callable[..., Run]]:
+    """Return a function that trains with these options; all runs share one process (training_worker.py)."""
+    log = tmp_path_factory.mktemp("worker") / "log.txt"
+    with log.open("w") as messages, training_worker(cache, messages) as worker:
 
-    def run(options: Mapping[str, Mapping[str, object]]) -> dict[str, Run]:
-        folder = tmp_path_factory.mktemp("runs")
-        runs = {name: Run(folder / name) for name in options}
-        jobs = [flags({**given, "output_dir": runs[name].folder}) for name, given in options.items()]
-        (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-        launch([ROOT / "tests/parity/train_all.py", folder / "jobs.json"], cache)
-        return runs
+        def run(options: Mapping[str, object]) -> Run:
+            folder = tmp_path_factory.mktemp("run")
+            deadline = Timer(300, worker.kill)
+            deadline.start()
+            worker.stdin.write(json.dumps(flags({**options, "output_dir": folder})) + "\n")
+            worker.stdin.flush()
+            answer = worker.stdout.readline()
+            deadline.cancel()
+            assert answer == "done\n", answer + log.read_text()[-5000:]
+            return Run(folder)
 
-    return run
+        yield run
 
 
 @pytest.fixture(scope="session")

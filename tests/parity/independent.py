@@ -1,8 +1,8 @@
 """Training and sampling of Lumina Image 2.0, written from its documents on diffusers, transformers and torch.
 
-Nothing here comes from this repository but the keys of random numbers (`library.core.seeds`) and the order of data
-(`library.data`), which are ours to define. A LoRA is a plain matrix that is added to the base weight before the
-forward pass, so none of what makes the trainer fast is repeated.
+Nothing here comes from this repository but the keys of random numbers (`library.core.seeds`), which are ours
+to define. A LoRA is a plain matrix that is added to the base weight before the forward pass, so none of what
+makes the trainer fast is repeated.
 
 Shapes: B pictures, C latent channels, h and w latent height and width, L tokens, D features.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,19 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Tra
 from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import avg_pool2d
 from transformers import Gemma2Model, GemmaTokenizer
 
 from library.core import seeds
 
 SCALE, SHIFT = 0.3611, 0.1159  # of the FLUX autoencoder
 State = dict[str, Tensor]  # a LoRA file: tensors by kohya's keys
+
+
+def nextdit_shift(unit: float, tokens: int) -> float:
+    """Uniform, moved towards noise by e^mu; mu is 0.5 at 256 image tokens and 1.15 at 4096."""
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    return math.exp(mu) / (math.exp(mu) + 1 / unit - 1)
 
 
 @dataclass(frozen=True)
@@ -38,19 +45,30 @@ class Sample:
     step: int
     micro: int
     slot: int
+    weight: float = 1.0  # of its loss
+    mask_HW: Tensor | None = None  # of its loss, in 0..1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a LoRA is trained. `rates`: peak learning rate of down and of up matrices."""
+    """How a LoRA is trained.
+
+    rates: peak learning rate of down and of up matrices. strength: what the LoRA is multiplied by in
+    training. sigma: noise level, from a uniform number and the number of image tokens. error: elementwise
+    loss, from the difference to the target and sigma.
+    """
 
     seed: int
     system_prompt: str
     alpha: float
     rates: tuple[float, float]
     betas: tuple[float, float]
+    eps: float  # large enough that rounding errors in tiny gradients do not decide an update's sign
     weight_decay: float
     max_norm: float
+    strength: float = 1.0
+    sigma: Callable[[float, int], float] = nextdit_shift
+    error: Callable[[Tensor, Tensor], Tensor] = lambda difference, sigma: difference**2
 
 
 class Lumina:
@@ -181,29 +199,27 @@ def start_of_lora(dit: Lumina2Transformer2DModel, ranks: Mapping[str, int], reci
 # --- training ---
 
 
-def sigma_of(unit: float, tokens: int) -> float:
-    """nextdit_shift: uniform, moved towards noise by e^mu; mu is 0.5 at 256 image tokens and 1.15 at 4096."""
-    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-    return math.exp(mu) / (math.exp(mu) + 1 / unit - 1)
-
-
 def batch_loss(lumina: Lumina, samples: Sequence[Sample], lora: State, recipe: Recipe) -> Tensor:
-    """Mean squared error of the velocity over a micro-batch."""
+    """Mean error of the velocity over a micro-batch."""
     x0 = lumina.latents(torch.stack([sample.pixels_3HW for sample in samples]))
     tokens = x0.shape[2] * x0.shape[3] // 4
     keys = [(s.step, s.micro, s.slot) for s in samples]
-    sigma = torch.tensor([sigma_of(seeds.unit(recipe.seed, "sigma", *key), tokens) for key in keys])
-    noise = torch.stack(
-        [
-            torch.randn(x0.shape[1:], generator=seeds.generator(recipe.seed, "noise", *key))
-            for key in keys
-        ]
-    )
+    sigma = torch.tensor([recipe.sigma(seeds.unit(recipe.seed, "sigma", *key), tokens) for key in keys])
+    generators = [seeds.generator(recipe.seed, "noise", *key) for key in keys]
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators])
     part = sigma[:, None, None, None]
     noisy = (1 - part) * x0 + part * noise
     texts = [f"{recipe.system_prompt} <Prompt Start> {sample.caption}" for sample in samples]
-    predicted = lumina.velocity(noisy, sigma, texts, lora)
-    return ((predicted - (noise - x0)) ** 2).mean()
+    difference = lumina.velocity(noisy, sigma, texts, lora, recipe.strength) - (noise - x0)
+    weights = torch.stack([sample.weight * latent_mask(sample) for sample in samples])
+    return (recipe.error(difference, part) * weights).mean()
+
+
+def latent_mask(sample: Sample) -> Tensor:
+    """A picture's mask at an eighth of its size; all ones without one."""
+    _, height, width = sample.pixels_3HW.shape
+    mask = torch.ones(height, width) if sample.mask_HW is None else sample.mask_HW
+    return avg_pool2d(mask[None], 8)
 
 
 def train(
@@ -218,11 +234,14 @@ def train(
         {"params": [value for key, value in lora.items() if f"lora_{kind}" in key], "lr": rate}
         for kind, rate in zip(("down", "up"), recipe.rates, strict=True)
     ]
-    optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+    )
     losses, norms = [], []
     for micro_batches in steps:
         optimizer.zero_grad()
-        loss = sum(batch_loss(lumina, samples, lora, recipe) for samples in micro_batches) / len(micro_batches)
+        parts = [batch_loss(lumina, samples, lora, recipe) for samples in micro_batches]
+        loss = torch.stack(parts).mean()
         loss.backward()
         gradients = [value.grad for value in lora.values() if value.requires_grad]
         norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
@@ -243,6 +262,14 @@ def load_pixels(path: Path, size: tuple[int, int]) -> Tensor:
         turned = picture.transpose(Image.Transpose.ROTATE_270) if _lies_on_its_side(picture) else picture
         pixels = np.asarray(turned.convert("RGB").resize(size, Image.Resampling.BOX))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
+
+
+def load_alpha(path: Path) -> Tensor | None:
+    """A picture's alpha channel (H, W) in 0..1; None if it has none."""
+    with Image.open(path) as picture:
+        if picture.mode != "RGBA":
+            return None
+        return torch.from_numpy(np.asarray(picture.getchannel("A"), dtype=np.float32)) / 255
 
 
 def _lies_on_its_side(picture: Image.Image) -> bool:

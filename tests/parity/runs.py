@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Name: size, and a caption. Buckets are 64 x 64, 80 x 48 and 48 x 80.
 PHOTOS = {
     "cat": ((64, 64), "a small cat"),
-    "dog": ((128, 128), "a large dog on the wooden table, looking at a coffee cup; dark city lights behind her"),
+    "dog": ((128, 128), "a large dog on a wooden table, looking at a coffee cup; dark city lights behind it"),
     "rocket": ((64, 64), "rocket"),
     "sky": ((80, 48), "a distant galaxy in the bright sky"),
     "woman": ((48, 80), "portrait of a smiling woman in an orange suit"),
@@ -31,7 +33,7 @@ PHOTOS = {
 SIDEWAYS = "man"
 
 
-# The run of test_training_against_diffusers.py; its LoRA is drawn with in test_inference_against_diffusers.py.
+# What test_training_against_diffusers.py trains, and test_inference_against_diffusers.py draws with.
 STEPS, ACCUMULATION = 5, 3
 RECIPE = Recipe(
     seed=7,
@@ -39,8 +41,9 @@ RECIPE = Recipe(
     alpha=2.0,
     rates=(0.01, 0.04),
     betas=(0.8, 0.95),
+    eps=1e-5,
     weight_decay=0.1,
-    max_norm=0.5,
+    max_norm=0.4,
 )
 
 
@@ -50,10 +53,11 @@ class Run:
 
     folder: Path
     log: str = ""
+    name: str = "last"
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        text = (self.folder / "last.metrics.jsonl").read_text(encoding="utf-8")
+        text = (self.folder / f"{self.name}.metrics.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
     @property
@@ -66,7 +70,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        return self.folder / "last.safetensors"
+        return self.folder / f"{self.name}.safetensors"
 
     @cached_property
     def lora(self) -> dict[str, Tensor]:
@@ -95,16 +99,37 @@ def launch(words: Sequence[object], cache: Path) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def write_photos(folder: Path) -> Path:
+@contextmanager
+def training_worker(cache: Path, messages: TextIO) -> Iterator[subprocess.Popen[str]]:
+    """A process that trains for each line it is given; see training_worker.py."""
+    worker = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/parity/training_worker.py")],
+        cwd=ROOT,
+        env=environment(cache),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=messages,
+        text=True,
+    )
+    try:
+        yield worker
+    finally:
+        worker.stdin.close()
+        worker.wait(timeout=60)
+
+
+def write_photos(folder: Path, names: Iterable[str] = tuple(PHOTOS)) -> Path:
     """Write smooth, noisy pictures and their captions."""
     folder.mkdir()
     source = np.random.default_rng(5)
-    for name, ((width, height), caption) in PHOTOS.items():
+    for name in names:
+        (width, height), caption = PHOTOS[name]
         corners = Image.fromarray(source.integers(0, 256, (3, 3, 3), dtype=np.uint8))
         smooth = np.asarray(corners.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
         noisy = smooth + source.integers(-30, 31, smooth.shape)
@@ -116,7 +141,18 @@ def write_photos(folder: Path) -> Path:
     return folder
 
 
-def write_config(path: Path, photos: Path, *, batch_size: int = 2, dataset: str = "", subset: str = "") -> Path:
+def add_alpha(path: Path) -> None:
+    """Give a picture an alpha channel that falls from top to bottom."""
+    with Image.open(path) as picture:
+        width, height = picture.size
+        ramp = np.linspace(255, 0, width * height).astype(np.uint8).reshape(height, width)
+        picture.putalpha(Image.fromarray(ramp))
+        picture.save(path)
+
+
+def write_config(
+    path: Path, photos: Path, *, batch_size: int = 2, dataset: str = "", subset: str = ""
+) -> Path:
     """Write a dataset configuration; `dataset` and `subset` are more lines of it."""
     path.write_text(
         f"[general]\ncaption_extension = '.txt'\nenable_bucket = true\nbucket_reso_steps = 16\n"
@@ -136,6 +172,16 @@ def pipeline_flags(folder: Path) -> dict[str, object]:
     }
 
 
+def inference_flags(folder: Path) -> dict[str, object]:
+    """The flags that name the models of a pipeline folder, in inference, all in fp32."""
+    models = {
+        "pretrained_model_name_or_path": folder / "transformer",
+        "gemma2_path": folder / "text_encoder",
+        "ae_path": folder / "vae",
+    }
+    return models | dict.fromkeys(("dtype", "gemma2_dtype", "ae_dtype"), "fp32")
+
+
 def recipe_flags() -> dict[str, object]:
     """RECIPE as flags, with LoRAs of different ranks on all kinds of layers."""
     down, up = RECIPE.rates
@@ -150,7 +196,11 @@ def recipe_flags() -> dict[str, object]:
             f"loraplus_lr_ratio={up / down}",
         ),
         "learning_rate": down,
-        "optimizer_args": (f"betas={RECIPE.betas}".replace(" ", ""), f"weight_decay={RECIPE.weight_decay}"),
+        "optimizer_args": (
+            f"betas={RECIPE.betas}".replace(" ", ""),
+            f"eps={RECIPE.eps}",
+            f"weight_decay={RECIPE.weight_decay}",
+        ),
         "max_grad_norm": RECIPE.max_norm,
         "timestep_sampling": "nextdit_shift",
         "max_train_steps": STEPS,

@@ -330,6 +330,21 @@ def test_damaged_entries_are_noticed_and_made_again(folder):
         source.get(item, flip=False)
 
 
+def test_without_the_check_an_entry_that_is_there_is_taken_until_it_is_read(folder):
+    manifest = manifest_of(folder)
+    fill_latents(manifest)
+    damaged, gone, *_ = files_in(folder)
+    content = bytearray(damaged.read_bytes())
+    content[-7] ^= 4
+    damaged.write_bytes(content)
+    gone.unlink()
+    source, _, counts = fill_latents(manifest, run=PassRun(batch_size=2, check=False))
+    assert counts == Counts(cached=4, encoded=1)
+    with pytest.raises(DataError, match="was damaged"):
+        for item in manifest.items:
+            source.get(item, flip=False)
+
+
 # --- captions ---
 
 CAPTION_OPTIONS = [
@@ -503,7 +518,7 @@ SLOW_PASS = """
 
 def start_slow_pass(folder):
     command = [sys.executable, "-c", textwrap.dedent(SLOW_PASS), str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -513,7 +528,9 @@ def many(tmp_path):
 
 def test_two_processes_on_one_cache_tear_and_lose_nothing(many):
     processes = [start_slow_pass(many) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
     source, encoders, counts = fill_latents(manifest_of(many))
     assert counts == Counts(cached=60, encoded=0)
     for item in manifest_of(many).items:
@@ -526,9 +543,10 @@ def test_a_killed_process_leaves_only_whole_entries(many):
     process = start_slow_pass(many)
     process.stdout.readline()
     while len(files_in(many)) < 12:
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     kept = len([path for path in files_in(many) if not path.name.startswith(".tmp-")])
     assert 12 <= kept < 60
     _, encoders, counts = fill_latents(manifest_of(many))

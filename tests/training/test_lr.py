@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.optimization import get_piecewise_constant_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler
@@ -11,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 
 from library.core.errors import ConfigError
 from library.options.optimizer import SCHEDULERS, OptimizerOptions
-from library.training.lr import lr_multiplier
+from library.training.lr import learning_rate_schedule, lr_multiplier
 
 FOLLOW_THE_LOSS = {"reduce_lr_on_plateau", "greedy"}
 
@@ -34,7 +35,8 @@ def ours(total: int, **options: object) -> list[float]:
 
 
 def test_every_scheduler_of_transformers_that_is_a_function_of_the_step_is_there() -> None:
-    assert set(SCHEDULERS) == {kind.value for kind in SchedulerType} - FOLLOW_THE_LOSS
+    others = {"piecewise_constant", "adafactor"}
+    assert set(SCHEDULERS) - others == {kind.value for kind in SchedulerType} - FOLLOW_THE_LOSS
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
@@ -69,6 +71,72 @@ def test_equals_transformers(name: str, options: dict, settings_: dict, warmup: 
     expected = theirs(name, 3e-4, warmup, 40, **settings_)
     actual = ours(40, lr_scheduler=name, learning_rate=3e-4, lr_warmup_steps=warmup, **options)
     assert actual == pytest.approx(expected, abs=1e-12)
+
+
+def test_piecewise_constant_equals_diffusers() -> None:
+    rules = "1:3,0.1:7,0.01"
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_piecewise_constant_schedule(optimizer, rules)
+    expected = []
+    for _ in range(12):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    options = OptimizerOptions(lr_scheduler="piecewise_constant", lr_scheduler_args=(f"step_rules={rules}",))
+    schedule = learning_rate_schedule(options, 10)
+    assert [schedule(step, [1.0, 2.0]) for step in range(12)] == [[f, 2 * f] for f in expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("StepLR", ["step_size=3", "gamma=0.5"]),
+        ("CosineAnnealingLR", ["T_max=8", "eta_min=1e-5"]),
+        ("CosineAnnealingWarmRestarts", ["T_0=4"]),
+        ("torch.optim.lr_scheduler.OneCycleLR", ["max_lr=1e-2", "total_steps=12", "cycle_momentum=False"]),
+    ],
+)
+def test_a_class_gives_the_rates_that_it_gives_an_optimizer(kind: str, words: list[str]) -> None:
+    options = OptimizerOptions(lr_scheduler_type=kind, lr_scheduler_args=tuple(words))
+    peaks = [1e-3, 4e-3]
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": peak} for peak in peaks]
+    optimizer = torch.optim.AdamW(groups)
+    settings_ = options.scheduler_settings()
+    scheduler = vars(torch.optim.lr_scheduler)[kind.rpartition(".")[2]](optimizer, **settings_)
+    expected = []
+    for _ in range(11):
+        expected.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    straight = learning_rate_schedule(options, 11)
+    assert [list(straight(step, peaks)) for step in range(11)] == expected
+    resumed = learning_rate_schedule(options, 11)
+    assert [list(resumed(step, peaks)) for step in range(6, 11)] == expected[6:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("ReduceLROnPlateau", [], "follows the loss"),
+        ("StepLR", ["stepsize=3"], "StepLR has no setting 'stepsize'; did you mean 'step_size'"),
+        ("StepLR", [], "StepLR does not take its --lr_scheduler_args: .*step_size"),
+        ("OneCycleLR", ["max_lr=1.0", "total_steps=12"], "give cycle_momentum=False"),
+        ("StepLRR", [], "no LRScheduler of the name 'StepLRR'; did you mean 'StepLR'"),
+        ("torch.nn.Linear", [], "no LRScheduler of the name 'Linear'"),
+    ],
+)
+def test_mistakes_with_a_class_are_named(kind: str, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        learning_rate_schedule(OptimizerOptions(lr_scheduler_type=kind, lr_scheduler_args=tuple(words)), 10)
+
+
+def test_a_class_that_ends_before_the_run_says_so() -> None:
+    words = ("max_lr=1.0", "total_steps=3", "cycle_momentum=False")
+    schedule = learning_rate_schedule(
+        OptimizerOptions(lr_scheduler_type="OneCycleLR", lr_scheduler_args=words), 10
+    )
+    with pytest.raises(ConfigError, match="OneCycleLR does not take .*Tried to step 4 times"):
+        schedule(9, [1.0])
 
 
 def test_constant_is_constant() -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, MissingPackageError
 from library.options.group import parse_options
 from library.options.optimizer import ADAMW_SETTINGS, OptimizerOptions
-from library.training.optimizer import create_optimizer, describe_optimizer, set_lr
+from library.training.optimizer import create_optimizer, describe_optimizer, set_learning_rates
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def test_is_fused_unless_told_otherwise() -> None:
 def test_rates_follow_each_groups_peak() -> None:
     groups = [{"params": parameters(), "lr": 1e-3, "name": "down"}, {"params": parameters(), "lr": 4e-3}]
     optimizer = create_optimizer(groups, parse())
-    set_lr(optimizer, 0.5)
-    set_lr(optimizer, 0.25)
+    for factor in (0.5, 0.25):
+        set_learning_rates(optimizer, lambda step, peaks, f=factor: [f * peak for peak in peaks], step=0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25e-3, 1e-3]
     assert "initial_lr" not in groups[0]  # the caller's groups are not touched
 
@@ -77,7 +77,35 @@ def test_the_settings_are_torchs() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--optimizer_type=Lion"], "Lion is not available"),
+        (["--optimizer_type=Lyon"], "there is no optimizer 'Lyon'; did you mean 'Lion'"),
+        (["--optimizer_type=adamw_8bit"], "did you mean 'AdamW8bit'"),
+        (["--optimizer_type=Lion", "--use_8bit_adam"], "name different optimizers"),
+        (["--use_lion_optimizer", "--use_8bit_adam"], "name different optimizers"),
+        (["--unet_lr=0"], "--unet_lr is 0.0; it must be above 0"),
+        (["--optimizer_type=Lion", "--optimizer_args", "lr=1"], "set by --learning_rate"),
+        (["--optimizer_type=Adafactor", "--lr_scheduler=cosine"], "cannot set the rate of Adafactor"),
+        (["--optimizer_type=Adafactor", "--lr_scheduler_type=StepLR"], "StepLR cannot set the rate"),
+        (["--lr_scheduler=adafactor"], "needs --optimizer_type Adafactor"),
+        (
+            [
+                "--optimizer_type=Adafactor",
+                "--lr_scheduler=adafactor",
+                "--optimizer_args=relative_step=False",
+            ],
+            "without relative_step=False",
+        ),
+        (
+            ["--optimizer_type=Adafactor", "--optimizer_args", "relative_step=False", "warmup_init=True"],
+            "warmup_init=True is a form of Adafactor's relative steps",
+        ),
+        (["--optimizer_type=Adafactor", "--optimizer_args", "relative_step=1"], "must be True or False"),
+        (["--lr_scheduler_type=StepLR", "--lr_scheduler=cosine"], "are two schedulers"),
+        (
+            ["--lr_scheduler_type=StepLR", "--lr_warmup_steps=3"],
+            "means nothing to --lr_scheduler_type StepLR",
+        ),
+        (["--lr_scheduler=cosine", "--lr_scheduler_args", "T_max=3"], "it is for piecewise_constant"),
+        (["--lr_scheduler=piecewise_constant"], "needs --lr_scheduler_args step_rules="),
         (["--learning_rate=0"], "above 0"),
         (["--learning_rate=nan"], "above 0"),
         (["--max_grad_norm=-1"], "0 or more"),
@@ -108,6 +136,12 @@ def test_mistakes_are_named(words: list[str], message: str) -> None:
         parse(*words)
 
 
+@pytest.mark.parametrize("flag", ["--optimizer_type", "--lr_scheduler_type"])
+def test_a_class_of_a_package_that_is_not_there(flag: str) -> None:
+    with pytest.raises(MissingPackageError, match=f"{flag} no_such_package.X needs .*pip install no_such"):
+        parse(f"{flag}=no_such_package.X")
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("100", 100), ("0", 0), ("0.05", 0.05), ("5%", 0.05), ("100%", 1.0), ("1e2", 100)]
 )
@@ -120,3 +154,40 @@ def test_warmup_is_steps_or_a_share(text: str, value: int | float) -> None:
 def test_can_be_imported_without_torch(module: str) -> None:
     check = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "AdamW"),
+        (["--optimizer_type="], "AdamW"),
+        (["--optimizer_type=adamw8BIT"], "AdamW8bit"),
+        (["--use_8bit_adam"], "AdamW8bit"),
+        (["--use_8bit_adam", "--optimizer_type=AdamW8bit"], "AdamW8bit"),
+        (["--use_lion_optimizer"], "Lion"),
+        (["--optimizer_type=radam"], "RAdam"),
+        (["--optimizer_type=torch.optim.NAdam"], "torch.optim.NAdam"),
+    ],
+)
+def test_names_in_any_case_and_the_old_short_forms(words: list[str], name: str) -> None:
+    assert parse(*words).optimizer_name == name
+
+
+@pytest.mark.parametrize("rules", ["1:10", "1:10,0.1:5,0.01", "1:ten,0.1", "-1:3,1", "1:0,2", "", "1:3.5,1"])
+def test_step_rules_that_are_none(rules: str) -> None:
+    with pytest.raises(ConfigError, match="the rate times 1 before step 10"):
+        parse("--lr_scheduler=piecewise_constant", "--lr_scheduler_args", f"step_rules={rules}")
+
+
+def test_settings_are_python_literals_over_what_the_name_stands_for() -> None:
+    words = ["--optimizer_type=SGDNesterov", "--optimizer_args", "momentum=0.5", "weight_decay=1e-2"]
+    settings = parse(*words).optimizer_settings()
+    assert settings == {"momentum": 0.5, "nesterov": True, "weight_decay": 0.01}
+    assert parse("--optimizer_type=Prodigy", "--optimizer_args", "betas=0.9,0.99").optimizer_settings() == {
+        "betas": (0.9, 0.99)
+    }
+
+
+def test_the_rate_of_the_dit() -> None:
+    assert parse("--learning_rate=1e-3").network_lr == 1e-3
+    assert parse("--learning_rate=1e-3", "--unet_lr=2e-4").network_lr == 2e-4

@@ -18,6 +18,7 @@ from library.flow.generate import ImageModel, generate
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Moment
+from library.training.grid import Grid
 from library.training.preview import Previews, evaluating
 
 DEFAULTS = ImageRequest(width=32, height=32, steps=3, seed=100, discrete_flow_shift=3.0)
@@ -57,6 +58,7 @@ def previews(tmp_path: Path, text: str, net: nn.Module | None = None, **options:
         ),
         encode=encode,
         modules=[net],
+        grid=Grid(tmp_path / "grid.png", tmp_path / "sample"),
     )
 
 

@@ -1,0 +1,81 @@
+"""Configuration files: options read from one, and the options of a run written as one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from library.core.errors import ConfigError
+from library.core.suggest import did_you_mean
+from library.core.toml_file import dump_toml, read_config
+
+
+def words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """Turn a config file into command-line words, so that both are checked by the same rules.
+
+    Raises:
+        ConfigError: it cannot be read, or it has an unknown key or the same key twice.
+    """
+    path = with_ending(path)
+    actions = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
+    words: list[str] = []
+    seen: set[str] = set()
+    for key, value in _flattened(read_config(path, "The config file")):
+        if key not in actions:
+            raise ConfigError(f"{path}: unknown key '{key}'{did_you_mean(key, actions) or '.'}")
+        if key in seen:
+            raise ConfigError(f"{path}: '{key}' is there twice, in two sections; keep one.")
+        seen.add(key)
+        words += _words(key, value, actions[key])
+    return words
+
+
+def config_text(options: object) -> str:
+    """Return a script's options as a TOML file that gives the same options when it is read again.
+
+    Paths become absolute, so that the file can be used from every folder. What is not `saved` (see `option`)
+    and what is refused is left out.
+    """
+    sections = {name: _section(getattr(options, name)) for name in (f.name for f in fields(options))}
+    return dump_toml({name: section for name, section in sections.items() if section})
+
+
+def with_ending(path: Path) -> Path:
+    """Add .toml to a name without ending, as sd-scripts does."""
+    return path if path.suffix else path.with_suffix(".toml")
+
+
+def _flattened(table: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flattened(value)
+        else:
+            yield key, value
+
+
+def _words(key: str, value: object, action: argparse.Action) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{key}"] if value else []
+    if isinstance(value, list):
+        takes_several = action.nargs is not None
+        return [f"--{key}", *map(str, value)] if takes_several else [f"--{key}={','.join(map(str, value))}"]
+    return [f"--{key}={value}"]
+
+
+def _section(group: Any) -> dict[str, object]:
+    kept = [f for f in fields(group) if f.metadata["saved"] and f.metadata["refusal"] is None]
+    written = {f.name: _written(f, getattr(group, f.name)) for f in kept}
+    return {name: value for name, value in written.items() if value is not None}
+
+
+def _written(field: Field, value: Any) -> object:
+    """The inverse of what the parser does to the words of a flag."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, tuple):
+        items = [str(item.absolute()) if isinstance(item, Path) else item for item in value]
+        return items if field.metadata["nargs"] else ",".join(map(str, items))
+    return value

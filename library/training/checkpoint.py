@@ -1,0 +1,243 @@
+"""States on disk: folders that are complete or not there, found again, verified, and pruned. Torch-free.
+
+A state is a folder of safetensors files and `state.json`, which is written last and lists the size and
+SHA-256 of each. The folder appears under its name by one rename, after everything in it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from library.core.errors import CheckpointError, StorageError
+from library.core.files import explain, remove_directory, staged_directory
+from library.core.hashing import sha256_file
+from library.core.log import logger
+from library.options.saving import SavingOptions
+from library.options.state import LATEST, StateOptions
+
+RECORD = "state.json"
+FORMAT = 1
+KEPT = 2  # the newest states of a run that no pruning removes
+
+_log = logger("state")
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """What `state.json` says.
+
+    step: optimizer steps done, of which an epoch has `steps_per_epoch`.
+    events_done: whether saves, previews and validation of this moment have happened.
+    serial: counts the states of an output name; the newest has the highest.
+    dataset: digest of everything that orders and makes the data. settings: flags of the run by name.
+    history: a sentence for each change of settings on the way here. values: numbers of each part by name.
+    """
+
+    step: int
+    events_done: bool
+    serial: int
+    seed: int
+    world: int
+    steps_per_epoch: int
+    dataset: str
+    settings: dict[str, object] = field(default_factory=dict)
+    history: list[str] = field(default_factory=list)
+    values: dict[str, dict[str, object]] = field(default_factory=dict)
+    files: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A committed state: its folder and its record."""
+
+    path: Path
+    record: StateRecord
+
+
+def write_state(path: Path, record: StateRecord, write_files: Callable[[Path], None]) -> SavedState:
+    """Commit a state. `write_files` puts the tensor files into the folder that it is given.
+
+    Raises:
+        StorageError: it could not be written; what was at `path` is untouched.
+    """
+    with staged_directory(path) as folder:
+        write_files(folder)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            for file in sorted(folder.iterdir())
+        }
+        record = replace(record, files=files)
+        (folder / RECORD).write_text(json.dumps({"format": FORMAT} | asdict(record)), encoding="utf-8")
+    return SavedState(path, record)
+
+
+def read_state(path: Path) -> SavedState:
+    """Read a state's record.
+
+    Raises:
+        CheckpointError: there is no state, or it is one of another program or version.
+    """
+    file = Path(path) / RECORD
+    if not file.is_file():
+        raise CheckpointError(_no_state(Path(path)))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {explain(error)}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{file} is not the record of a state that this version can read.")
+    if content.keys() != {f.name for f in fields(StateRecord)}:
+        raise CheckpointError(f"{file} is damaged: its entries are not those of a state.")
+    return SavedState(Path(path), StateRecord(**content))
+
+
+def verify_state(state: SavedState) -> None:
+    """Compare every file of a state with its recorded size and digest.
+
+    Raises:
+        CheckpointError: one is missing or not as it was written.
+    """
+    for name, facts in state.record.files.items():
+        file = state.path / name
+        if not file.is_file():
+            raise CheckpointError(f"The state {state.path} lacks its file {name}.")
+        if file.stat().st_size != facts["bytes"] or sha256_file(file) != facts["sha256"]:
+            raise CheckpointError(f"The state {state.path} is damaged: {name} is not as it was written.")
+
+
+def find_resumed(options: StateOptions, saving: SavingOptions) -> SavedState | None:
+    """Return the verified state that `--resume` means; None without it, or if 'latest' finds none.
+
+    Raises:
+        CheckpointError: the named state is not there or damaged, or every state that is there is damaged.
+    """
+    if options.resume is None:
+        return None
+    if options.resume == LATEST:
+        return _latest(saving)
+    state = read_state(Path(options.resume))
+    verify_state(state)
+    return state
+
+
+def saved_states(saving: SavingOptions) -> list[SavedState]:
+    """Return the committed states of an output name, oldest first; what is not a state is left out."""
+    states = []
+    for path in _state_folders(saving):
+        try:
+            states.append(read_state(path))
+        except CheckpointError as error:
+            _log.warning("left aside: %s", error)
+    return sorted(states, key=lambda state: state.record.serial)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which states stay: those of the last N saves by epoch, those of the last N steps. None: all."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    epoch_interval: int = 1  # epochs from one save to the next
+
+    def wants(self, epoch: int | None, step: int | None, newest: StateRecord) -> bool:
+        """Whether a state named by its epoch or its step (None: not so named) stays beside the newest one."""
+        if epoch is not None and self.epochs is not None:
+            return epoch > newest.epoch - self.epochs * self.epoch_interval
+        if step is not None and self.steps is not None:
+            return step >= newest.step - self.steps
+        return True
+
+
+def prune_states(saving: SavingOptions, keep: Keep, newest: SavedState) -> None:
+    """Remove states that nobody wants any more, now that `newest` is committed; two always stay."""
+    for state in saved_states(saving)[:-KEPT]:
+        if not keep.wants(*_place_in_name(saving, state.path), newest.record):
+            _remove(state.path)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise StorageError if the disk of `folder` lacks room for `needed` bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"Could not save a state in {folder}: it needs {needed / 2**20:,.0f} MiB and the disk has "
+            f"{free / 2**20:,.0f} MiB free. Make room, or keep fewer states with --save_last_n_steps_state."
+        )
+
+
+def step_state_path(saving: SavingOptions, step: int) -> Path:
+    """Return the folder of the state after `step` steps."""
+    return saving.output_dir / f"{saving.output_name}-step{step:08d}-state"
+
+
+def epoch_state_path(saving: SavingOptions, epoch: int) -> Path:
+    """Return the folder of the state after `epoch` epochs."""
+    return saving.output_dir / f"{saving.output_name}-{epoch:06d}-state"
+
+
+def final_state_path(saving: SavingOptions) -> Path:
+    """Return the folder of the state at the end of training."""
+    return saving.output_dir / f"{saving.output_name}-state"
+
+
+def _latest(saving: SavingOptions) -> SavedState | None:
+    states = saved_states(saving)
+    for state in reversed(states):
+        try:
+            verify_state(state)
+        except CheckpointError as error:
+            _log.warning("%s The one before it is tried.", error)
+        else:
+            return state
+    if states:
+        raise CheckpointError(f"Every state of '{saving.output_name}' in {saving.output_dir} is damaged.")
+    return None
+
+
+def _state_folders(saving: SavingOptions) -> Iterator[Path]:
+    pattern = re.compile(re.escape(saving.output_name) + r"(-step\d+|-\d+)?-state")
+    if saving.output_dir.is_dir():
+        for path in sorted(saving.output_dir.iterdir()):
+            if path.is_dir() and pattern.fullmatch(path.name):
+                yield path
+
+
+def _place_in_name(saving: SavingOptions, path: Path) -> tuple[int | None, int | None]:
+    """Return the epoch or the step that a state is named by."""
+    when = path.name.removeprefix(saving.output_name).removesuffix("-state").removeprefix("-")
+    if when.startswith("step"):
+        return None, int(when.removeprefix("step"))
+    return (int(when) if when else None), None
+
+
+def _remove(path: Path) -> None:
+    try:
+        remove_directory(path)
+    except OSError as error:
+        _log.warning("the old state %s could not be removed: %s", path, explain(error))
+    else:
+        _log.info("removed the old state %s", path)
+
+
+def _no_state(path: Path) -> str:
+    if not path.exists():
+        return f"--resume {path}: there is no such folder."
+    if (path / "train_state.json").exists() or (path / "random_states_0.pkl").exists():
+        return (
+            f"--resume {path} is a state of accelerate (sd-scripts). It holds pickled files and cannot be "
+            f"resumed here; start from its LoRA file with --network_weights."
+        )
+    return f"--resume {path} holds no {RECORD}, so it is not a state."

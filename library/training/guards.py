@@ -1,0 +1,120 @@
+"""What stops a run before harm is done: numbers that are not finite, and memory that runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from library.core.device import peak_memory_bytes
+from library.core.errors import NonFiniteError, ResourceError
+from library.data.items import Manifest
+from library.options.train import TrainOptions
+
+ADVICE_AT_ONCE = 3
+
+# How torch words it when it does not raise OutOfMemoryError: the CPU's allocator, the driver, cuBLAS.
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise NonFiniteError, with the name of the first bad one, if a tensor holds NaN or infinity."""
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    if not names:
+        return
+    finite = torch.stack([tensors[name].isfinite().all() for name in names]).tolist()  # one wait for all
+    if not all(finite):
+        raise NonFiniteError(
+            f"In {what}, '{names[finite.index(False)]}' holds NaN or infinite numbers, so nothing was saved. "
+            f"Go on from an earlier state with a lower --learning_rate."
+        )
+
+
+@contextmanager
+def memory_explained(doing: str, device: torch.device, advice: list[str]) -> Iterator[None]:
+    """Turn an out-of-memory error into one with numbers and the first few pieces of `advice`.
+
+    Raises:
+        ResourceError: the memory of the device, or of the computer, did not suffice.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        helps = "; ".join(advice[:ADVICE_AT_ONCE]) or "a larger device"
+        raise ResourceError(
+            f"Out of memory while {doing}: {_usage(device)}. What helps most here: {helps}."
+        ) from error
+
+
+def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
+    """Return what makes training itself smaller, the most effective first, as far as it is not in use."""
+    advice = []
+    if not options.training.gradient_checkpointing:
+        advice.append("--gradient_checkpointing, which keeps one activation a block")
+    advice += _precision_advice(options)
+    batch_size = max(dataset.batch_size for dataset in manifest.datasets)
+    if batch_size > 1:
+        accumulation = options.training.gradient_accumulation_steps * batch_size
+        advice.append(
+            f"batch_size 1 instead of {batch_size}, with --gradient_accumulation_steps {accumulation} for as "
+            f"many pictures a step"
+        )
+    if not options.caching.texts:
+        advice.append("--cache_text_encoder_outputs_to_disk, so that the text encoder is not in memory")
+    if not options.caching.latents:
+        advice.append("--cache_latents_to_disk, so that the autoencoder is not in memory")
+    width, height = max((item.geometry.bucket for item in manifest.items), key=lambda size: size[0] * size[1])
+    advice.append(f"a lower resolution in the dataset (the largest pictures are now {width}x{height})")
+    return advice
+
+
+def caching_advice(options: TrainOptions) -> list[str]:
+    """Return what makes the encoders' work before training smaller."""
+    caching = options.caching
+    advice = _precision_advice(options)
+    if caching.texts and caching.text_encoder_batch_size > 1:
+        advice.append(f"--text_encoder_batch_size 1 instead of {caching.text_encoder_batch_size}")
+    if caching.latents and caching.vae_batch_size > 1:
+        advice.append(f"--vae_batch_size 1 instead of {caching.vae_batch_size}")
+    return [*advice, "other programs on the device ended", "a lower resolution in the dataset"]
+
+
+def loading_advice(options: TrainOptions) -> list[str]:
+    """Return what makes room for the model when it is loaded."""
+    advice = _precision_advice(options)
+    if not (options.caching.texts and options.caching.latents):
+        advice.append(
+            "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, so that no encoder is loaded "
+            "beside it"
+        )
+    return [*advice, "other programs on the device ended"]
+
+
+def drawing_advice(options: TrainOptions) -> list[str]:
+    """Return what makes sample pictures smaller."""
+    size = options.sampling.sample_batch_size
+    advice = [f"--sample_batch_size 1 instead of {size}"] if size > 1 else []
+    return [*advice, "smaller pictures (--w and --h in the prompt file)"]
+
+
+def _precision_advice(options: TrainOptions) -> list[str]:
+    if options.training.mixed_precision != "no":
+        return []
+    return ["--mixed_precision bf16, which halves the frozen models and the activations"]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _usage(device: torch.device) -> str:
+    peak = f"this program used up to {peak_memory_bytes(device) / 2**30:.1f} GiB"
+    if device.type != "cuda":
+        return peak
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{peak} of the {total / 2**30:.1f} GiB of {device}, of which {free / 2**30:.1f} GiB are free"

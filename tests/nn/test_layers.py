@@ -1,0 +1,163 @@
+"""The fast layers against their plain references: values, gradients, and what is kept for backward."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+from library.nn import layers
+from library.nn.layers import (
+    RMSNorm,
+    TimestepEmbedder,
+    norm_and_rotate,
+    normed_residual,
+    plain_norm_and_rotate,
+    plain_normed_residual,
+    plain_scaled_rms_norm,
+    plain_swiglu,
+    run_again_in_backward,
+    scaled_rms_norm,
+    swiglu,
+)
+
+LENGTHS = (5, 1, 7)
+TOKENS = sum(LENGTHS)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True, params=[40, 1 << 18], ids=["many blocks", "one block"])
+def block_elements(request, monkeypatch):
+    monkeypatch.setattr(layers, "_BLOCK_ELEMENTS", request.param)
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+
+def gradients(function, inputs, seed=9):
+    """Output of a function and the gradient of a random projection of it, for each input that wants one."""
+    output = function(*inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    return [
+        output.detach(),
+        *torch.autograd.grad(output, wanted, draw(*output.shape, seed=seed).to(output.dtype)),
+    ]
+
+
+def assert_agree(fast, plain, inputs):
+    dtype = inputs[0].dtype
+    for ours, reference in zip(gradients(fast, inputs), gradients(plain, inputs), strict=True):
+        assert ours.dtype == reference.dtype and ours.shape == reference.shape
+        error = (ours.float() - reference.float()).norm() / reference.float().norm()
+        assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, len(LENGTHS)], ids=["one gain for all", "a gain a sample"])
+class TestNorms:
+    def test_scaled_rms_norm(self, dtype, rows):
+        def call(function):
+            return lambda x, gain: function(x, gain, LENGTHS, 1e-5)
+
+        inputs = draw(TOKENS, 16, dtype=dtype), draw(rows, 16)
+        assert_agree(call(scaled_rms_norm), call(plain_scaled_rms_norm), inputs)
+
+    def test_normed_residual(self, dtype, rows):
+        def call(function):
+            return lambda stream, x, gain: function(stream, x, gain, LENGTHS, 1e-5)
+
+        inputs = draw(TOKENS, 16, dtype=dtype, seed=1), draw(TOKENS, 16, dtype=dtype), draw(rows, 16)
+        assert_agree(call(normed_residual), call(plain_normed_residual), inputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_swiglu(dtype):
+    assert_agree(swiglu, plain_swiglu, (draw(TOKENS, 24, dtype=dtype), draw(TOKENS, 24, dtype=dtype, seed=1)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_norm_and_rotate_reads_a_part_of_a_wider_tensor(dtype):
+    table = draw(TOKENS, 4, 2).detach()
+
+    def call(function):
+        return lambda qkv, gain: function(qkv[:, :3], gain, table, 1e-6)
+
+    assert_agree(
+        call(norm_and_rotate), call(plain_norm_and_rotate), (draw(TOKENS, 5, 8, dtype=dtype), draw(3, 8))
+    )
+
+
+def test_gradients_are_derivatives():
+    """In fp64, against finite differences."""
+    x, stream = (draw(TOKENS, 6, dtype=torch.float64, seed=s) for s in (0, 1))
+    gain = draw(len(LENGTHS), 6, dtype=torch.float64)
+    heads, head_gain = draw(TOKENS, 2, 6, dtype=torch.float64), draw(2, 6, dtype=torch.float64)
+    table = draw(TOKENS, 3, 2, dtype=torch.float64).detach()
+    assert gradcheck(lambda *i: scaled_rms_norm(*i, LENGTHS, 1e-5), (x, gain))
+    assert gradcheck(lambda *i: normed_residual(*i, LENGTHS, 1e-5), (stream, x, gain))
+    assert gradcheck(swiglu, (x, stream))
+    assert gradcheck(lambda *i: norm_and_rotate(*i, table, 1e-6), (heads, head_gain))
+
+
+def test_inputs_that_need_no_gradient_get_none():
+    x, gain = draw(TOKENS, 16), draw(1, 16)
+    scaled_rms_norm(x.detach(), gain, LENGTHS, 1e-5).sum().backward()
+    normed_residual(x.detach(), x, gain.detach(), LENGTHS, 1e-5).sum().backward()
+    assert gain.grad is not None and x.grad is not None
+
+
+def kept(function):
+    """Elements that a function keeps for backward."""
+    sizes = {}
+
+    def count(tensor):
+        sizes[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        function()
+    return sum(sizes.values())
+
+
+def test_only_inputs_and_a_number_a_row_are_kept():
+    x, gain = draw(TOKENS, 16), draw(1, 16)
+    assert kept(lambda: scaled_rms_norm(x, gain, LENGTHS, 1e-5)) == x.numel() + gain.numel() + TOKENS
+    assert kept(lambda: swiglu(x, x * 2)) == 2 * x.numel()
+    assert kept(lambda: plain_swiglu(x, x * 2)) > 2 * x.numel()
+
+
+def test_run_again_in_backward():
+    x, y = draw(4, 5), draw(4, 5, seed=1)
+
+    def function(a, b):
+        return (a * b).sin() * a
+
+    assert_agree(lambda a, b: run_again_in_backward(function, a, b), function, (x, y))
+    assert_agree(
+        lambda a: run_again_in_backward(function, a, y.detach()), lambda a: function(a, y.detach()), (x,)
+    )
+    assert kept(lambda: run_again_in_backward(function, x, y)) == x.numel() + y.numel()
+
+
+def test_half_precision_norms_are_computed_in_fp32():
+    """The result is the exact one, rounded once; torch's own bf16 norm followed by a product rounds twice."""
+    x, gain = draw(64, 32, dtype=torch.bfloat16).detach(), draw(1, 32).detach()
+    exact = plain_scaled_rms_norm(x.double(), gain.double(), (64,), 1e-5)
+    differing = scaled_rms_norm(x, gain, (64,), 1e-5) != exact.float().bfloat16()
+    assert differing.float().mean() < 0.005
+    assert (plain_scaled_rms_norm(x, gain, (64,), 1e-5) != exact.float().bfloat16()).float().mean() > 0.05
+
+
+def test_gain_joins_weight_and_factor_in_fp32():
+    norm = RMSNorm(4, 1e-5).to(torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert norm.gain().dtype == torch.float32 and norm.gain().tolist() == [[1.0, 2.0, 3.0, 4.0]]
+    assert norm.gain(torch.tensor([[1.0], [0.5]])).tolist() == [[1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 1.5, 2.0]]
+
+
+def test_neighbouring_times_differ_even_in_a_bf16_model():
+    embedder = TimestepEmbedder(16)
+    times = torch.linspace(0, 1, 1001)
+    assert len(embedder(times).unique(dim=0)) == 1001

@@ -1,0 +1,81 @@
+"""The dtype of products, and the linear layer that widens its factors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from library.nn import products
+from library.nn.products import Linear, layer_dtype, product_dtype
+
+ROWS = 40
+
+
+@pytest.fixture
+def slow_half(monkeypatch):
+    """A processor that is slow in half precision, whatever this one is."""
+    monkeypatch.setattr(products, "_cpu_is_fast_in", lambda dtype: False)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"architecture": "x86_64", "cpu_name": "Intel Xeon", "avx512_bf16": True}, torch.float32),
+        ({"architecture": "x86_64", "cpu_name": "Intel Xeon", "amx_bf16": True}, torch.bfloat16),
+        ({"architecture": "x86_64", "cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
+        ({"architecture": "x86_64", "cpu_name": "AMD Ryzen", "avx2": True}, torch.float32),
+        ({"architecture": "aarch64", "bf16": True}, torch.bfloat16),
+        ({"architecture": "aarch64"}, torch.float32),
+    ],
+    ids=lambda value: str(value.get("cpu_name", "Arm")) if isinstance(value, dict) else str(value),
+)
+def test_bf16_is_multiplied_where_the_processor_is_good_at_it(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    products._cpu_is_fast_in.cache_clear()
+    assert product_dtype(torch.zeros(1, dtype=torch.bfloat16)) == expected
+    products._cpu_is_fast_in.cache_clear()
+
+
+def test_other_dtypes_and_devices_are_left_alone(slow_half):
+    assert product_dtype(torch.zeros(1)) == torch.float32
+    assert product_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
+    assert product_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
+
+
+def test_few_rows_are_not_worth_it(slow_half):
+    assert layer_dtype(torch.zeros(2, 3, 8, dtype=torch.bfloat16)) == torch.bfloat16
+    assert layer_dtype(torch.zeros(2, 50, 8, dtype=torch.bfloat16)) == torch.float32
+
+
+def linear(dtype, bias=True):
+    torch.manual_seed(0)
+    return Linear(12, 7, bias=bias).to(dtype)
+
+
+def test_fp32_is_an_ordinary_linear_layer():
+    layer, x = linear(torch.float32), torch.randn(ROWS, 12)
+    assert isinstance(layer, nn.Linear)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(ROWS, 12), (4, ROWS // 4, 12)])
+def test_wide_products_are_rounded_once(slow_half, bias, shape):
+    layer, x = linear(torch.bfloat16, bias), torch.randn(shape).bfloat16().requires_grad_()
+    y = layer(x)
+    grad = torch.randn(y.shape).bfloat16()
+    exact = [p.detach().double().requires_grad_() for p in (x, *layer.parameters())]
+    y_exact = F.linear(*exact)
+    assert (y != y_exact.float().bfloat16()).float().mean() < 0.01
+    ours = torch.autograd.grad(y, [x, *layer.parameters()], grad)
+    for one, other in zip(ours, torch.autograd.grad(y_exact, exact, grad.double()), strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other.bfloat16(), rtol=8e-3, atol=1e-6)
+
+
+def test_a_frozen_layer_does_not_keep_its_input(slow_half):
+    layer, x = linear(torch.bfloat16).requires_grad_(False), torch.randn(ROWS, 12).bfloat16().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        layer(x)
+    assert kept == [layer.weight.shape]

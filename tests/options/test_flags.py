@@ -1,0 +1,148 @@
+"""Every flag of sd-scripts is known: it works, is another name, or is refused with a reason."""
+
+import pytest
+
+from library.core.errors import ConfigError
+from library.options.config_file import config_text
+from library.options.group import build_parser, parse_options
+from library.options.train import LuminaTrainOptions
+from tools.flag_table import PAGE, flags, page, sd_scripts_flags
+
+NEEDED = {
+    "pretrained_model_name_or_path": "dit.safetensors",
+    "gemma2": "gemma2.safetensors",
+    "ae": "ae.safetensors",
+    "output_dir": "out",
+    "network_module": "networks.lora_lumina",
+    "train_data_dir": "photos",
+}
+WORDS = [f"--{name}={value}" for name, value in NEEDED.items()]
+REFUSED = [flag for flag in flags() if flag.refusal]
+
+
+def parse(*words):
+    return parse_options(LuminaTrainOptions, [*WORDS, *words])
+
+
+def test_every_flag_of_sd_scripts_is_known():
+    known = {name.removeprefix("--") for name in build_parser(LuminaTrainOptions)._option_string_actions}
+    assert not set(sd_scripts_flags()) - known
+    assert len(sd_scripts_flags()) == 213
+
+
+def test_the_page_is_made_from_the_parser():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python tools/flag_table.py`"
+    rows = {flag.name for flag in flags()}
+    parser = build_parser(LuminaTrainOptions)
+    assert {f"--{name}" for name in rows} == set(parser._option_string_actions) - {"-h", "--help"}
+
+
+def test_no_flag_of_sd_scripts_is_refused_that_works_there():
+    """What sd-scripts does for Lumina and this version does not is known by name: it cannot grow unseen."""
+    missing = {"blocks_to_swap", "fp8_base", "fp8_base_unet", "torch_compile", "dynamo_backend", "full_fp16"}
+    deepspeed = {f.name for f in REFUSED if "DeepSpeed" in f.refusal.reason}
+    wrappers = {"ddp_gradient_as_bucket_view", "ddp_static_graph"}
+    foreign = {"dataset_class", "use_sage_attn", "xformers", "mem_eff_attn", "fused_backward_pass", "vae"}
+    stable_diffusion = {"v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"}
+    noise_prediction = {"min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}
+    noise_prediction |= {"debiased_estimation_loss", "zero_terminal_snr"}
+    allowed = missing | deepspeed | wrappers | foreign | stable_diffusion | noise_prediction
+    assert {f.name for f in REFUSED} <= allowed
+
+
+@pytest.mark.parametrize("flag", REFUSED, ids=lambda flag: flag.name)
+def test_a_refused_flag_is_accepted_at_its_default_only(flag):
+    if flag.default is False:
+        words = [f"--{flag.name}"]
+    else:
+        words = [f"--{flag.name}=3"]
+        for value in flag.refusal.harmless:
+            if value is not None:
+                parse(f"--{flag.name}={value}")
+    with pytest.raises(ConfigError) as caught:
+        parse(*words)
+    assert str(caught.value) == f"--{flag.name} cannot be used here: {flag.refusal.reason}."
+
+
+def test_all_refused_flags_of_a_command_line_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse("--v2", "--clip_skip=2", "--xformers")
+    named = [line.split()[0] for line in str(caught.value).splitlines()]
+    assert named == ["--v2", "--clip_skip", "--xformers"]
+
+
+def test_a_refused_flag_in_a_config_file(tmp_path):
+    config = tmp_path / "gui.toml"
+    config.write_text("v2 = false\nclip_skip = 1\nmin_snr_gamma = 0\nxformers = false\n")
+    parse(f"--config_file={config}")
+    config.write_text("min_snr_gamma = 5\n")
+    with pytest.raises(ConfigError, match="--min_snr_gamma cannot be used here"):
+        parse(f"--config_file={config}")
+
+
+def test_the_misspelt_alias():
+    assert parse("--caption_extention=.txt").dataset.caption_extension == ".txt"
+    assert parse("--caption_extension=.txt").dataset.caption_extension == ".txt"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--resolution=768,512", "--face_crop_aug_range=1.5,3", "--seed=0"),
+        ("--lr_warmup_steps=5%", "--lr_scheduler=cosine"),
+        ("--lr_warmup_steps=100%", "--lr_scheduler=cosine"),
+        ("--network_args", "attn_dim=4", "embedder_dims=[2,0,2]", "--optimizer_args", "betas=(0.9, 0.99)"),
+        ("--lr_warmup_steps=20", "--lr_scheduler=linear", "--learning_rate=2e-6", "--flip_aug"),
+        (r"--caption_prefix=a \x41 'b' \"c\" é\u2028 # d", "--keep_tokens_separator=|||"),
+        ("--training_comment=x = [1]\nwith two lines\tand a tab \x01",),
+    ],
+    ids=["defaults", "parsed", "share", "whole", "lists", "numbers", "quotes", "controls"],
+)
+def test_a_written_config_gives_the_same_options(words, tmp_path):
+    options = parse(*words)
+    config = tmp_path / "run.toml"
+    config.write_text(config_text(options), encoding="utf-8")
+    again = parse_options(LuminaTrainOptions, [f"--config_file={config}"])
+    assert config_text(again) == config.read_text(encoding="utf-8")
+    for name in ("optimizer", "training", "network", "caching", "timesteps", "metadata"):
+        assert getattr(again, name) == getattr(options, name)
+    assert again.dataset.caption_prefix == options.dataset.caption_prefix
+    assert again.dataset.resolution == options.dataset.resolution
+    assert again.model.ae.is_absolute()
+
+
+def test_output_config_writes_a_new_file_and_leaves(tmp_path, capsys):
+    target = tmp_path / "new"
+    with pytest.raises(SystemExit) as left:
+        parse("--output_config", f"--config_file={target}", "--network_dim=16")
+    assert left.value.code == 0
+    assert str(target.with_suffix(".toml")) in capsys.readouterr().out
+    again = parse_options(LuminaTrainOptions, [f"--config_file={target}", "--network_alpha=2"])
+    assert (again.network.network_dim, again.network.network_alpha) == (16, 2.0)
+    with pytest.raises(ConfigError, match="would overwrite"):
+        parse("--output_config", f"--config_file={target}")
+    with pytest.raises(ConfigError, match="add --config_file"):
+        parse("--output_config")
+
+
+def test_what_is_refused_is_not_in_the_file():
+    text = config_text(parse())
+    assert "network_dim = 4" in text
+    assert not [flag.name for flag in REFUSED if f"\n{flag.name} =" in text]
+
+
+def test_a_key_in_two_sections_is_an_error(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("[a]\nnetwork_dim = 4\n[b.c]\nnetwork_dim = 8\n")
+    with pytest.raises(ConfigError, match="'network_dim' is there twice"):
+        parse(f"--config_file={config}")
+
+
+def test_a_list_for_a_flag_of_one_value_is_joined_as_on_the_command_line(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("resolution = [768, 512]\n")
+    assert parse(f"--config_file={config}").dataset.resolution == (768, 512)
+    config.write_text("network_dim = [4, 8]\n")
+    with pytest.raises(ConfigError, match="--network_dim: invalid int value: '4,8'"):
+        parse(f"--config_file={config}")

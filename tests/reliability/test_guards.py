@@ -1,0 +1,258 @@
+"""Numbers that are not finite never reach the weights, and memory that runs out is explained."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from library.core.dist import Processes
+from library.core.errors import NonFiniteError, ResourceError, StorageError
+from library.data.batch import Batch
+from library.data.items import Draw
+from library.options.group import parse_options
+from library.options.saving import SavingOptions
+from library.options.state import StateOptions
+from library.options.train import LuminaTrainOptions
+from library.training.events import Moment
+from library.training.guards import memory_explained, require_finite, training_advice
+from library.training.objective import Objective
+from library.training.state import RunFacts, StateSaver, weights_part
+from library.training.update import MAX_SKIPPED, Share, Updater
+from tests.reliability import legs
+from tests.reliability.legs import NAME, losses, states
+
+
+class Losses:
+    """Losses of a line through data that a test may spoil; pictures 0 and 1."""
+
+    def __init__(self) -> None:
+        self.weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+        self.bad: float | None = None
+
+    def training_losses(self, batch: Batch) -> torch.Tensor:
+        factors = torch.tensor([1.0, 1.0 if self.bad is None else self.bad])
+        return (self.weight * factors - 1.0) ** 2
+
+    def sigmas(self, batch: Batch) -> torch.Tensor:
+        return torch.tensor([0.25, 0.75])
+
+
+def updater(objective: Losses, on_nan: str = "stop") -> Updater:
+    optimizer = torch.optim.AdamW([objective.weight], lr=0.1)
+    return Updater(
+        objective,
+        [objective.weight],
+        optimizer,
+        Processes.start(),
+        seed=1,
+        max_grad_norm=1.0,
+        scale_gradients=False,
+        on_nan=on_nan,
+    )
+
+
+def shares() -> list[Share]:
+    draws = tuple(Draw(slot, 0, 0, 0, 0, slot) for slot in range(2))
+    return [Share(Batch(draws, ("good.png", "bad.png"), ("", ""), torch.ones(2)), 2)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_step_picture_and_sigma(bad: float) -> None:
+    objective = Losses()
+    update = updater(objective)
+    update.step(0, shares())
+    before = objective.weight.detach().clone()
+    objective.bad = bad
+    with pytest.raises(
+        NonFiniteError, match=r"Step 2: the loss is (nan|inf)\. It comes from bad\.png \(sigma 0\.750\)\. So"
+    ):
+        update.step(1, shares())
+    assert torch.equal(objective.weight, before)
+
+
+def test_skipping_leaves_weights_and_optimizer_as_they_were(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("flow_scripts"), "propagate", True)
+    spoilt, clean = Losses(), Losses()
+    with_nan, without = updater(spoilt, "skip"), updater(clean)
+    for step in range(3):
+        spoilt.bad = float("nan") if step == 1 else None
+        result = with_nan.step(step, shares())
+        assert result.updated == (step != 1)
+        if step != 1:
+            without.step(step, shares())
+    assert torch.equal(spoilt.weight, clean.weight)
+    assert "bad.png (sigma 0.750). This step is left out (--on_nan skip)." in caplog.text
+
+
+def test_skipping_is_given_up_when_every_step_is_bad() -> None:
+    objective = Losses()
+    objective.bad = float("nan")
+    update = updater(objective, "skip")
+    for step in range(MAX_SKIPPED):
+        update.step(step, shares())
+    with pytest.raises(NonFiniteError, match=f"for the {MAX_SKIPPED + 1}th time in a row"):
+        update.step(MAX_SKIPPED, shares())
+
+
+def test_a_gradient_that_is_not_finite_names_all_pictures() -> None:
+    objective = Losses()
+    objective.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"gradient norm is .*good\.png \(sigma 0\.250\), bad\.png"):
+        updater(objective).step(0, shares())
+
+
+def test_a_nan_ends_a_run_with_the_state_before_it(train, tmp_path: Path, monkeypatch) -> None:
+    """The latents of step 4 are NaN; the state is that of step 3, and the run goes on from there."""
+    real = Objective.training_losses
+
+    def spoilt(self: Objective, batch: Batch) -> torch.Tensor:
+        bad = batch.draws[0].step == 3
+        return real(self, replace(batch, latents_BCHW=batch.latents_BCHW * float("nan")) if bad else batch)
+
+    monkeypatch.setattr(Objective, "training_losses", spoilt)
+    with pytest.raises(NonFiniteError, match=r"Step 4: the loss is nan.*\.png \(sigma 0\.\d+\).*state"):
+        train(tmp_path)
+    assert states(tmp_path) == ["-step00000003-state"]
+    assert not (tmp_path / f"{NAME}.safetensors").exists()
+    train(tmp_path, "--resume=latest", "--on_nan=skip")
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_weights_that_are_not_finite_are_never_saved() -> None:
+    tensors = {
+        "a": torch.ones(2),
+        "b": torch.tensor([1.0, float("inf")]),
+        "c": torch.ones(2, dtype=torch.uint8),
+    }
+    with pytest.raises(NonFiniteError, match="In the network, 'b' holds NaN or infinite"):
+        require_finite(tensors, "the network")
+    require_finite({"c": tensors["c"]}, "the network")
+
+
+# --- memory ---
+
+
+def explained(error: BaseException) -> None:
+    with memory_explained("training", torch.device("cpu"), ["first", "second", "third", "fourth"]):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_comes_with_numbers_and_three_pieces_of_advice(error: BaseException) -> None:
+    pattern = (
+        r"Out of memory while training: this program used up to [\d.]+ GiB\. .*: first; second; third\.$"
+    )
+    with pytest.raises(ResourceError, match=pattern):
+        explained(error)
+    assert ResourceError.exit_code == 71
+
+
+def test_other_errors_pass_unchanged() -> None:
+    with pytest.raises(RuntimeError, match="^shapes$"):
+        explained(RuntimeError("shapes"))
+
+
+def test_advice_is_made_from_what_is_not_in_use_yet(nano, config: Path, tmp_path: Path) -> None:
+    item = SimpleNamespace(geometry=SimpleNamespace(bucket=(832, 1216)))
+    manifest = SimpleNamespace(datasets=[SimpleNamespace(batch_size=4)], items=[item])
+    command = [word for word in legs.words(nano, config, tmp_path) if "cache_" not in word]
+    plain = " ".join(training_advice(parse_options(LuminaTrainOptions, command), manifest))
+    for words in (
+        "--gradient_checkpointing",
+        "bf16",
+        "batch_size 1 instead of 4",
+        "--cache_latents",
+        "832x1216",
+    ):
+        assert words in plain
+    command += ["--gradient_checkpointing", "--mixed_precision=bf16", "--cache_latents"]
+    manifest.datasets[0].batch_size = 1
+    thrifty = training_advice(parse_options(LuminaTrainOptions, command), manifest)
+    assert [advice.split()[0] for advice in thrifty] == ["--cache_text_encoder_outputs_to_disk,", "a"]
+
+
+def test_a_preview_without_memory_costs_only_the_preview(train, tmp_path: Path, monkeypatch, capfd) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 2\n")
+    real = Objective.velocity
+
+    def velocity(self: Objective, x_BCHW: torch.Tensor, *rest: object) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, x_BCHW, *rest)
+
+    monkeypatch.setattr(Objective, "velocity", velocity)
+    output = train(tmp_path, f"--sample_prompts={prompts}", "--sample_every_n_steps=2")
+    assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
+    assert "Out of memory while drawing a sample picture" in capfd.readouterr().err
+
+
+def test_a_training_step_without_memory_ends_with_advice(train, tmp_path: Path, monkeypatch) -> None:
+    def training_losses(self: Objective, batch: Batch) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Objective, "training_losses", training_losses)
+    with pytest.raises(
+        ResourceError, match="while training: .*--gradient_checkpointing, .*bf16, .*batch_size 1"
+    ):
+        train(tmp_path)
+
+
+# --- disk ---
+
+
+def test_a_full_disk_ends_the_run_with_the_last_state_intact(train, tmp_path: Path, monkeypatch) -> None:
+    real, calls = StateSaver._commit, []
+
+    def commit(self: StateSaver, *args: object, **named: object) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            monkeypatch.setattr("library.training.state.save_file", fail)
+        real(self, *args, **named)
+
+    def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        path.write_bytes(path.read_bytes()[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StateSaver, "_commit", commit)
+    with pytest.raises(StorageError, match="step00000002-state: the disk is full"):
+        train(tmp_path, "--save_state", "--save_every_n_steps=1")
+    assert states(tmp_path) == ["-step00000001-state"]
+    assert not list(tmp_path.glob(".folder*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on file sizes")
+def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
+    import resource
+
+    module = nn.Linear(100, 100)
+    saving = SavingOptions(output_dir=tmp_path, output_name="kiwi")
+    facts = RunFacts(seed=1, world=1, steps_per_epoch=3, dataset="", settings={})
+    saver = StateSaver(StateOptions(), saving, facts, {"network": weights_part(module)}, total_epochs=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="kiwi-step00000001-state: file too large"):
+            saver.save(Moment(step=1, epoch=1, epoch_ended=False, run_ended=False))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,107 @@
+"""--dry_run and --debug_dataset: told and drawn, nothing trained; and the saved configuration."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def command(nano, tmp_path_factory):
+    """A command line on four pictures: two square, one wide, one with a mask; one has a long caption."""
+    photos = tmp_path_factory.mktemp("data") / "2_thing"
+    photos.mkdir()
+    for name, size, colour in (
+        ("red", (96, 96), "red"),
+        ("green", (64, 64), "green"),
+        ("wide", (160, 90), "blue"),
+    ):
+        Image.new("RGB", size, colour).save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text(f"{name} picture")
+    half = Image.new("RGBA", (64, 64), (255, 255, 255, 255))
+    half.paste((255, 255, 255, 0), (0, 0, 32, 64))
+    half.save(photos / "half.png")
+    (photos / "half.txt").write_text("one, two, three, four, " * 30)
+    return [
+        *(f"--pretrained_model_name_or_path={nano.dit}", f"--gemma2={nano.gemma2}", f"--ae={nano.ae}"),
+        *(f"--train_data_dir={photos.parent}", "--caption_extension=.txt", "--resolution=64"),
+        *("--enable_bucket", "--bucket_reso_steps=16", "--min_bucket_reso=32", "--train_batch_size=2"),
+        *("--network_module=networks.lora_lumina", "--network_dim=4", "--max_train_epochs=2"),
+        *("--gemma2_max_token_length=50", "--cache_latents", "--cache_text_encoder_outputs"),
+        *("--alpha_mask", "--masked_loss"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def rehearsed(command, run_script, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    result = run_script("lumina_train_network.py", *command, f"--output_dir={folder}", "--dry_run")
+    assert result.code == 0, result.err
+    return result.out, folder
+
+
+def test_the_report_says_what_a_run_would_do(rehearsed):
+    out, _ = rehearsed
+    assert "dataset 0, 64x64: 3 pictures, 6 with repeats, batches of 2; cut off 0.0% on average" in out
+    assert re.search(r"dataset 0, 80x48: 1 pictures, 2 with repeats, batches of 2; cut off [1-9]", out)
+    assert "8 pictures an epoch, repeats counted, in 4 batches" in out
+    assert "8 steps in all, 2 epochs" in out
+    assert "1 longer than the text encoder takes" in out
+    assert "cut to 50: " in out
+    assert "latents: 0 of 4 are there already, 4 to encode" in out
+    assert "--max_train_epochs decides the number of steps: 8" in out
+    assert "no --seed is given" in out
+
+
+def test_trained_numbers_and_memory_are_those_of_the_model(rehearsed, nano):
+    from safetensors import safe_open
+
+    out, _ = rehearsed
+    with safe_open(nano.dit, "pt") as file:
+        count = sum(file.get_tensor(key).numel() for key in file.keys())
+    shown = float(re.search(r"transformer: ([\d.]+) MiB", out)[1])
+    assert shown == pytest.approx(4 * count / 2**20, rel=0.02)
+    trained = int(re.search(r"([\d,]+) trained numbers", out)[1].replace(",", ""))
+    parts = re.findall(r"^    \w+: ([\d,]+) on \d+ layers", out, re.M)
+    assert trained == sum(int(part.replace(",", "")) for part in parts) > 0
+    network = float(re.search(r"network, gradients, optimizer: ([\d.]+) MiB", out)[1])
+    assert network == pytest.approx(16 * trained / 2**20, rel=0.05)  # fp32: weight, gradient, AdamW's two
+
+
+def test_the_sheet_shows_crops_masks_and_captions(rehearsed):
+    _, folder = rehearsed
+    sheet = np.asarray(Image.open(folder / "dry_run.png").convert("RGB")).reshape(-1, 3)
+    for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255)):
+        assert (sheet == colour).all(1).sum() > 2000
+    tinted = np.abs(sheet.astype(int) - (255, 64, 112)).max(1) <= 2
+    assert tinted.sum() > 1000  # half of a picture is masked
+    assert [p.name for p in folder.iterdir()] == ["dry_run.png"]
+
+
+def test_checkpointing_makes_the_estimate_smaller(rehearsed, command, run_script, tmp_path):
+    def size(out):
+        return float(re.search(r"activations of the largest batch: ([\d.]+) MiB", out)[1])
+
+    words = [f"--output_dir={tmp_path}", "--dry_run", "--gradient_checkpointing"]
+    assert size(run_script("lumina_train_network.py", *command, *words).out) < 0.5 * size(rehearsed[0])
+
+
+def test_debug_dataset_draws_every_picture(command, run_script, tmp_path):
+    result = run_script("lumina_train_network.py", *command, f"--output_dir={tmp_path}", "--debug_dataset")
+    assert result.code == 0, result.err
+    assert "drew 1 sheet(s) of 4 pictures" in result.out
+    assert Image.open(tmp_path / "debug_dataset" / "0001.png").size[0] > 1000
+
+
+def test_the_saved_configuration_repeats_the_run(command, run_script, tmp_path):
+    extra = ["--max_timestep=900", "--noise_offset=0.05", "--learning_rate=1e-3", "--output_name=first"]
+    first = run_script("lumina_train_network.py", *command, f"--output_dir={tmp_path / 'a'}", *extra)
+    assert first.code == 0, first.err
+    config = tmp_path / "a" / "first.config.toml"
+    again = run_script("lumina_train_network.py", f"--config_file={config}", f"--output_dir={tmp_path / 'b'}")
+    assert again.code == 0, again.err
+    one, two = (load_file(tmp_path / folder / "first.safetensors") for folder in ("a", "b"))
+    assert one.keys() == two.keys()
+    assert all(one[key].equal(two[key]) for key in one)

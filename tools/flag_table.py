@@ -1,0 +1,121 @@
+"""Write docs/flags.md: what became of every flag of sd-scripts' lumina_train_network.py, and which are new.
+
+The table is read off the parser itself; `tests/options/test_flags.py` fails when the page is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+# Run as a file, the repository is not on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.core.files import write_text  # noqa: E402
+from library.options.group import COMMON_FLAGS, OptionGroup, Refusal, group_classes  # noqa: E402
+from library.options.train import LuminaTrainOptions  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "flags.md"
+SD_SCRIPTS_FLAGS = ROOT / "tools" / "sd_scripts_flags.txt"
+
+_HEAD = """\
+# Every flag of lumina_train_network.py
+
+Written by `python tools/flag_table.py` from the parser itself; do not edit it by hand.
+
+The flags of sd-scripts' script of the same name are all here. Each one *works*, is *another name* of one
+that works, or is *refused*: accepted at its default, and otherwise answered with the reason and the way out.
+None is accepted and ignored. *New* are those that sd-scripts does not have.
+"""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A row: `refusal` is None for a flag that works; `alias_of` is None for one under its own name."""
+
+    name: str
+    group: str
+    default: object
+    about: str
+    refusal: Refusal | None = None
+    alias_of: str | None = None
+
+
+def flags() -> list[Flag]:
+    """Return all flags of the training script, in the order of `--help`."""
+    rows = [Flag(name, "Configuration", None, about) for name, about in COMMON_FLAGS.items()]
+    for group in group_classes(LuminaTrainOptions).values():
+        rows += _flags_of(group)
+    return rows
+
+
+def sd_scripts_flags() -> list[str]:
+    """Return the names of sd-scripts' flags."""
+    return SD_SCRIPTS_FLAGS.read_text(encoding="utf-8").split()
+
+
+def page() -> str:
+    """Return the text of docs/flags.md."""
+    rows, theirs = flags(), set(sd_scripts_flags())
+    lines = [_HEAD, *_counts(rows, theirs)]
+    for group in dict.fromkeys(row.group for row in rows):
+        lines += ["", f"## {group}", "", "| flag | default | state | what it does, or why it is refused |"]
+        lines += ["| --- | --- | --- | --- |"]
+        lines += [_line(row, theirs) for row in rows if row.group == group]
+    return "\n".join(lines) + "\n"
+
+
+def _flags_of(group: type[OptionGroup]) -> Iterator[Flag]:
+    title = (group.__doc__ or group.__name__).strip().partition("\n")[0].rstrip(".")
+    for f in fields(group):
+        refusal = f.metadata["refusal"]
+        about = refusal.reason if refusal else f.metadata["help"]
+        yield Flag(f.name, title, f.default, about, refusal)
+        for alias in f.metadata["aliases"]:
+            yield Flag(alias, title, f.default, about, alias_of=f.name)
+
+
+def _counts(rows: list[Flag], theirs: set[str]) -> list[str]:
+    known = [row for row in rows if row.name in theirs]
+    refusals = sum(row.refusal is not None for row in known)
+    aliases = sum(row.alias_of is not None for row in known)
+    return [
+        f"Of sd-scripts' {len(theirs)} flags {len(known) - refusals - aliases} work, {aliases} is another "
+        f"name, and {refusals} are refused. {len(rows) - len(known)} flags are new."
+    ]
+
+
+def _line(row: Flag, theirs: set[str]) -> str:
+    about = f"another name of `--{row.alias_of}`" if row.alias_of else row.about
+    cells = [f"`--{row.name}`", _default(row.default), _state(row, theirs), about]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace('<', '&lt;') for cell in cells)} |"
+
+
+def _state(row: Flag, theirs: set[str]) -> str:
+    if row.refusal is not None:
+        return "refused"
+    new = "" if row.name in theirs else ", new"
+    return f"{'another name' if row.alias_of else 'works'}{new}"
+
+
+def _default(value: object) -> str:
+    if value is MISSING:
+        return "required"
+    if value is None or value == () or value == "":
+        return ""
+    return "off" if value is False else f"`{value}`"
+
+
+def main() -> None:
+    """Write the page."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    write_text(PAGE, page())
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

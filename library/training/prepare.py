@@ -46,9 +46,7 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     """
     options = trainer.options
     logging = options.logging
-    setup_logging(
-        logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple
-    )
+    setup_logging(logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)
     require_writable_directory(options.saving.output_dir, "--output_dir")
     check_trackers(options.logging)
     check_uploads(options.hub, options.state)

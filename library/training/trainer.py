@@ -121,6 +121,7 @@ class NetworkTrainer(ABC):
                 from library.training.dry_run import look
 
                 return look(self, prepared)
+            from library.training.context import RunContext
             from library.training.run import TrainingRun
 
-            return TrainingRun(self, prepared, signals).run()
+            return TrainingRun(RunContext.decide(self, prepared), signals).run()

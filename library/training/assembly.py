@@ -1,0 +1,170 @@
+"""The parts of a run that need the model: loaded, made and joined once, in this order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from library.data.loader import BatchLoader, Sources
+from library.training.context import RunContext
+from library.training.ema import Ema
+from library.training.gauges import SigmaBands, StepClock
+from library.training.grid import Grid
+from library.training.identity import dataset_digest, settings_of
+from library.training.metrics import Metrics
+from library.training.objective import Objective
+from library.training.optimizer import create_optimizer
+from library.training.output import Output
+from library.training.saving import grid_path, metrics_path
+from library.training.state import (
+    Part,
+    RunFacts,
+    StateSaver,
+    numbers_part,
+    optimizer_part,
+    tensors_part,
+    weights_part,
+)
+from library.training.trackers import make_trackers
+from library.training.update import Updater
+from networks.lora import LoRANetwork
+from networks.module import apply_base_weights, install_network
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A run's parts. `ema` is None unless an average is kept."""
+
+    model: nn.Module
+    network: LoRANetwork
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    updater: Updater
+    loader: BatchLoader
+    ema: Ema | None
+    output: Output
+    grid: Grid
+    metrics: Metrics
+    clock: StepClock
+    bands: SigmaBands
+    states: StateSaver
+
+
+def assemble(context: RunContext) -> Assembly:
+    """Load the model, put the network on it, make what the loop needs, and go back to a resumed state."""
+    options, inputs = context.options, context.inputs
+    model = _load_model(context)
+    network = _install_network(context, model)
+    bands = SigmaBands(context.processes)
+    objective = Objective(context.trainer, model, network, inputs, seed=context.seed, on_losses=bands.add)
+    groups = network.parameter_groups(options.optimizer.network_lr)
+    optimizer = create_optimizer(groups, options.optimizer)
+    updater = Updater(
+        objective,
+        list(network.parameters()),
+        optimizer,
+        context.processes,
+        seed=context.seed,
+        max_grad_norm=options.optimizer.max_grad_norm,
+        scale_gradients=context.dtype == torch.float16,
+        on_nan=options.state.on_nan,
+    )
+    sources = Sources(inputs.latent_source, inputs.text_source)
+    ema = Ema(network.named_parameters(), options.ema) if options.ema.ema else None
+    output = Output(context, network, optimizer, ema)
+    grid = Grid(grid_path(options.saving), options.saving.output_dir / "sample")
+    metrics = _metrics(context)
+    changing: dict[str, Part] = {
+        "network": weights_part(network),
+        "optimizer": optimizer_part(optimizer),
+        "updater": numbers_part(updater.export_state, updater.import_state),
+        "metrics": numbers_part(metrics.export_state, metrics.import_state),
+        "files": numbers_part(
+            output.periodic_save.retention.export_state, output.periodic_save.retention.import_state
+        ),
+        "grid": numbers_part(grid.export_state, grid.import_state),
+    }
+    if ema is not None:
+        changing["ema"] = tensors_part(ema.export_state, ema.import_state)
+    return Assembly(
+        model=model,
+        network=network,
+        objective=objective,
+        optimizer=optimizer,
+        updater=updater,
+        loader=BatchLoader(context.prepared.manifest, context.plan, sources, context.loader_settings()),
+        ema=ema,
+        output=output,
+        grid=grid,
+        metrics=metrics,
+        clock=StepClock(),
+        bands=bands,
+        states=_states(context, changing),
+    )
+
+
+def _load_model(context: RunContext) -> nn.Module:
+    training = context.options.training
+    model = context.trainer.load_transformer(context.device, context.dtype)
+    model.gradient_checkpointing = training.gradient_checkpointing
+    model.offload_checkpoints = training.cpu_offload_checkpointing
+    apply_base_weights(context.options.network, model)
+    return model
+
+
+def _install_network(context: RunContext, model: nn.Module) -> LoRANetwork:
+    options = context.options
+
+    def encoder_to_train() -> nn.Module:
+        encoder = context.inputs.encoders.get()
+        encoder.gradient_checkpointing = options.training.gradient_checkpointing
+        return encoder
+
+    network = install_network(
+        options.network,
+        model,
+        encoder_to_train,
+        seed=context.seed,
+        learning_rate=options.optimizer.learning_rate,
+    )
+    network.train()
+    if options.training.full_bf16:
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return network
+
+
+def _metrics(context: RunContext) -> Metrics:
+    options, is_main = context.options, context.processes.is_main
+    trackers = make_trackers(
+        options.logging, metrics_path(options.saving), session=context.session_id, is_main=is_main
+    )
+    if options.logging.log_config:
+        for tracker in trackers:
+            tracker.config(context.config_text())
+    return Metrics(
+        trackers,
+        total_steps=context.total_steps,
+        window=context.plan.steps_per_epoch,
+        shown=is_main,
+        start=context.start.step,
+    )
+
+
+def _states(context: RunContext, changing: dict[str, Part]) -> StateSaver:
+    """Return the keeper of states, after putting everything back as a resumed state says."""
+    options, prepared = context.options, context.prepared
+    facts = RunFacts(
+        seed=context.seed,
+        world=context.processes.world,
+        steps_per_epoch=context.plan.steps_per_epoch,
+        dataset=dataset_digest(prepared.manifest),
+        settings=settings_of(options, prepared.files.described, prepared.manifest),
+        history=context.start.history,
+    )
+    states = StateSaver(options.state, options.saving, facts, changing, total_epochs=context.total_epochs)
+    if prepared.resumed is not None:
+        states.restore(prepared.resumed)
+    return states

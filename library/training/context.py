@@ -1,0 +1,136 @@
+"""What is decided about a run before a model is loaded: processes, seed, order of data, where it starts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.core.device import dtype_named
+from library.core.dist import Processes, run_seed
+from library.core.log import logger, setup_logging
+from library.data.loader import LoaderSettings
+from library.data.plan import Plan
+from library.options.config_file import config_text
+from library.options.train import TrainOptions
+from library.training.events import Moment
+from library.training.inputs import Inputs
+from library.training.prepare import Prepared
+from library.training.resume import Start, plan_start
+
+if TYPE_CHECKING:
+    from library.training.trainer import NetworkTrainer
+
+_log = logger("run")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run's fixed facts. `started_at`: seconds since 1970. `start`: the step to begin with, and why."""
+
+    trainer: NetworkTrainer
+    prepared: Prepared
+    processes: Processes
+    seed: int
+    plan: Plan
+    total_steps: int
+    start: Start
+    dtype: torch.dtype
+    inputs: Inputs
+    started_at: float
+
+    @classmethod
+    def decide(cls, trainer: NetworkTrainer, prepared: Prepared) -> RunContext:
+        """Join the other processes and agree with them on the run. Raises ConfigError as `plan_start`."""
+        options, resumed = trainer.options, prepared.resumed
+        processes = Processes.start(options.training.ddp_timeout)
+        logging = options.logging
+        setup_logging(
+            logging.console_log_level,
+            is_main=processes.is_main,
+            file=logging.console_log_file,
+            simple=logging.console_log_simple,
+        )
+        seed = resumed.record.seed if resumed else run_seed(options.training.seed, processes)
+        accumulation = options.training.gradient_accumulation_steps
+        plan = Plan(prepared.manifest, seed=seed, world=processes.world, accumulation=accumulation)
+        epochs = options.training.max_train_epochs
+        steps = options.training.max_train_steps if epochs is None else epochs * plan.steps_per_epoch
+        dtype = dtype_named(options.training.mixed_precision)
+        return cls(
+            trainer=trainer,
+            prepared=prepared,
+            processes=processes,
+            seed=seed,
+            plan=plan,
+            total_steps=steps,
+            start=plan_start(options, resumed, prepared.changes, plan, steps),
+            dtype=dtype,
+            inputs=Inputs(trainer, prepared.files, processes, dtype),
+            started_at=time.time(),
+        )
+
+    @property
+    def options(self) -> TrainOptions:
+        """The run's options."""
+        return self.trainer.options
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self.processes.device
+
+    @property
+    def session_id(self) -> str:
+        """Tells this run apart from others that share its files."""
+        return str(int(self.started_at))
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs in the whole run, the last perhaps not whole."""
+        return -(-self.total_steps // self.plan.steps_per_epoch)
+
+    def moment(self, step: int) -> Moment:
+        """Return the moment after `step` steps."""
+        epochs, rest = divmod(step, self.plan.steps_per_epoch)
+        return Moment(
+            step=step,
+            epoch=epochs + (rest > 0),
+            epoch_ended=step > 0 and rest == 0,
+            run_ended=step == self.total_steps,
+        )
+
+    def config_text(self) -> str:
+        """Return the options as TOML, with the seed that was drawn, to repeat the run from."""
+        training = replace(self.options.training, seed=self.seed)
+        return config_text(replace(self.options, training=training))
+
+    def loader_settings(self) -> LoaderSettings:
+        """Return how this process's batches are made."""
+        training = self.options.training
+        return LoaderSettings(
+            seed=self.seed,
+            total_steps=self.total_steps,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            workers=training.max_data_loader_n_workers,
+            latent_stride=self.trainer.family.latent_stride,
+            prior_loss_weight=training.prior_loss_weight,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def announce(self) -> None:
+        """Tell what will be done."""
+        manifest, plan = self.prepared.manifest, self.plan
+        _log.info(
+            "%d pictures to train on, %d held out; %d batches and %d steps an epoch, %d steps; seed %d",
+            *(len(manifest.train), len(manifest.validation)),
+            *(plan.batches_per_epoch, plan.steps_per_epoch, self.total_steps, self.seed),
+        )
+        for sentence in manifest.skipped:
+            _log.warning("left out: %s", sentence)
+        for sentence in (*manifest.notes, *self.start.sentences):
+            _log.info("%s", sentence)
+        _log.info("%s, %d process(es), model in %s", self.device, self.processes.world, self.dtype)

@@ -1,0 +1,78 @@
+"""Where what was trained goes: network files, and the hub where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from library.training.context import RunContext
+from library.training.ema import Ema
+from library.training.events import Moment
+from library.training.hub import Uploads
+from library.training.metadata import TrainingFacts
+from library.training.optimizer import describe_optimizer
+from library.training.saving import NetworkFile, PeriodicSave
+from networks.lora import LoRANetwork
+from networks.module import network_facts
+
+
+class Output:
+    """Writes the network (and its average) and uploads what the options say. Used by the main process."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        network: LoRANetwork,
+        optimizer: torch.optim.Optimizer,
+        ema: Ema | None,
+    ) -> None:
+        options = context.options
+        facts = _facts(context, network, optimizer)
+        self._file = NetworkFile(network, facts, options.saving.save_precision, ema)
+        self._hub = options.hub
+        uploading = options.hub.huggingface_repo_id is not None and context.processes.is_main
+        self._uploads = Uploads(options.hub) if uploading else None
+        self.periodic_save = PeriodicSave(
+            options.saving, self.write_network, total_epochs=context.total_epochs
+        )
+
+    def write_network(self, path: Path, moment: Moment) -> list[Path]:
+        """Write the network as it is now; return the files. Raises StorageError."""
+        files = self._file.write(path, moment)
+        if self._uploads is not None:
+            self._uploads.files(files)
+        return files
+
+    def take_states(self, folders: Sequence[Path]) -> None:
+        """Upload states that were just saved, if that is asked for."""
+        if self._uploads is not None and self._hub.save_state_to_huggingface:
+            for folder in folders:
+                self._uploads.folder(folder)
+
+    def close(self) -> None:
+        """Wait for what is still being uploaded."""
+        if self._uploads is not None:
+            self._uploads.close()
+
+
+def _facts(context: RunContext, network: LoRANetwork, optimizer: torch.optim.Optimizer) -> TrainingFacts:
+    options, prepared = context.options, context.prepared
+    sizes = network_facts(network) if options.network.dim_from_weights else {}
+    return TrainingFacts(
+        family=context.trainer.family,
+        described={**prepared.files.described, **sizes},
+        manifest=prepared.manifest,
+        network=options.network,
+        metadata=options.metadata,
+        recorded=context.trainer.recorded_options(),
+        output_name=options.saving.output_name,
+        optimizer=describe_optimizer(optimizer, options.optimizer),
+        seed=context.seed,
+        session_id=context.session_id,
+        started_at=context.started_at,
+        total_steps=context.total_steps,
+        total_epochs=context.total_epochs,
+        batches_per_epoch=context.plan.batches_per_epoch,
+    )

@@ -1,0 +1,110 @@
+"""The events of a run: periodic files, validation, sample pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from library.data.batch import Condition
+from library.data.prompts import load_sample_prompts
+from library.flow.generate import ImageModel
+from library.options.request import ImageRequest
+from library.training.assembly import Assembly
+from library.training.context import RunContext
+from library.training.events import Event, Interval
+from library.training.guards import drawing_advice, memory_explained
+from library.training.preview import Look, Previews, switched_off
+from library.training.stop import StopRequest
+from library.training.validation import Validation
+
+Encoded = tuple[Sequence[Condition], Sequence[Condition]]
+
+
+def events_of(context: RunContext, parts: Assembly, stop: StopRequest) -> list[Event]:
+    """Return the events of a run. A wish to stop breaks off validation and previews."""
+    return [
+        parts.output.periodic_save,
+        _validation(context, parts, stop),
+        _previews(context, parts, stop),
+    ]
+
+
+def encode_sample_prompts(context: RunContext) -> None:
+    """Encode the sample prompts ahead, while the text encoder has the memory to itself."""
+    options = context.options
+    if options.sampling.sample_prompts is None or not context.processes.is_main:
+        return
+    if not options.network.trains_text_encoder:
+        requests = load_sample_prompts(options.sampling.sample_prompts, _defaults(context))
+        _encode(context, requests)
+
+
+def _validation(context: RunContext, parts: Assembly, stop: StopRequest) -> Validation:
+    options, manifest = context.options.validation, context.prepared.manifest
+    epochs, steps = options.validate_every_n_epochs, options.validate_every_n_steps
+    if epochs is None and steps is None:
+        epochs = 1
+    return Validation(
+        interval=Interval(steps, epochs),
+        items=[manifest.items[i] for i in manifest.validation],
+        max_batches=options.max_validation_steps,
+        batch=stop.interruptible(parts.loader.batch),
+        inputs=context.inputs,
+        objective=parts.objective,
+        report=parts.metrics.log,
+        modules=[parts.network, parts.model],
+    )
+
+
+def _previews(context: RunContext, parts: Assembly, stop: StopRequest) -> Previews:
+    family, options = context.trainer.family, context.options
+    explained = memory_explained("drawing a sample picture", context.device, drawing_advice(options))
+    model = ImageModel(
+        stop.interruptible(explained(parts.objective.velocity)),
+        explained(context.inputs.decode),
+        context.device,
+        family.latent_channels,
+        family.latent_stride,
+    )
+    return Previews(
+        options=options.sampling,
+        folder=parts.grid.folder,
+        name=options.saving.output_name,
+        defaults=_defaults(context),
+        model=model,
+        encode=lambda requests: _encode(context, requests),
+        modules=[parts.network, parts.model],
+        grid=parts.grid,
+        looks=_looks(context, parts),
+        show=parts.metrics.picture,
+    )
+
+
+def _looks(context: RunContext, parts: Assembly) -> list[Look]:
+    """Return the networks to draw sample pictures with."""
+    drawn = "raw" if parts.ema is None else context.options.ema.ema_sample
+    looks = []
+    if context.options.sampling.sample_compare_base:
+        looks.append(Look("base", lambda: switched_off(parts.network), once=True))
+    if drawn in ("raw", "both"):
+        looks.append(Look())
+    if parts.ema is not None and drawn in ("ema", "both"):
+        looks.append(Look("ema", parts.ema.in_place))
+    return looks
+
+
+def _defaults(context: RunContext) -> ImageRequest:
+    options = context.options
+    return ImageRequest(
+        seed=context.seed,
+        discrete_flow_shift=options.timesteps.discrete_flow_shift,
+        sampler=options.sampling.sample_sampler,
+    )
+
+
+def _encode(context: RunContext, requests: Sequence[ImageRequest]) -> Encoded:
+    """Return the conditions of the prompts and of the negative prompts."""
+    trainer = context.trainer
+    prompts = [trainer.format_prompt(request.prompt) for request in requests]
+    negatives = [trainer.format_prompt(request.negative_prompt, negative=True) for request in requests]
+    encoded = context.inputs.prompts(prompts + negatives)
+    return encoded[: len(requests)], encoded[len(requests) :]

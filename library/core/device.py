@@ -69,10 +69,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the CPU memory that it frees, for its next step. Does nothing where there is no glibc.
+    """Let this process keep the CPU memory that it frees, for its next step. Only glibc has this.
 
-    Otherwise glibc gives the memory of a step's activations back to the system, and the next step gets it again page
-    by page, which is a twentieth of a step's time.
+    Otherwise glibc gives the memory of a step's activations back to the system, and the next step gets it
+    again page by page, which is a twentieth of a step's time.
     """
     if platform.libc_ver()[0] != "glibc":
         return

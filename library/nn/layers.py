@@ -308,7 +308,7 @@ class _RunAgain(torch.autograd.Function):
 
 
 def _run_again_for_gain(plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Call a plain norm, which keeps a tensor of its own only if its gain, the last input, wants a gradient."""
+    """Call a plain norm, which keeps a tensor of its own only if its gain (the last input) is trained."""
     if inputs[-1].requires_grad and not torch.compiler.is_compiling():
         return run_again_in_backward(plain, *inputs)
     return plain(*inputs)

@@ -11,13 +11,12 @@ The choice is a rule on the processor's capabilities and not a timing, so that a
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+_CPU = dict(torch.cpu.get_capabilities())  # read here, where torch.compile takes it for the constant it is
 _FEWEST_ROWS = 32  # below, widening the weight costs more than the faster product wins
 
 
@@ -34,15 +33,13 @@ def layer_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if rows < _FEWEST_ROWS else product_dtype(x)
 
 
-@functools.cache
 def _cpu_is_fast_in(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of a half-precision dtype faster than fp32 ones."""
-    can = torch.cpu.get_capabilities()
     if dtype == torch.float16:
-        return bool(can.get("amx_fp16"))
-    if can.get("architecture") != "x86_64":
-        return bool(can.get("bf16") or can.get("sve_bf16"))
-    return bool(can.get("amx_bf16") or (can.get("avx512_bf16") and "AMD" in str(can.get("cpu_name"))))
+        return bool(_CPU.get("amx_fp16"))
+    if _CPU.get("architecture") != "x86_64":
+        return bool(_CPU.get("bf16") or _CPU.get("sve_bf16"))
+    return bool(_CPU.get("amx_bf16") or (_CPU.get("avx512_bf16") and "AMD" in str(_CPU.get("cpu_name"))))
 
 
 class Linear(nn.Linear):

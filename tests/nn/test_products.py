@@ -30,10 +30,8 @@ def slow_half(monkeypatch):
     ids=lambda value: str(value.get("cpu_name", "Arm")) if isinstance(value, dict) else str(value),
 )
 def test_bf16_is_multiplied_where_the_processor_is_good_at_it(monkeypatch, capabilities, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    products._cpu_is_fast_in.cache_clear()
+    monkeypatch.setattr(products, "_CPU", capabilities)
     assert product_dtype(torch.zeros(1, dtype=torch.bfloat16)) == expected
-    products._cpu_is_fast_in.cache_clear()
 
 
 def test_other_dtypes_and_devices_are_left_alone(slow_half):

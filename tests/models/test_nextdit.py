@@ -165,3 +165,17 @@ def test_the_attention_kernel_reaches_every_block():
     model.use_attention("sdpa")
     kernels = [block.attention.kernel for block in model.modules() if type(block).__name__ == "Block"]
     assert kernels == ["sdpa"] * 4
+
+
+def test_blocks_compile_whole_and_agree():
+    """torch.compile gets the plain operations, without a break in the graph."""
+    model = make_model(n_layers=1, n_noise_refiners=0, n_context_refiners=0)
+    inputs = make_inputs(model.params, (5, 3), (4, 4))
+    outcomes = []
+    for compiled in (False, True):
+        if compiled:
+            model.layers[0].compile(backend="aot_eager", fullgraph=True)
+        output = inputs.ours(model)
+        outcomes.append((output, *torch.autograd.grad(output.square().sum(), list(model.parameters()))))
+    for plain, traced in zip(*outcomes, strict=True):
+        assert relative(traced, plain) < 1e-5

@@ -35,8 +35,8 @@ echo "Training a LoRA on examples/photos ..."
   --discrete_flow_shift=6.0 \
   --model_prediction_type="raw" \
   --system_prompt="$system_prompt" \
-  --max_train_epochs=8 \
-  --save_every_n_epochs=4 \
+  --max_train_epochs=5 \
+  --save_every_n_epochs=2 \
   --mixed_precision="bf16" \
   --gradient_checkpointing \
   --cache_latents_to_disk \

@@ -14,7 +14,7 @@ from library.core.device import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def step():
-    tensors = [torch.ones(1 << 20) for _ in range(20)]
+    tensors = [torch.ones(10 << 20) for _ in range(2)]
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()
@@ -25,7 +25,7 @@ print(pages)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so eagerly")
 def test_a_step_does_not_fetch_its_memory_again():
-    """80 MB are 20,000 pages; without the call a good part of them is fetched in every step."""
+    """80 MB are 20,000 pages, which without the call are fetched in every step."""
 
     def pages(mode):
         command = [sys.executable, "-c", SCRIPT, mode]

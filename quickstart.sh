@@ -9,7 +9,7 @@ prepare_environment requirements.txt
 out=output/quickstart
 models=$out/models
 system_prompt="You are an assistant designed to generate high-quality images based on user prompts."
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 # nano models are fastest with one thread
 
 [ -f "$models/lumina.safetensors" ] && [ -f "$models/gemma2.safetensors" ] && [ -f "$models/ae.safetensors" ] ||
   .venv/bin/python tools/make_nano_models.py --output_dir "$models"

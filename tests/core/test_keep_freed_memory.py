@@ -1,5 +1,6 @@
 """Memory that a step frees is there for the next one."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from library.core.device import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def step():
-    tensors = [torch.ones(10 << 20) for _ in range(2)]
-for _ in range(3):
+    kept = [torch.ones(size << 18) * 2 for size in range(1, 14)]
+for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -25,10 +26,12 @@ print(pages)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so eagerly")
 def test_a_step_does_not_fetch_its_memory_again():
-    """80 MB are 20,000 pages, which without the call are fetched in every step."""
+    """Without the call, memory above glibc's threshold (fixed here: it drifts by itself) is fetched anew."""
 
     def pages(mode):
         command = [sys.executable, "-c", SCRIPT, mode]
-        return int(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment)
+        return int(done.stdout)
 
-    assert pages("keep") < 1000 < 10_000 < pages("default")
+    assert pages("keep") < pages("default") / 4

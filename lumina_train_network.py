@@ -21,7 +21,7 @@ from library.models.lumina2_identity import latent_identity, text_identity
 from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
 from library.training.family import FamilySpec, ModelFiles
-from library.training.metadata import weight_file
+from library.training.output.metadata import weight_file
 from library.training.trainer import NetworkTrainer
 from networks.module import check_layers
 

@@ -9,16 +9,12 @@ from torch import nn
 
 from library.data.loader import BatchLoader, Sources
 from library.training.context import RunContext
-from library.training.ema import Ema
-from library.training.gauges import SigmaBands, StepClock
-from library.training.grid import Grid
-from library.training.identity import dataset_digest, settings_of
-from library.training.metrics import Metrics
 from library.training.objective import Objective
-from library.training.optimizer import create_optimizer
-from library.training.output import Output
-from library.training.saving import grid_path, metrics_path
-from library.training.state import (
+from library.training.optim.optimizer import create_optimizer
+from library.training.output.ema import Ema
+from library.training.output.saving import grid_path, metrics_path
+from library.training.output.writer import Output
+from library.training.state.contents import (
     Part,
     RunFacts,
     StateSaver,
@@ -27,8 +23,12 @@ from library.training.state import (
     tensors_part,
     weights_part,
 )
-from library.training.trackers import make_trackers
+from library.training.state.identity import dataset_digest, settings_of
 from library.training.update import Updater
+from library.training.watch.gauges import SigmaBands, StepClock
+from library.training.watch.grid import Grid
+from library.training.watch.metrics import Metrics
+from library.training.watch.trackers import make_trackers
 from networks.lora import LoRANetwork
 from networks.module import apply_base_weights, install_network
 

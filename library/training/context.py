@@ -18,7 +18,7 @@ from library.options.train import TrainOptions
 from library.training.events import Moment
 from library.training.inputs import Inputs
 from library.training.prepare import Prepared
-from library.training.resume import Start, plan_start
+from library.training.state.resume import Start, plan_start
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer

@@ -14,11 +14,11 @@ from library.data.prompts import load_sample_prompts
 from library.data.scan import scan
 from library.data.schema import load_datasets
 from library.options.request import ImageRequest
-from library.training.checkpoint import SavedState, find_resumed
 from library.training.family import ModelFiles
-from library.training.hub import check_uploads, fetch_state
-from library.training.identity import check_resumed, dataset_digest, settings_of
-from library.training.trackers import check_trackers
+from library.training.output.hub import check_uploads, fetch_state
+from library.training.state.checkpoint import SavedState, find_resumed
+from library.training.state.identity import check_resumed, dataset_digest, settings_of
+from library.training.watch.trackers import check_trackers
 from networks.module import check_network
 
 if TYPE_CHECKING:

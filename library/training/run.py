@@ -15,13 +15,13 @@ from library.data.batch import Batch
 from library.training.assembly import Assembly, assemble
 from library.training.context import RunContext
 from library.training.events import Event, Moment
-from library.training.gauges import weight_norms
 from library.training.guards import caching_advice, loading_advice, memory_explained, training_advice
-from library.training.lr import learning_rate_schedule
-from library.training.optimizer import check_optimizer, evaluating, learning_rates, set_learning_rates
-from library.training.saving import config_path, final_path
-from library.training.stop import StopRequest, StopSignals
+from library.training.optim.lr import learning_rate_schedule
+from library.training.optim.optimizer import check_optimizer, evaluating, learning_rates, set_learning_rates
+from library.training.output.saving import config_path, final_path
+from library.training.state.stop import StopRequest, StopSignals
 from library.training.update import Share, StepResult
+from library.training.watch.gauges import weight_norms
 from library.training.watchers import encode_sample_prompts, events_of
 
 _log = logger("run")

@@ -113,12 +113,12 @@ class NetworkTrainer(ABC):
         """
         # Imported as they are needed: --help need not wait for the dataset code, nor a mistake for torch.
         from library.training.prepare import prepare
-        from library.training.stop import StopSignals
+        from library.training.state.stop import StopSignals
 
         with StopSignals().caught() as signals:
             prepared = prepare(self)
             if self.options.training.only_looks:
-                from library.training.dry_run import look
+                from library.training.look.dry_run import look
 
                 return look(self, prepared)
             from library.training.context import RunContext

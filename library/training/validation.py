@@ -16,7 +16,7 @@ from library.flow import path
 from library.training.events import Interval, Moment
 from library.training.inputs import Inputs
 from library.training.objective import Objective, add_noise
-from library.training.preview import evaluating
+from library.training.watch.preview import evaluating
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 

@@ -12,9 +12,9 @@ from library.training.assembly import Assembly
 from library.training.context import RunContext
 from library.training.events import Event, Interval
 from library.training.guards import drawing_advice, memory_explained
-from library.training.preview import Look, Previews, switched_off
-from library.training.stop import StopRequest
+from library.training.state.stop import StopRequest
 from library.training.validation import Validation
+from library.training.watch.preview import Look, Previews, switched_off
 
 Encoded = tuple[Sequence[Condition], Sequence[Condition]]
 

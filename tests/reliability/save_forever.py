@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.core.files import sweep_leftovers  # noqa: E402
 from library.options.saving import SavingOptions  # noqa: E402
-from library.training.checkpoint import (  # noqa: E402
+from library.training.state.checkpoint import (  # noqa: E402
     Keep,
     StateRecord,
     prune_states,

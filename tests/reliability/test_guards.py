@@ -24,7 +24,7 @@ from library.options.train import LuminaTrainOptions
 from library.training.events import Moment
 from library.training.guards import memory_explained, require_finite, training_advice
 from library.training.objective import Objective
-from library.training.state import RunFacts, StateSaver, weights_part
+from library.training.state.contents import RunFacts, StateSaver, weights_part
 from library.training.update import MAX_SKIPPED, Share, Updater
 from tests.reliability import legs
 from tests.reliability.legs import NAME, losses, states
@@ -225,7 +225,7 @@ def test_a_full_disk_ends_the_run_with_the_last_state_intact(train, tmp_path: Pa
     def commit(self: StateSaver, *args: object, **named: object) -> None:
         calls.append(args)
         if len(calls) == 2:
-            monkeypatch.setattr("library.training.state.save_file", fail)
+            monkeypatch.setattr("library.training.state.contents.save_file", fail)
         real(self, *args, **named)
 
     def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from library.core.errors import ConfigError
 from library.options.group import group_classes, parse_options
 from library.options.train import LuminaTrainOptions
-from library.training.checkpoint import SavedState, StateRecord
-from library.training.identity import (
+from library.training.state.checkpoint import SavedState, StateRecord
+from library.training.state.identity import (
     MUST_STAY,
     SILENT,
     SILENT_GROUPS,

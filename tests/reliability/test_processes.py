@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.training.checkpoint import read_state
+from library.training.state.checkpoint import read_state
 from tests.reliability import legs
 from tests.reliability.legs import NAME, losses, states, weights, write_dataset
 

@@ -17,7 +17,7 @@ from library.core.errors import CheckpointError, StorageError
 from library.core.files import staged_directory, sweep_leftovers
 from library.options.saving import SavingOptions
 from library.options.state import StateOptions
-from library.training.checkpoint import (
+from library.training.state.checkpoint import (
     Keep,
     StateRecord,
     epoch_state_path,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from library.core.errors import Stopped
-from library.training.checkpoint import read_state
-from library.training.stop import StopRequest, StopSignals
+from library.training.state.checkpoint import read_state
+from library.training.state.stop import StopRequest, StopSignals
 from tests.reliability.legs import NAME, states
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these signals")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from library.core.errors import CheckpointError, ConfigError
 from library.options.ema import EmaOptions
 from library.options.sampling import SampleOptions
-from library.training.ema import Ema, decay_at
+from library.training.output.ema import Ema, decay_at
 
 
 def walk(ema_options: EmaOptions, steps: int) -> tuple[Ema, nn.Linear, list[Tensor]]:

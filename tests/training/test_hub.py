@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from library.core.errors import CheckpointError, ConfigError
 from library.options.hub import HubFolder, HubOptions
 from library.options.state import StateOptions
-from library.training.hub import Uploads, check_uploads, fetch_state
+from library.training.output.hub import Uploads, check_uploads, fetch_state
 from tests.hub_stand_in import StandIn, running_hub
 
 REPO = "models/me/my-lora"

@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 
 from library.core.errors import ConfigError
 from library.options.optimizer import SCHEDULERS, OptimizerOptions
-from library.training.lr import learning_rate_schedule, lr_multiplier
+from library.training.optim.lr import learning_rate_schedule, lr_multiplier
 
 FOLLOW_THE_LOSS = {"reduce_lr_on_plateau", "greedy"}
 

@@ -6,7 +6,7 @@ import torch
 from library.data.batch import Condition
 from library.models.lumina2 import load_nextdit, velocity
 from library.options.optimizer import OptimizerOptions
-from library.training.memory_estimate import kept_for_backward, optimizer_bytes, weight_bytes
+from library.training.look.memory_estimate import kept_for_backward, optimizer_bytes, weight_bytes
 from networks.lora_lumina import create_network
 
 

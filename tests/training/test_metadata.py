@@ -23,7 +23,7 @@ from library.data.items import (
 from library.options.group import OptionGroup, option
 from library.options.network import MetadataOptions, NetworkOptions
 from library.training.family import FamilySpec
-from library.training.metadata import TrainingFacts, build_metadata, weight_file
+from library.training.output.metadata import TrainingFacts, build_metadata, weight_file
 
 FAMILY = FamilySpec("lumina2", "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", 16, 8, 2)
 

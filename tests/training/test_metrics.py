@@ -18,9 +18,9 @@ from torch import nn
 from library.core.dist import Processes
 from library.core.errors import ConfigError, MissingPackageError
 from library.options.saving import LoggingOptions
-from library.training.gauges import SigmaBands, StepClock, weight_norms
-from library.training.metrics import AverageLoss, Metrics, SmoothedLoss
-from library.training.trackers import check_trackers, make_trackers
+from library.training.watch.gauges import SigmaBands, StepClock, weight_norms
+from library.training.watch.metrics import AverageLoss, Metrics, SmoothedLoss
+from library.training.watch.trackers import check_trackers, make_trackers
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 

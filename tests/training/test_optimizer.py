@@ -15,7 +15,7 @@ from torch import nn
 from library.core.errors import ConfigError, MissingPackageError
 from library.options.group import parse_options
 from library.options.optimizer import ADAMW_SETTINGS, OptimizerOptions
-from library.training.optimizer import create_optimizer, describe_optimizer, set_learning_rates
+from library.training.optim.optimizer import create_optimizer, describe_optimizer, set_learning_rates
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def test_warmup_is_steps_or_a_share(text: str, value: int | float) -> None:
     assert warmup == value and type(warmup) is type(value)
 
 
-@pytest.mark.parametrize("module", ["library.options.optimizer", "library.training.lr"])
+@pytest.mark.parametrize("module", ["library.options.optimizer", "library.training.optim.lr"])
 def test_can_be_imported_without_torch(module: str) -> None:
     check = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[2]).returncode == 0

@@ -13,7 +13,7 @@ from torch import nn
 from library.core.errors import CheckpointError, ConfigError, MissingPackageError
 from library.options.optimizer import OptimizerOptions
 from library.options.optimizer_table import OPTIMIZERS, TORCH_OPTIMIZERS
-from library.training.optimizer import (
+from library.training.optim.optimizer import (
     Averaging,
     check_optimizer,
     create_optimizer,

@@ -18,8 +18,8 @@ from library.flow.generate import ImageModel, generate
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Moment
-from library.training.grid import Grid
-from library.training.preview import Previews, evaluating
+from library.training.watch.grid import Grid
+from library.training.watch.preview import Previews, evaluating
 
 DEFAULTS = ImageRequest(width=32, height=32, steps=3, seed=100, discrete_flow_shift=3.0)
 

@@ -18,8 +18,8 @@ from library.flow.generate import ImageModel
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Moment
-from library.training.grid import CELL, LINE, MARGIN, Grid
-from library.training.preview import Look, Previews
+from library.training.watch.grid import CELL, LINE, MARGIN, Grid
+from library.training.watch.preview import Look, Previews
 
 REQUEST = ImageRequest(width=32, height=32, steps=2, seed=100, discrete_flow_shift=3.0)
 

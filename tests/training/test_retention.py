@@ -10,7 +10,7 @@ import pytest
 from library.core.errors import ConfigError
 from library.options.saving import SavingOptions
 from library.training.events import Moment
-from library.training.saving import PeriodicSave
+from library.training.output.saving import PeriodicSave
 
 STEPS_PER_EPOCH = 10
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.options.optimizer import OptimizerOptions
-from library.training.optimizer import create_optimizer, export_state
+from library.training.optim.optimizer import create_optimizer, export_state
 
 _SAMPLE = 256  # rows and columns of the matrix that tells an optimizer's memory; constants hardly count
 

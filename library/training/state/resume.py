@@ -8,7 +8,7 @@ from library.core.errors import ConfigError
 from library.data.plan import Plan
 from library.options.state import LATEST
 from library.options.train import TrainOptions
-from library.training.checkpoint import SavedState
+from library.training.state.checkpoint import SavedState
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from library.core.errors import ConfigError
 from library.options.optimizer import OptimizerOptions
-from library.training.optimizer import check_settings, import_class
+from library.training.optim.optimizer import check_settings, import_class
 
 _FLAG = "--lr_scheduler_type"
 

@@ -19,9 +19,9 @@ from library.data.captions import caption_variants
 from library.data.items import Draw, Item, Manifest
 from library.data.plan import Plan
 from library.data.sources import Entries
-from library.training.contact_sheet import PER_SHEET, Shown, first_draws, write_sheet, write_sheets
 from library.training.inputs import Inputs
-from library.training.memory_estimate import Kept, kept_for_backward, optimizer_bytes, weight_bytes
+from library.training.look.contact_sheet import PER_SHEET, Shown, first_draws, write_sheet, write_sheets
+from library.training.look.memory_estimate import Kept, kept_for_backward, optimizer_bytes, weight_bytes
 from library.training.prepare import Prepared
 from networks.lora import LoRANetwork
 from networks.module import install_new_network

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from library.training.trackers import Tracker
+from library.training.watch.trackers import Tracker
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from library.core.errors import ConfigError
 from library.core.hashing import sha256_text
 from library.data.items import Item, Manifest
 from library.options.train import TrainOptions
-from library.training.checkpoint import SavedState
+from library.training.state.checkpoint import SavedState
 
 # The trained tensors and the optimizer's have the shapes, meanings and start values that these gave them.
 MUST_STAY = {

@@ -22,7 +22,10 @@ from library.core.log import logger
 from library.core.suggest import shorten
 from library.options.saving import SavingOptions
 from library.options.state import StateOptions
-from library.training.checkpoint import (
+from library.training.events import Interval, Moment
+from library.training.guards import require_finite
+from library.training.optim.optimizer import export_state, import_state
+from library.training.state.checkpoint import (
     Keep,
     SavedState,
     StateRecord,
@@ -34,9 +37,6 @@ from library.training.checkpoint import (
     step_state_path,
     write_state,
 )
-from library.training.events import Interval, Moment
-from library.training.guards import require_finite
-from library.training.optimizer import export_state, import_state
 
 _log = logger("state")
 

@@ -12,11 +12,11 @@ from library.core.device import dtype_named
 from library.core.files import atomic_write
 from library.core.log import logger
 from library.options.saving import SavingOptions
-from library.training.ema import Ema
+from library.training.output.ema import Ema
 from library.training.events import Interval, Moment
 from library.training.guards import require_finite
-from library.training.metadata import TrainingFacts, build_metadata
-from library.training.retention import Retention
+from library.training.output.metadata import TrainingFacts, build_metadata
+from library.training.output.retention import Retention
 from networks.files import save_network
 from networks.lora import LoRANetwork
 

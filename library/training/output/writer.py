@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from library.training.context import RunContext
-from library.training.ema import Ema
+from library.training.output.ema import Ema
 from library.training.events import Moment
-from library.training.hub import Uploads
-from library.training.metadata import TrainingFacts
-from library.training.optimizer import describe_optimizer
-from library.training.saving import NetworkFile, PeriodicSave
+from library.training.output.hub import Uploads
+from library.training.output.metadata import TrainingFacts
+from library.training.optim.optimizer import describe_optimizer
+from library.training.output.saving import NetworkFile, PeriodicSave
 from networks.lora import LoRANetwork
 from networks.module import network_facts
 

@@ -24,7 +24,9 @@ def learning_rate_schedule(options: OptimizerOptions, total_steps: int) -> Sched
         ConfigError: warm-up and decay are longer than the run, or `--lr_scheduler_type` cannot be used.
     """
     if options.lr_scheduler_type:
-        from library.training.lr_class import ClassSchedule  # it imports torch, and this file is read without
+        from library.training.optim.lr_class import (
+            ClassSchedule,
+        )  # it imports torch, and this file is read without
 
         return ClassSchedule(options)
     multiplier = lr_multiplier(options, total_steps)

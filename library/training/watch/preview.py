@@ -25,7 +25,7 @@ from library.flow.guidance import Condition
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Interval, Moment
-from library.training.grid import Grid
+from library.training.watch.grid import Grid
 from networks.lora import LoRANetwork
 
 # For each request, what its prompt and what its negative prompt are to the model.

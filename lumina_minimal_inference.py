@@ -190,7 +190,14 @@ class LuminaModels:
 
         chosen = self._options.models
         dtype = dtype_named(chosen.gemma2_dtype)
-        encoder = load_gemma2(chosen.gemma2_path, device=self._device, dtype=dtype)
+        quant = self._options.quant
+        encoder = load_gemma2(
+            chosen.gemma2_path,
+            device=self._device,
+            dtype=dtype,
+            quant=quant.text_encoder_quant,
+            quantise_on=quant.quantise_on,
+        )
         model, weights = text_model(encoder), [chosen.lora_weights[n] for n in self._text_loras]
         networks = [create_text_network_from_file(model, w.path, w.multiplier) for w in weights]
         return _with_networks(encoder, model, networks, merged=chosen.merge_lora_weights)
@@ -201,12 +208,14 @@ class LuminaModels:
         from library.models.lumina2 import load_nextdit
         from networks.lora_lumina import create_network_from_file
 
-        chosen = self._options.models
+        chosen, quant = self._options.models, self._options.quant
         model = load_nextdit(
             chosen.pretrained_model_name_or_path,
             device=self._device,
             dtype=dtype_named(chosen.dtype),
-            attention="flash" if chosen.use_flash_attn else "auto",
+            attention=self._options.attention.attention,
+            quant=quant.transformer,
+            quantise_on=quant.quantise_on,
         )
         networks = [create_network_from_file(model, w.path, w.multiplier) for w in chosen.lora_weights]
         return _with_networks(model, model, networks, merged=chosen.merge_lora_weights)

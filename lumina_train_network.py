@@ -17,13 +17,13 @@ from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer, find_tokenizer, format_prompt
 from library.models.lumina2_files import check_models
 from library.models.lumina2_format import inspect_lumina2, linear_layers
-from library.models.lumina2_identity import latent_identity, text_identity
+from library.models.lumina2_identity import file_digests, latent_identity, text_identity
 from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
 from library.training.family import FamilySpec, ModelFiles
 from library.training.output.metadata import weight_file
 from library.training.trainer import NetworkTrainer
-from networks.module import check_layers
+from networks.module import apply_base_text_weights, base_text_identity, check_layers
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +59,24 @@ class LuminaTrainer(NetworkTrainer):
         check_models(models.pretrained_model_name_or_path, models.gemma2, models.ae)
         transformer = inspect_lumina2(models.pretrained_model_name_or_path)
         check_layers(self.options.network, linear_layers(transformer.params))
+        self.options.swap.check(transformer.params.n_blocks)
+        transformer.quant.check(self.options.quant.transformer)
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
-        """Identify the weight files for the caches, and describe them for the metadata."""
+        """Identify the weight files for caches and states, and describe them for the metadata."""
         models, precision = self.options.model, self.options.training.mixed_precision
+        merged = base_text_identity(self.options.network, ledger.sha256)
+        quant = self.options.quant.text_encoder_quant
+        digests = file_digests(models, ledger)
+        trained = {"pretrained_model_name_or_path"}
+        if self.options.network.trains_text_encoder:
+            trained |= {"gemma2", "gemma2_tokenizer"}
         return ModelFiles(
             latent_identity=latent_identity(models, precision, ledger),
-            text_identity=text_identity(models, precision, ledger),
+            text_identity=text_identity(models, precision, ledger, merged=merged, quant=quant),
             described=self._describe(ledger),
+            trained_on={flag: digest for flag, digest in digests.items() if flag in trained},
+            read_by={flag: digest for flag, digest in digests.items() if flag not in trained},
         )
 
     def _describe(self, ledger: HashLedger) -> dict[str, str]:
@@ -95,22 +105,37 @@ class LuminaTrainer(NetworkTrainer):
         return load_flux_vae(self.options.model.ae, device=device, dtype=dtype)
 
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> Gemma2Encoder:
-        """Load Gemma2."""
+        """Load Gemma2, with what --base_weights make of it."""
         from library.models.gemma2 import load_gemma2
 
-        return load_gemma2(self.options.model.gemma2, device=device, dtype=dtype)
+        quant = self.options.quant
+        encoder = load_gemma2(
+            self.options.model.gemma2,
+            device=device,
+            dtype=dtype,
+            quant=quant.text_encoder_quant,
+            quantise_on=quant.quantise_on,
+        )
+        apply_base_text_weights(self.options.network, encoder)
+        return encoder
 
-    def load_transformer(self, device: torch.device, dtype: torch.dtype) -> NextDiT:
+    def load_transformer(
+        self, device: torch.device, dtype: torch.dtype, *, weights_on: torch.device | None = None
+    ) -> NextDiT:
         """Load the NextDiT."""
         from library.models.lumina2 import load_nextdit
 
-        models = self.options.model
+        models, quant = self.options.model, self.options.quant
         return load_nextdit(
             models.pretrained_model_name_or_path,
             device=device,
             dtype=dtype,
-            attention=models.attention,
+            attention=self.options.compute.attention,
             mmap=not models.disable_mmap_load_safetensors,
+            swap=self.options.swap,
+            weights_on=weights_on,
+            quant=quant.transformer,
+            quantise_on=quant.quantise_on,
         )
 
     def encode_images(self, vae: FluxVAE, pixels_BCHW: Tensor) -> Tensor:
@@ -141,6 +166,12 @@ class LuminaTrainer(NetworkTrainer):
         """Count Gemma's tokens."""
         return self._tokenizer.count(text), self.options.model.gemma2_max_token_length
 
+    def encode_blank(self, encoders: Gemma2Encoder, tokens: int, count: int) -> list[Condition]:
+        """Encode texts of Gemma2's token 0."""
+        from library.data.batch import Condition
+
+        return [Condition(tokens_LD) for tokens_LD in encoders.encode([[0] * tokens] * count)]
+
     def blank_condition(self, tokens: int, device: torch.device) -> Condition:
         """Return empty features of Gemma2's width."""
         import torch
@@ -150,13 +181,13 @@ class LuminaTrainer(NetworkTrainer):
         width = inspect_gemma2(self.options.model.gemma2).params.hidden
         return Condition(torch.empty(tokens, width, device=device))
 
-    def velocity(
-        self, model: NextDiT, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]
-    ) -> Tensor:
-        """Predict the velocity in the house convention."""
-        from library.models.lumina2 import velocity
+    def velocities(
+        self, model: NextDiT, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+    ) -> list[Tensor]:
+        """Predict the velocities in the house convention."""
+        from library.models.lumina2 import velocities
 
-        return velocity(model, x_BCHW, sigma_B, conditions)
+        return velocities(model, x, sigma_B, conditions)
 
 
 def main() -> None:

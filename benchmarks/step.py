@@ -1,11 +1,12 @@
-"""One training step of a LoRA, ours against diffusers + peft, on the same weights.
+"""One training step of a LoRA: ours, diffusers + peft, the reference tool's arithmetic; on the same weights.
 
     python benchmarks/step.py                          # bf16, batch 1, one CPU thread
     python benchmarks/step.py --dtype fp32 --batch 4
     python benchmarks/step.py --device cuda --size full
 
-Both train LoRA of rank 16 on attention and feed-forward of the same random Lumina Image 2.0 transformer
-with AdamW and clipping by norm. Needs `diffusers` and `peft` (requirements-dev.txt).
+All train LoRA of rank 16 on attention and feed-forward of the same random Lumina Image 2.0 transformer
+with AdamW and clipping by norm. Needs `diffusers` and `peft` (requirements-dev.txt). "reference" is
+benchmarks/reference_model.py: what sd-scripts computes, in plain torch, and not that tool itself.
 
 Time: steps of ours, theirs and ours again (the control, which shows the noise) take turns in one process;
 medians. With one CPU thread it is the process's CPU time, which other work on the machine disturbs least;
@@ -36,6 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.reference_model import ReferenceModel  # noqa: E402
+from benchmarks.report import Result, add_arguments, matmul_gflops, show, summarise, write  # noqa: E402
 from library.core.device import keep_freed_memory  # noqa: E402
 from library.models.lumina2_format import NextDiTParams, diffusers_names, parameter_shapes  # noqa: E402
 from library.models.nextdit import NextDiT  # noqa: E402
@@ -82,6 +85,10 @@ class Settings:
     batch: int
     device: torch.device
     checkpointing: bool
+
+    def __str__(self) -> str:
+        more = ", checkpointing" if self.checkpointing else ""
+        return f"{self.size}, {self.dtype}, batch {self.batch}, {self.device.type}{more}"
 
     @property
     def params(self) -> NextDiTParams:
@@ -141,7 +148,7 @@ class Ours:
             weights[name] = weights[name].to(settings.device, dtype)
         model.load_state_dict(weights, assign=True)
         self.model = model.requires_grad_(False)
-        self.model.gradient_checkpointing = settings.checkpointing
+        self.model.runner.keep("full" if settings.checkpointing else "none")
         targets = (path for path in linear_layers(model) if ".attention." in path or ".feed_forward." in path)
         self.network = LoRANetwork(model, {path: LoRASize(RANK, RANK) for path in targets})
         self.network.apply_to(model)
@@ -191,7 +198,30 @@ class Rival:
         return (out.float() - work.target_BCHW).square().mean()
 
 
-CONTESTANTS: dict[str, Callable[[Settings], Contestant]] = {"ours": Ours, "diffusers": Rival}
+class Reference:
+    """The reference tool's arithmetic; its captions are padded to 256 tokens."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.dtype, self.device = settings.dtype, settings.device
+        model = ReferenceModel(settings.params, make_weights(settings.params))
+        self.model = model.to(settings.device, settings.dtype).requires_grad_(False)
+        self.model.checkpointing = settings.checkpointing
+        self.trained = [weight.requires_grad_() for weight in self.model.add_loras(RANK)]
+        _disturb(self.trained)
+
+    def loss(self, work: Work) -> Tensor:
+        """Forward."""
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=half):
+            out = self.model(work.latents_BCHW.to(self.dtype), work.t_B, work.captions)
+        return (out.float() - work.target_BCHW).square().mean()
+
+
+CONTESTANTS: dict[str, Callable[[Settings], Contestant]] = {
+    "ours": Ours,
+    "diffusers": Rival,
+    "reference": Reference,
+}
 
 
 def _disturb(trained: list[torch.nn.Parameter]) -> None:
@@ -266,11 +296,11 @@ class Clock:
         return read() - begin
 
 
-def measure_time(settings: Settings, reps: int) -> None:
-    """Print medians of interleaved steps."""
+def measure_time(settings: Settings, reps: int) -> list[Result]:
+    """Print medians of interleaved steps; return them against each rival."""
     work, clock = make_work(settings), Clock(settings.device)
-    ours, theirs = (make_step(make(settings), work) for make in CONTESTANTS.values())
-    turns = {"ours": ours, "diffusers": theirs, "control": ours}
+    turns = {name: make_step(make(settings), work) for name, make in CONTESTANTS.items()}
+    turns["control"] = turns["ours"]
     times: dict[str, list[float]] = {name: [] for name in turns}
     rates: list[float] = []
     square = torch.randn(MATMUL, MATMUL, device=settings.device, dtype=settings.dtype)
@@ -285,16 +315,17 @@ def measure_time(settings: Settings, reps: int) -> None:
     rate = statistics.median(rates)
     tokens = sum((SIZES[settings.size].latent // 2) ** 2 + len(caption) for caption in work.captions)
     print(f"matmul rate {rate / 1e9:.0f} GFLOP/s in {square.dtype}; {clock.kind} time, {reps} rounds")
-    print(
-        "| implementation | ms/step | tokens/s | share of matmul rate | ratio to diffusers (least .. most) |"
-    )
-    print("|---|---|---|---|---|")
+    print("| implementation | ms/step | tokens/s | share of matmul rate |\n|---|---|---|---|")
     for name, seconds in times.items():
         middle = statistics.median(seconds)
-        pairs = sorted(a / b for a, b in zip(seconds, times["diffusers"], strict=True))
-        ratio = f"{statistics.median(pairs):.3f} ({pairs[0]:.3f} .. {pairs[-1]:.3f})"
         share = useful_flops(settings) / rate / middle
-        print(f"| {name} | {middle * 1e3:.0f} | {tokens / middle:.0f} | {share:.3f} | {ratio} |")
+        print(f"| {name} | {middle * 1e3:.0f} | {tokens / middle:.0f} | {share:.3f} |")
+    results = []
+    for rival in ("diffusers", "reference"):
+        title = f"Step against {rival}: {settings}"
+        results.append(summarise(title, times, rival, rate / 1e9, f"{clock.kind} seconds"))
+        show(results[-1], "step")
+    return results
 
 
 def peak_above_weights(settings: Settings, name: str) -> dict[str, float]:
@@ -321,18 +352,15 @@ def _status_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def measure_memory(arguments: list[str]) -> None:
-    """Print the peak of each implementation, measured in a child process (Linux only on the CPU)."""
+def measure_memory(arguments: list[str]) -> dict[str, float]:
+    """Return MB of each implementation, measured in a child process (Linux only on the CPU)."""
     peaks = {}
-    print("| implementation | peak above weights, MB | before the step, MB | ratio |\n|---|---|---|---|")
-    for name in reversed(CONTESTANTS):
+    for name in CONTESTANTS:
         command = [sys.executable, __file__, *arguments, "--memory_of", name]
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(result.stdout.splitlines()[-1])
         peaks[name] = found["peak"] - found["base"]
-        print(
-            f"| {name} | {peaks[name]:.0f} | {found['base']:.0f} | {peaks[name] / peaks['diffusers']:.3f} |"
-        )
+    return peaks
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -345,10 +373,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--size", choices=tuple(SIZES), default="mid")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--reps", type=int, default=6)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
     parser.add_argument("--only", choices=("time", "memory"), help="measure just this")
     parser.add_argument("--memory_of", choices=tuple(CONTESTANTS), help=argparse.SUPPRESS)
+    add_arguments(parser, rounds=6)
     return parser.parse_args(arguments)
 
 
@@ -362,10 +390,14 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(peak_above_weights(settings, args.memory_of)))
         return
     print(f"size {args.size}, {args.dtype}, batch {args.batch}, {args.device}, {args.threads} thread(s)")
-    if args.only != "memory":
-        measure_time(settings, args.reps)
+    results = [] if args.only == "memory" else measure_time(settings, args.rounds)
     if args.only != "time":
-        measure_memory(arguments)
+        peaks = measure_memory(arguments)
+        title = f"Peak memory of a step above what was there before: {settings}"
+        figures = {name: [peak] for name, peak in peaks.items()}
+        results.append(summarise(title, figures, "diffusers", matmul_gflops(), "MB"))
+        show(results[-1], "step")
+    write(results, args.json)
 
 
 if __name__ == "__main__":

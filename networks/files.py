@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -15,20 +15,14 @@ from typing import TYPE_CHECKING, BinaryIO
 from library.core.checkpoint_files import open_checkpoint
 from library.core.errors import CheckpointError
 from library.core.files import write_bytes
-from library.core.suggest import shorten
-from networks.names import ALPHA, DOWN, UP
-from networks.peft_names import PeftLayer, peft_layers, rank_of, to_kohya
+from networks.file_layers import Layer, dora_of, layers_in, rank_of, to_kohya
+from networks.lycoris import files as lycoris
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FOREIGN_MARKS = {
-    ".lora.down.": "a LoRA with the names of early diffusers",
-    ".lokr_": "a LyCORIS LoKr",
-    ".hada_": "a LyCORIS LoHa",
     ".oft_": "an OFT network",
-    ".dora_scale": "a DoRA",
-    ".lora_magnitude_vector": "a DoRA",
     ".lora_mid.": "a LoRA with convolutions",
 }
 
@@ -39,62 +33,73 @@ class LoRAFile:
 
     Attributes:
         path: what the user named. tensors: the safetensors file there.
-        peft_layers: where the LoRA of each layer is in a file with PEFT's names; empty for kohya's names.
+        layers: where the LoRA of each layer is, by kohya name.
     """
 
     path: Path
     ranks: Mapping[str, int]
     metadata: Mapping[str, str]
     tensors: Path
-    peft_layers: Mapping[str, PeftLayer] = field(default_factory=dict)
+    layers: Mapping[str, Layer]
 
     @property
     def has_text_encoder(self) -> bool:
         """Whether a part of it is for the text encoder."""
         return any(name.startswith("lora_te") for name in self.ranks)
 
-    def read(self) -> dict[str, Tensor]:
-        """Load the tensors under kohya's names, on the CPU; a missing alpha becomes the rank."""
-        import torch  # here, because this module must be importable before torch
-        from safetensors.torch import load_file
+    @property
+    def doras(self) -> dict[str, str]:
+        """Of which features, "input" or "output", each layer has magnitudes that is a DoRA."""
+        found = {name: dora_of(layer) for name, layer in self.layers.items()}
+        return {name: features for name, features in found.items() if features is not None}
 
-        tensors = load_file(self.tensors)
-        if self.peft_layers:
-            return to_kohya(tensors, self.peft_layers)
-        for name, rank in self.ranks.items():
-            tensors.setdefault(name + ALPHA, torch.tensor(float(rank)))
-        return tensors
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Load the tensors of these layers, or all, under kohya's names, on the CPU, each with an alpha."""
+        from safetensors.torch import load_file  # here, because this module must be importable before torch
+
+        wanted = self.layers if names is None else {name: self.layers[name] for name in names}
+        return to_kohya(load_file(self.tensors), wanted)
+
+
+@dataclass(frozen=True)
+class LycorisFile(LoRAFile):
+    """A file with networks of LyCORIS' other kinds. `ranks` has 0 for a kind without one."""
+
+    layers: Mapping[str, lycoris.LycorisLayer]
+
+    @property
+    def doras(self) -> dict[str, str]:
+        """Nothing: of such a file, `layers` says it."""
+        return {}
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Load the tensors of these layers, or all, under kohya's names, on the CPU."""
+        from safetensors.torch import load_file  # here, because this module must be importable before torch
+
+        wanted = self.layers if names is None else {name: self.layers[name] for name in names}
+        return lycoris.to_kohya(load_file(self.tensors), wanted)
 
 
 def inspect_lora(path: Path) -> LoRAFile:
-    """Read the header of a LoRA with kohya's or PEFT's names: a file, or an adapter's folder. Torch-free.
+    """Read the header of a LoRA or DoRA with any tool's names: a file, or an adapter's folder. Torch-free.
+
+    Returns:
+        A `LycorisFile` if there are LyCORIS' other kinds in it.
 
     Raises:
         CheckpointError: the file is missing, truncated, not a LoRA, a network of another kind, or incomplete.
     """
     checkpoint = open_checkpoint(Path(path))
-    keys = checkpoint.tensors.keys()
+    if lycoris.is_lycoris(checkpoint.tensors):
+        found = lycoris.lycoris_layers(checkpoint)
+        ranks = {name: layer.rank for name, layer in found.items()}
+        return LycorisFile(Path(path), ranks, checkpoint.metadata, checkpoint.files[0], found)
     for mark, what in _FOREIGN_MARKS.items():
-        if any(mark in key for key in keys):
-            raise CheckpointError(
-                f"{path} is {what}; only plain LoRAs with the names of kohya (lora_unet_...{DOWN}) or PEFT "
-                f"(transformer...lora_A.weight) can be read."
-            )
-    layers = peft_layers(checkpoint)
-    if layers:
-        ranks = {name: rank_of(layer) for name, layer in sorted(layers.items())}
-        return LoRAFile(Path(path), ranks, checkpoint.metadata, checkpoint.files[0], layers)
-    downs = {key.removesuffix(DOWN) for key in keys if key.endswith(DOWN)}
-    ups = {key.removesuffix(UP) for key in keys if key.endswith(UP)}
-    if not downs and not ups:
-        raise CheckpointError(f"{path} is not a LoRA: none of its keys ends in '{DOWN}'{_example(keys)}.")
-    if downs != ups:
-        raise CheckpointError(f"{path} is not complete: '{min(downs ^ ups)}' lacks its up or down weight.")
-    known = {name + ending for name in downs for ending in (DOWN, UP, ALPHA)}
-    if keys - known:
-        raise CheckpointError(f"{path} has keys that are no part of a LoRA: {shorten(sorted(keys - known))}.")
-    ranks = {name: checkpoint.shape(name + DOWN)[0] for name in sorted(downs)}
-    return LoRAFile(Path(path), ranks, checkpoint.metadata, checkpoint.files[0])
+        if any(mark in key for key in checkpoint.tensors):
+            raise CheckpointError(f"{path} is {what}; only LoRAs and DoRAs can be read.")
+    layers = layers_in(checkpoint)
+    ranks = {name: rank_of(layer) for name, layer in layers.items()}
+    return LoRAFile(Path(path), ranks, checkpoint.metadata, checkpoint.files[0], layers)
 
 
 def save_network(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -130,8 +135,3 @@ def legacy_hash(handle: BinaryIO) -> str:
     """Return the first 8 digits of the SHA-256 of the first 64 KiB of a file's second MiB."""
     handle.seek(0x100000)
     return hashlib.sha256(handle.read(0x10000)).hexdigest()[:8]
-
-
-def _example(keys: Iterable[str]) -> str:
-    first = min(keys, default=None)
-    return f" (the first is '{first}')" if first else " (it is empty)"

@@ -8,7 +8,12 @@ Notable facts:
 - `low_rank` and plain `F.linear` are the reference implementation; tests hold the fast one against it.
 - LoRA weights are fp32 and are cast to the activations' dtype inside the operation.
 - The kinds of LoRA differ in how they make the two factors that the operation multiplies (`LoRA.factors`);
-  each is saved as a plain LoRA of the same effect.
+  each is saved as a plain LoRA of the same effect. A DoRA (networks/dora.py) has one more tensor in its file.
+- A LoRA that starts from a part of the weight itself (PiSSA, OLoRA) acts by what it has learnt since then:
+
+      up down - up0 down0 = (up - up0) down + up0 (down - down0)
+
+  Computed so, a new one changes no bit, and the base weight stays whole: no residual is rounded.
 
 Shape legend: N rows (tokens, or samples), I in features, O out features, R rank.
 """
@@ -16,8 +21,9 @@ Shape legend: N rows (tokens, or samples), I in features, O out features, R rank
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,38 +32,44 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.core.seeds import generator
 from library.nn.products import Linear, layer_dtype
+from library.nn.quant import restore, stored_form
+from networks.dora import DoRALinearOp, Magnitude, scaled_linear
+from networks.names import ALPHA, DORA, DOWN, UP, is_anchored
+from networks.start import start_weights
 
 
 class _LoRALinearOp(torch.autograd.Function):
     """`F.linear(x, weight, bias) + low_rank(x, down, up, factor)`, multiplied in `dtype`.
 
-    The base layer is constant: weight and bias get no gradient.
+    The base layer is constant: weight and bias get no gradient. Its weight comes in stored form, and is
+    restored again in backward.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         x_NI: Tensor,
-        weight_OI: Tensor,
         bias_O: Tensor | None,
         down: Tensor,
         up: Tensor,
         factor: float | Tensor,
         dtype: torch.dtype,
+        scheme: str | None,
+        *stored: Tensor,
     ) -> Tensor:
         down_RI, up_OR, wide_NI = down.to(dtype), up.to(dtype), x_NI.to(dtype)
         h_NR = torch.mm(wide_NI, down_RI.t()).mul_(factor)
-        y_NO = F.linear(wide_NI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+        y_NO = F.linear(wide_NI, restore(scheme, stored, dtype), None if bias_O is None else bias_O.to(dtype))
         y_NO.addmm_(h_NR, up_OR.t())
-        ctx.save_for_backward(x_NI, weight_OI, down_RI, up_OR, h_NR)
-        ctx.factor, ctx.dtype, ctx.lora_dtype = factor, dtype, down.dtype
+        ctx.save_for_backward(x_NI, down_RI, up_OR, h_NR, *stored)
+        ctx.factor, ctx.dtype, ctx.lora_dtype, ctx.scheme = factor, dtype, down.dtype, scheme
         return y_NO.to(x_NI.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, weight_OI, down_RI, up_OR, h_NR = ctx.saved_tensors
-        need_x, _, _, need_down, need_up, _, _ = ctx.needs_input_grad
+        x_NI, down_RI, up_OR, h_NR, *stored = ctx.saved_tensors
+        need_x, _, need_down, need_up = ctx.needs_input_grad[:4]
         grad_x = grad_down = grad_up = None
         grad_NO = grad_NO.to(ctx.dtype)
         grad_h_NR = torch.mm(grad_NO, up_OR).mul_(ctx.factor)
@@ -66,8 +78,9 @@ class _LoRALinearOp(torch.autograd.Function):
         if need_up:  # this order of factors is the faster one: the wide matrix is not transposed
             grad_up = torch.mm(h_NR.t(), grad_NO).t().to(ctx.lora_dtype)
         if need_x:
-            grad_x = torch.mm(grad_NO, weight_OI.to(ctx.dtype)).addmm_(grad_h_NR, down_RI).to(x_NI.dtype)
-        return grad_x, None, None, grad_down, grad_up, None, None
+            weight_OI = restore(ctx.scheme, stored, ctx.dtype)
+            grad_x = torch.mm(grad_NO, weight_OI).addmm_(grad_h_NR, down_RI).to(x_NI.dtype)
+        return grad_x, None, grad_down, grad_up, None, None, None, *(None for _ in stored)
 
 
 def low_rank(x_NI: Tensor, down: Tensor, up: Tensor, factor: float | Tensor) -> Tensor:
@@ -92,61 +105,144 @@ class Dropouts:
     module: float = 0.0
 
 
-class LoRA(nn.Module):
-    """The trainable half of one linear layer: `down` (rank, in) and `up` (out, rank), both fp32."""
+class Action(NamedTuple):
+    """What a LoRA does in one call: `low_rank(x, down, up, factor)`, and a DoRA `scale` on the base layer."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float | None) -> None:
+    down: Tensor
+    up: Tensor
+    factor: float | Tensor
+    scale: Tensor | None = None
+    on_output: bool = False
+
+
+class LoRA(nn.Module):
+    """The trainable half of one linear layer: `down` (rank, in) and `up` (out, rank), both fp32.
+
+    A DoRA has a `magnitude` too. With `start` "pissa" or "olora" there are `start_down` and `start_up`, which
+    are never trained: parameters, so that a state keeps them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float | None,
+        *,
+        start: str = "kaiming",
+        magnitude: Magnitude | None = None,
+        parts: int = 1,
+    ) -> None:
         super().__init__()
         self.rank = rank
         self.alpha = float(alpha or rank)  # None and 0 mean "as the rank", that is a scale of one
-        self.down = nn.Parameter(torch.empty(rank, in_features))
+        self.start = start
+        self.down = nn.Parameter(torch.empty(parts * rank, in_features))
         self.up = nn.Parameter(torch.empty(out_features, rank))
+        self.anchored = is_anchored(start)
+        if self.anchored:
+            self.start_down = nn.Parameter(torch.empty_like(self.down), requires_grad=False)
+            self.start_up = nn.Parameter(torch.empty_like(self.up), requires_grad=False)
+        self.magnitude = magnitude
         self.dropouts = Dropouts()
         self.set_strength(1.0)
 
+    @property
+    def strength(self) -> float:
+        """The factor of `up down` at multiplier 1: alpha / rank."""
+        return self.alpha / self.rank
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the matrices (R, I) and (O, R) that are multiplied in a call."""
-        return self.down, self.up
+        """Return the matrices (R, I) and (O, R) whose product the LoRA adds, but for `strength`."""
+        if not self.anchored:
+            return self.down, self.spread(self.up)
+        down = torch.cat([self.down, self.down - self.start_down])
+        up = torch.cat([self.spread(self.up - self.start_up), self.spread(self.start_up)], dim=1)
+        return down, up
+
+    def spread(self, up: Tensor) -> Tensor:
+        """Return `up` as it is multiplied with `down`."""
+        return up
 
     @torch.no_grad()
-    def to_file(self) -> tuple[Tensor, Tensor, float]:
-        """Return down, up and alpha of the plain LoRA that has this one's effect."""
-        return *self.factors(), self.alpha
+    def to_file(self) -> dict[str, Tensor]:
+        """Return the tensors of a LoRA (DoRA) file that has this one's effect, by the ending of their key."""
+        down, up = self.factors()
+        tensors = {DOWN: down, UP: up, ALPHA: torch.tensor(self.alpha * (len(down) // self.rank))}
+        return tensors if self.magnitude is None else tensors | {DORA: self.magnitude.to_file()}
 
     @torch.no_grad()
-    def from_file(self, down: Tensor, up: Tensor) -> None:
-        """Take over a plain LoRA of the shapes that `to_file` returns, and that `can_hold` says yes to."""
-        self.down.copy_(down)
-        self.up.copy_(up)
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors of the shapes that `to_file` returns, with which `misfit` finds nothing wrong."""
+        self.down.copy_(tensors[DOWN])
+        self.up.copy_(tensors[UP])
+        if self.magnitude is not None:
+            self.magnitude.from_file(tensors[DORA])
 
-    def can_hold(self, up: Tensor) -> bool:
-        """Whether a plain LoRA's `up` (out, rank in file) can be expressed by this kind."""
-        return True
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Return why tensors of the right shapes cannot be expressed by this kind, if they cannot."""
+        if self.anchored:
+            return f"it cannot be continued with init={self.start}, which starts from the model's own weights"
+        return None
 
     def set_strength(self, multiplier: float) -> None:
-        """Set `scale`, the factor of `up down x`, to multiplier * alpha / rank; 0 switches the LoRA off."""
-        self.scale = multiplier * self.alpha / self.rank
+        """Set how strongly the LoRA acts: 1 as trained, 0 not at all. `scale` is the factor of `up down`."""
+        self.multiplier = multiplier
+        self.scale = multiplier * self.strength
 
     @torch.no_grad()
-    def reset(self, seed: int, name: str) -> None:
-        """Start weights: `down` uniform in +-1/sqrt(in), `up` zero. A function of (seed, name) alone."""
-        draws = torch.empty(self.down.shape)
-        nn.init.kaiming_uniform_(draws, a=math.sqrt(5), generator=generator(seed, "lora", name))
-        self.down.copy_(draws)
-        self.up.zero_()
+    def reset(self, seed: int, name: str, layer: nn.Linear | None = None) -> None:
+        """Set the start weights: a function of (seed, name), and of the layer's weight if anchored."""
+        draws = generator(seed, "lora", name)
+        if self.anchored and layer is not None:
+            weight = layer.weight
+            if weight.is_meta:
+                return  # nothing has content there
+        else:
+            weight = torch.empty(len(self.up), self.down.shape[1], device="meta")
+        down, up = self.start_from(weight, draws)
+        self.down.copy_(down)
+        self.up.copy_(up)
+        if self.anchored:
+            self.start_down.copy_(self.down)
+            self.start_up.copy_(self.up)
+
+    def start_from(self, weight: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the start weights for a layer."""
+        return start_weights(self.start, weight, self.rank, self.strength, draws)
 
     def skips_call(self) -> bool:
-        """Whether this call leaves the LoRA out: its scale is zero, or module dropout drew it."""
+        """Whether this call leaves the LoRA out: its scale is zero, or module dropout drew it.
+
+        In compiled code the latter is left to `action`: a graph cannot branch on a number that it draws.
+        """
         if self.scale == 0.0:
             return True
         p = self.dropouts.module
-        return p > 0 and self.training and bool(torch.rand(()) < p)
+        compiling = torch.compiler.is_compiling()
+        return p > 0 and self.training and not compiling and bool(torch.rand(()) < p)
 
-    def draw_factor(self, x: Tensor) -> float | Tensor:
+    def action(self, x: Tensor, layer: nn.Linear) -> Action:
+        """Return what the LoRA does to input x of a layer."""
+        down, up = self.factors()
+        factor, multiplier = self.draw_factor(x, len(down)), self.multiplier
+        if self.dropouts.module > 0 and self.training and torch.compiler.is_compiling():
+            kept = (torch.rand((), device=x.device) >= self.dropouts.module).to(x.dtype)
+            factor, multiplier = factor * kept, multiplier * kept
+        if self.magnitude is None:
+            return Action(down, up, factor)
+        ratio = self.magnitude.factor(layer.weight, down, up, self.strength)
+        scale = 1 + multiplier * (ratio - 1)
+        if self.magnitude.on_output:
+            return Action(down, up * ratio[:, None], factor, scale, True)
+        return Action(down * ratio, up, factor, scale, False)
+
+    def draw_factor(self, x: Tensor, columns: int | None = None) -> float | Tensor:
         """Return what multiplies `down x` in this call: `scale`, where dropped 0, else / kept share.
 
         Rank dropout draws once for each sample of a (B, L, D) input, and once for all rows of a (L, D) one,
-        whose rows may be the packed tokens of several samples.
+        whose rows may be the packed tokens of several samples. `columns`: of `down x`, if it is the trained
+        ones more than once; each time the same are dropped.
         """
         neuron, rank = self.dropouts.neuron, self.dropouts.rank
         if not self.training or (neuron == 0 and rank == 0):
@@ -159,33 +255,40 @@ class LoRA(nn.Module):
             factor = drawn.repeat_interleave(rows // samples, dim=0) if samples > 1 else drawn
         if neuron > 0:
             factor = F.dropout(factor.expand(rows, -1), neuron)
-        return factor
+        return factor.repeat(1, (columns or len(self.down)) // len(self.down))
 
     @torch.no_grad()
-    def delta(self) -> Tensor:
-        """Return what merging adds to the base weight, (out, in) in fp32."""
-        down, up = self.factors()
-        return self.scale * (up.float() @ down.float())
+    def delta(self, weight: Tensor) -> Tensor:
+        """Return what merging adds to the base weight, (out, in) in fp32, where that weight lies."""
+        down, up = (factor.to(weight.device, torch.float32) for factor in self.factors())
+        if self.magnitude is None:
+            return self.scale * (up @ down)
+        wide = weight.float()
+        changed = self.magnitude.decompose(torch.addmm(wide, up, down, alpha=self.strength))
+        return self.multiplier * (changed - wide)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of alpha / rank * up down, which is `delta` at multiplier 1; 0-dim, fp32.
+        """Return the Frobenius norm of alpha / rank * up down, which ignores a magnitude; 0-dim, fp32.
 
         |U D|^2 is the sum over the entries of U'U times D D', so the wide product is never made.
         """
         down, up = (factor.float() for factor in self.factors())
-        return self.alpha / self.rank * ((up.t() @ up) * (down @ down.t())).sum().clamp_min(0).sqrt()
+        return self.strength * ((up.t() @ up) * (down @ down.t())).sum().clamp_min(0).sqrt()
 
     @torch.no_grad()
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply `delta` by `ratio`, shared out equally between both matrices."""
+        """Multiply `up down` by `ratio`, shared out equally between both matrices."""
+        assert not self.anchored, "what was learnt since the start is not a product of `up` and `down` alone"
         self.down.mul_(ratio.sqrt())
         self.up.mul_(ratio.sqrt())
 
     def extra_repr(self) -> str:
         """What `print(network)` shows."""
         shape = f"{self.down.shape[1]} -> {self.up.shape[0]}"
-        return f"{shape}, rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}"
+        kind = ", DoRA" if self.magnitude else ""
+        start = f", init={self.start}" if self.anchored else ""
+        return f"{shape}, rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}{kind}{start}"
 
 
 class SplitLoRA(LoRA):
@@ -196,32 +299,46 @@ class SplitLoRA(LoRA):
     so that a reader who divides by the rank gets the trained strength.
     """
 
-    def __init__(self, in_features: int, widths: Sequence[int], rank: int, alpha: float | None) -> None:
-        super().__init__(in_features, sum(widths), rank, alpha)
+    def __init__(
+        self,
+        in_features: int,
+        widths: Sequence[int],
+        rank: int,
+        alpha: float | None,
+        *,
+        start: str = "kaiming",
+        magnitude: Magnitude | None = None,
+    ) -> None:
+        parts = len(widths)
+        super().__init__(in_features, sum(widths), rank, alpha, start=start, magnitude=magnitude, parts=parts)
         self.widths = tuple(widths)
-        self.down = nn.Parameter(torch.empty(len(self.widths) * rank, in_features))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the stacked `down` and the block-diagonal `up`."""
-        return self.down, torch.block_diag(*self.up.split(self.widths))
+    def spread(self, up: Tensor) -> Tensor:
+        """Return the block-diagonal matrix."""
+        return torch.block_diag(*up.split(self.widths))
+
+    def start_from(self, weight: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the start weights of all parts, each for its own rows of the layer's weight."""
+        parts = [
+            start_weights(self.start, rows, self.rank, self.strength, draws)
+            for rows in weight.split(self.widths)
+        ]
+        return torch.cat([down for down, _ in parts]), torch.cat([up for _, up in parts])
 
     @torch.no_grad()
-    def to_file(self) -> tuple[Tensor, Tensor, float]:
-        """Return the fused LoRA."""
-        return *self.factors(), self.alpha * len(self.widths)
-
-    @torch.no_grad()
-    def from_file(self, down: Tensor, up: Tensor) -> None:
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a fused LoRA."""
-        self.down.copy_(down)
-        self.up.copy_(torch.cat(self._blocks(up)))
+        super().from_file({**tensors, UP: torch.cat(self._blocks(tensors[UP]))})
 
-    def can_hold(self, up: Tensor) -> bool:
-        """Whether `up` is block-diagonal."""
-        return torch.equal(torch.block_diag(*self._blocks(up)), up)
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Return what is wrong, also if `up` is not block-diagonal."""
+        up = tensors[UP]
+        if not self.anchored and not torch.equal(torch.block_diag(*self._blocks(up)), up):
+            return "its parts (q, k and v) were trained together, so it cannot be continued with split_qkv"
+        return super().misfit(tensors)
 
     def _blocks(self, up: Tensor) -> list[Tensor]:
-        """Return the diagonal blocks of an (out, parts * rank) matrix."""
+        """Return the diagonal blocks of a fused LoRA's `up`."""
         parts = zip(up.split(self.widths), range(0, up.shape[1], self.rank), strict=True)
         return [rows[:, first : first + self.rank] for rows, first in parts]
 
@@ -231,7 +348,10 @@ class SplitLoRA(LoRA):
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with one or more LoRAs on it; stands in the model where the layer stood."""
+    """A linear layer with one or more LoRAs on it; stands in the model where the layer stood.
+
+    Other kinds of networks (networks/lycoris/layer.py) can be among the LoRAs: they add to the output too.
+    """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -240,16 +360,34 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x and of the base weight."""
-        drawn = [(lora, lora.draw_factor(x)) for lora in self.loras if not lora.skips_call()]
-        if not drawn:
-            return self.base(x)
+        base = self.base
+        acting = [lora for lora in self.loras if not lora.skips_call()]
+        if not acting:
+            return base(x)
         x_NI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        base, ((lora, factor), *more) = self.base, drawn
         dtype = layer_dtype(x) if isinstance(base, Linear) else x.dtype  # as the base layer itself multiplies
-        y_NO = _LoRALinearOp.apply(x_NI, base.weight, base.bias, *lora.factors(), factor, dtype)
-        for lora, factor in more:
-            y_NO = y_NO + low_rank(x_NI, *lora.factors(), factor)
+        actions = [lora.action(x, base) for lora in acting if isinstance(lora, LoRA)]
+        y_NO = self._with_loras(x_NI, actions, dtype) if actions else base(x_NI)
+        for other in acting:
+            if not isinstance(other, LoRA):
+                y_NO = y_NO + other(x_NI, base, dtype)
         return y_NO if x.dim() == 2 else y_NO.view(*x.shape[:-1], -1)
+
+    def _with_loras(self, x_NI: Tensor, actions: Sequence[Action], dtype: torch.dtype) -> Tensor:
+        """Return the layer's output with what LoRAs do to it."""
+        bias, (scheme, stored) = self.base.bias, stored_form(self.base)
+        (down, up, factor, scale, on_output), *more = actions
+        if scale is None:
+            y_NO = _LoRALinearOp.apply(x_NI, bias, down, up, factor, dtype, scheme, *stored)
+        else:
+            y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, scheme, *stored)
+        for down, up, factor, scale, on_output in more:
+            y_NO = y_NO + low_rank(x_NI, down, up, factor)
+            if scale is not None:
+                y_NO = y_NO + scaled_linear(
+                    x_NI, restore(scheme, stored, x_NI.dtype), None, scale - 1, on_output
+                )
+        return y_NO
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -4,7 +4,8 @@ The arithmetic is in `networks/layer.py`. Notable facts:
 - The network owns the LoRA weights, the model only borrows them: `model.to`, `model.parameters`,
   `model.state_dict` and `model.train` see nothing but the frozen model.
 - Files follow kohya's names: `lora_unet_` + module path with dots as underscores + `.lora_down.weight`
-  (rank, in), `.lora_up.weight` (out, rank), `.alpha` (a scalar).
+  (rank, in), `.lora_up.weight` (out, rank), `.alpha` (a scalar), and of a DoRA `.dora_scale`, (1, in) or
+  (out, 1).
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from library.core.errors import CheckpointError
+from library.core.errors import CheckpointError, ConfigError
 from library.core.suggest import did_you_mean, shorten
+from library.nn.quant import QuantLinear, stored_form
+from networks.dora import Magnitude
 from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA, linear_layers
-from networks.names import ALPHA, DOWN, UP, kohya_name
+from networks.names import ALPHA, DORA, ON_INPUT, is_anchored, kohya_name
 
+Originals = dict[str, nn.Parameter | tuple[Tensor, ...]]  # by path; a quantised weight in stored form
 _NO_DROPOUT = Dropouts()
+_TAKE_SIZES = (
+    "the sizes must be those that the file was trained with. --dim_from_weights takes them from it: give "
+    "that in place of --network_dim, --network_alpha and arguments about layers, ranks and alphas."
+)
+# What has one dtype in every file: rounding m of a DoRA would change the weight itself.
+_EXACT = {ALPHA: torch.float32, DORA: torch.float32, ON_INPUT: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -28,19 +38,38 @@ class LoRASize:
     """Rank and alpha of one LoRA, and the peak learning rate where it has one of its own.
 
     An alpha of None or 0 means the rank. `widths`: the layer's output is several parts of so many features,
-    and each part gets a LoRA of its own, of this rank and alpha.
+    and each part gets a LoRA of its own, of this rank and alpha. `dora`: "input" or "output" for a DoRA with
+    a magnitude of each input or output feature. `start`: a name from networks/start.py.
     """
 
     rank: int
     alpha: float | None
     lr: float | None = None
     widths: tuple[int, ...] = ()
+    dora: str | None = None
+    start: str = "kaiming"
 
-    def make(self, layer: nn.Linear) -> LoRA:
-        """Make the LoRA for `layer`; its weights are not set yet."""
+    def make(self, path: str, layer: nn.Linear, device: torch.device) -> LoRA:
+        """Make the LoRA for the layer at `path` on `device`; its weights are not set yet.
+
+        Raises:
+            ConfigError: the layer has fewer singular values than the rank, for start weights made of them.
+        """
+        most = min(layer.in_features, *(self.widths or (layer.out_features,)))
+        if is_anchored(self.start) and self.rank > most:
+            raise ConfigError(
+                f"init={self.start} makes a LoRA of up to rank {most} for '{path}', which has no more "
+                f"singular values, but its rank is {self.rank}; lower it."
+            )
+        magnitude = None
+        if self.dora is not None:
+            magnitude = Magnitude(layer.weight, on_output=self.dora == "output", device=device)
+        kind = {"start": self.start, "magnitude": magnitude}
         if self.widths:
-            return SplitLoRA(layer.in_features, self.widths, self.rank, self.alpha)
-        return LoRA(layer.in_features, layer.out_features, self.rank, self.alpha)
+            lora = SplitLoRA(layer.in_features, self.widths, self.rank, self.alpha, **kind)
+        else:
+            lora = LoRA(layer.in_features, layer.out_features, self.rank, self.alpha, **kind)
+        return lora.to(device)
 
 
 @dataclass(frozen=True)
@@ -55,8 +84,8 @@ class MaxNorm:
 class LoRANetwork(nn.Module):
     """LoRAs for some linear layers of a model: what is trained, saved and applied.
 
-    The weights are fp32 and lie where the layers' weights lie when the network is made. `apply_to` puts the
-    network into the model, `remove` takes it out again and leaves the very layers that were there before.
+    The weights are fp32. `apply_to` puts the network into the model, `remove` takes it out again and leaves
+    the very layers that were there before.
     """
 
     def __init__(
@@ -69,22 +98,31 @@ class LoRANetwork(nn.Module):
         seed: int = 0,
         prefix: str = "lora_unet",
         group: str = "lora",
+        ignored: tuple[str, ...] = (),
+        device: torch.device | None = None,
     ) -> None:
         """Make a LoRA for each path in `sizes`, without effect until it is trained or loaded.
 
-        `prefix` is what its names in files begin with; `group` what its parameter groups are called.
-        The start weights are a function of `seed` and the layer's name, whatever else is in the network.
+        The start weights are a function of `seed`, the layer's name and its weight, whatever else is in the
+        network.
+
+        Args:
+            prefix: what its names in files begin with. group: what its parameter groups are called.
+            ignored: beginnings of names in other tools' files that have no effect on the model.
+            device: where its weights shall lie; None: where each layer's weight lies.
         """
         super().__init__()
         layers = linear_layers(model)
         self.paths = {kohya_name(path, prefix): path for path in sizes}
         self.loras = nn.ModuleDict()
         for name, path in self.paths.items():
-            lora = sizes[path].make(layers[path]).to(layers[path].weight.device)
-            lora.reset(seed, name)
+            layer = layers[path]
+            lora = sizes[path].make(path, layer, device or stored_form(layer)[1][0].device)
+            lora.reset(seed, name, layer)
             lora.dropouts = dropouts
             self.loras[name] = lora
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.ignored = ignored
         self._group = group
         self._lrs = {name: sizes[path].lr for name, path in self.paths.items()}
         self._multiplier, self._enabled = 1.0, True
@@ -136,14 +174,15 @@ class LoRANetwork(nn.Module):
                 setattr(parent, leaf, layer.base)
         self._places.clear()
 
-    def merge_into(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def merge_into(self, model: nn.Module) -> Originals:
         """Add the network to the weights of `model`, at its present multiplier; see `merge`."""
         return merge(model, [self])
 
     def parameter_groups(self, lr: float) -> list[dict[str, object]]:
         """Return optimizer groups: `params`, `lr`, `name`. Layers without a rate of their own learn at `lr`.
 
-        LoRA+ gives `up` matrices a rate of their own.
+        LoRA+ gives `up` matrices a rate of their own. Magnitudes of DoRAs are kept from decaying: they are
+        lengths of the model's own weights, of which none should shrink for being there.
         """
         by_lr: dict[float | None, list[LoRA]] = {}
         for name, lora in self.loras.items():
@@ -157,6 +196,11 @@ class LoRANetwork(nn.Module):
             else:
                 groups.append({"params": downs, "lr": rate, "name": f"{name}_down"})
                 groups.append({"params": ups, "lr": rate * self.loraplus_lr_ratio, "name": f"{name}_up"})
+            scales = [lora.magnitude.dora_scale for lora in loras if lora.magnitude is not None]
+            if scales:
+                groups.append(
+                    {"params": scales, "lr": rate, "weight_decay": 0.0, "name": f"{name}_magnitude"}
+                )
         return groups
 
     @torch.no_grad()
@@ -175,18 +219,16 @@ class LoRANetwork(nn.Module):
 
     def parameter_count(self) -> int:
         """Return how many numbers are trained."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     @torch.no_grad()
     def export_state(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return copies on the CPU under kohya's keys, weights in `dtype`; alpha stays fp32, exact."""
-        state: dict[str, Tensor] = {}
-        for name, lora in self.loras.items():
-            down, up, alpha = lora.to_file()
-            state[name + DOWN] = down.detach().to("cpu", dtype, copy=True)
-            state[name + UP] = up.detach().to("cpu", dtype, copy=True)
-            state[name + ALPHA] = torch.tensor(alpha)
-        return state
+        """Return copies on the CPU under kohya's keys, weights in `dtype`; alpha and dora_scale stay fp32."""
+        return {
+            name + ending: tensor.detach().to("cpu", _EXACT.get(ending, dtype), copy=True)
+            for name, lora in self.loras.items()
+            for ending, tensor in lora.to_file().items()
+        }
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], source: str = "the LoRA") -> None:
@@ -195,39 +237,14 @@ class LoRANetwork(nn.Module):
         Raises:
             CheckpointError: a key is missing or unknown, a shape or alpha differs; nothing is changed then.
         """
-        self._check(state, source)
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(self.ignored)}
+        needed = {name: lora.to_file() for name, lora in self.loras.items()}
+        _check_keys(state, {name + ending for name, own in needed.items() for ending in own}, source)
+        theirs = {name: {ending: state[name + ending] for ending in own} for name, own in needed.items()}
         for name, lora in self.loras.items():
-            lora.from_file(state[name + DOWN], state[name + UP])
-
-    def _check(self, state: Mapping[str, Tensor], source: str) -> None:
-        needed = self.export_state()
-        missing, unknown = sorted(needed.keys() - state.keys()), sorted(state.keys() - needed.keys())
-        if unknown:
-            raise CheckpointError(
-                f"{source} has {len(unknown)} keys that this network lacks: {shorten(unknown)}"
-                f"{did_you_mean(unknown[0], needed) or '.'}"
-            )
-        if missing:
-            raise CheckpointError(f"{source} lacks {len(missing)} keys of this network: {shorten(missing)}.")
-        for key, own in needed.items():
-            theirs = state[key]
-            if theirs.shape != own.shape:
-                raise CheckpointError(
-                    f"{source}: '{key}' has shape {tuple(theirs.shape)}, but this network needs "
-                    f"{tuple(own.shape)}; the ranks must be those that the file was trained with."
-                )
-            if key.endswith(ALPHA) and theirs != own.to(theirs.dtype):
-                raise CheckpointError(
-                    f"{source}: '{key}' is {theirs.item():g}, but this network has alpha {own.item():g}; "
-                    f"they must be the same."
-                )
-
+            _check_layer(name, lora, needed[name], theirs[name], source)
         for name, lora in self.loras.items():
-            if not lora.can_hold(state[name + UP]):
-                raise CheckpointError(
-                    f"{source}: the parts of '{name}' (q, k and v) were trained together, so it cannot be "
-                    f"continued with split_qkv."
-                )
+            lora.from_file(theirs[name])
 
     def describe(self) -> str:
         """Return one line for each layer, for people."""
@@ -245,6 +262,7 @@ class JointNetwork(LoRANetwork):
         self._networks = tuple(networks)  # a tuple, so that their parameters are registered once
         self.loras = nn.ModuleDict({name: lora for n in networks for name, lora in n.loras.items()})
         self.paths = {name: path for n in networks for name, path in n.paths.items()}
+        self.ignored = tuple(beginning for n in networks for beginning in n.ignored)
         self._multiplier, self._enabled = 1.0, True
 
     def apply_to(self, model: nn.Module) -> None:
@@ -261,12 +279,50 @@ class JointNetwork(LoRANetwork):
         return [group for network in self._networks for group in network.parameter_groups(lr)]
 
 
+def _check_keys(state: Mapping[str, Tensor], needed: set[str], source: str) -> None:
+    """Raise CheckpointError unless `state` has the needed keys and no others."""
+    missing, unknown = sorted(needed - state.keys()), sorted(state.keys() - needed)
+    if unknown and all(key.endswith(DORA) for key in unknown):
+        raise CheckpointError(f"{source} is a DoRA and this network is none; {_TAKE_SIZES}")
+    if unknown:
+        near = did_you_mean(unknown[0], needed) or "; " + _TAKE_SIZES
+        raise CheckpointError(
+            f"{source} has {len(unknown)} keys that this network lacks: {shorten(unknown)}{near}"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} keys of this network: {shorten(missing)}; {_TAKE_SIZES}"
+        )
+
+
+def _check_layer(
+    name: str, lora: LoRA, own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: str
+) -> None:
+    """Raise CheckpointError unless the tensors of one layer are such as it has."""
+    for ending, tensor in own.items():
+        if theirs[ending].shape != tensor.shape:
+            raise CheckpointError(
+                f"{source}: '{name}{ending}' has shape {tuple(theirs[ending].shape)}, but this network needs "
+                f"{tuple(tensor.shape)}; {_TAKE_SIZES}"
+            )
+    alpha = own.get(ALPHA)
+    if alpha is not None and theirs[ALPHA] != alpha.to(theirs[ALPHA].dtype):
+        raise CheckpointError(
+            f"{source}: '{name}{ALPHA}' is {theirs[ALPHA].item():g}, but this network has alpha "
+            f"{alpha.item():g}; {_TAKE_SIZES}"
+        )
+    if (reason := lora.misfit(theirs)) is not None:
+        raise CheckpointError(f"{source}, '{name}': {reason}.")
+
+
 @torch.no_grad()
-def merge(model: nn.Module, networks: Iterable[LoRANetwork]) -> dict[str, nn.Parameter]:
-    """Add networks to the weights of `model`: summed in fp32, rounded once to the weight's dtype.
+def merge(model: nn.Module, networks: Iterable[LoRANetwork]) -> Originals:
+    """Add networks to the weights of `model`: summed in fp32, then rounded once to the weight's dtype.
+
+    Where the weights are quantised, they are quantised anew.
 
     Returns:
-        The weights that were replaced, by layer path, for `unmerge`. Drop them to free their memory.
+        What was replaced, by path, for `unmerge`. Drop it to free its memory.
     """
     layers = linear_layers(model)
     active: dict[str, list[LoRA]] = {}
@@ -274,17 +330,32 @@ def merge(model: nn.Module, networks: Iterable[LoRANetwork]) -> dict[str, nn.Par
         for name, path in network.paths.items():
             if network.loras[name].scale != 0.0:
                 active.setdefault(path, []).append(network.loras[name])
-    originals: dict[str, nn.Parameter] = {}
+    originals: Originals = {}
     for path, loras in active.items():
-        weight = layers[path].weight
-        total = weight.float() + sum(lora.delta().to(weight.device) for lora in loras)
-        layers[path].weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
-        originals[path] = weight
+        layer = layers[path]
+        weight, bias = layer.weight, layer.bias
+        total = weight.float() + sum(lora.delta(weight) for lora in loras)
+        if isinstance(layer, QuantLinear):
+            originals[f"{path}.weight"] = layer.stored
+            layer.quantise(total, weight.device)
+        else:
+            originals[f"{path}.weight"] = weight
+            layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
+        deltas = [lora.bias_delta() for lora in loras if not isinstance(lora, LoRA)]
+        changes = [delta.to(weight.device) for delta in deltas if delta is not None]
+        if changes:
+            moved = (bias.float() + sum(changes)).to(bias.dtype)
+            layer.bias = nn.Parameter(moved, requires_grad=False)
+            originals[f"{path}.bias"] = bias
     return originals
 
 
-def unmerge(model: nn.Module, originals: Mapping[str, nn.Parameter]) -> None:
+def unmerge(model: nn.Module, originals: Originals) -> None:
     """Put back the weights that `merge` returned: the same tensors, so nothing is lost to rounding."""
     layers = linear_layers(model)
-    for path, weight in originals.items():
-        layers[path].weight = weight
+    for path, original in originals.items():
+        layer, _, name = path.rpartition(".")
+        if isinstance(original, tuple):
+            layers[layer].take(original)
+        else:
+            setattr(layers[layer], name, original)

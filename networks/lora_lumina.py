@@ -29,83 +29,104 @@ of three times the rank, with the same effect. `rs_lora=True` scales by alpha / 
 rank (arXiv 2312.03732); the file's alpha is such that alpha / rank is that number, so that any reader gets it
 right.
 
+`dora_wd=True` makes DoRAs (networks/dora.py), with a magnitude of each input feature: that is what ComfyUI,
+LyCORIS and OneTrainer read alike. `wd_on_output=True` takes each output feature as peft does, and LyCORIS by
+default; ComfyUI then divides by the norm of the untrained weight. `init=pissa` and other names of
+networks/start.py choose the start weights. A LoRA that starts from the weight itself has twice the rank in
+its file, where it is what was learnt, for the model as it is.
+
 Importing this module does not import torch, so that arguments and files are checked before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.log import logger
 from library.core.suggest import did_you_mean, shorten
-from networks.files import LoRAFile, inspect_lora
+from library.options.network import NetworkOptions
+from networks.files import LoRAFile, LycorisFile, inspect_lora
 from networks.lumina_args import LuminaLoRAArgs
-from networks.names import ALPHA, kohya_name
+from networks.names import ALPHA, is_anchored, kohya_name
 from networks.network_args import parse_args
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from networks.lora import LoRANetwork, LoRASize
 
-QKV, TEXT_ENCODER = "attention.qkv", "lora_te"
-_NO_DORA = "there is no DoRA here; rs_lora, split_qkv or a larger rank also make a LoRA more able"
-_NO_INIT = "LoRAs start from kohya's weights (down random, up zero); leave it out"
-_REFUSED = {
-    "conv_dim": "the model has no convolutions",
-    "conv_alpha": "the model has no convolutions",
-    "dora_wd": _NO_DORA,
-    "use_dora": _NO_DORA,
-    "weight_decompose": _NO_DORA,
-    "init_lora_weights": _NO_INIT,
-    "pissa_init": _NO_INIT,
-}
+QKV, DIT, TEXT_ENCODER = "attention.qkv", "lora_unet", "lora_te"
+_REFUSED = {"pissa_init": "write init=pissa"}
+_NO_CONVOLUTIONS = "the model has no convolutions"
+_log = logger("network")
 _FOR_TRAINING = {
     *("block_lrs", "network_reg_lrs", "split_qkv", "rank_dropout", "module_dropout"),
     *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "verbose"),
 }
-
-
 _FOR_TEXT_ENCODER = {
-    *("rs_lora", "rank_dropout", "module_dropout"),
+    *("rs_lora", "use_rslora", "rank_dropout", "module_dropout"),
+    *("dora_wd", "use_dora", "weight_decompose", "wd_on_output", "wd_on_out", "init", "init_lora_weights"),
     *("loraplus_lr_ratio", "loraplus_text_encoder_lr_ratio", "verbose"),
 }
 
 
-def check_args(
-    args: Mapping[str, str], *, sizes_from_file: bool = False, dit: bool = True, text_encoder: bool = False
-) -> LuminaLoRAArgs:
-    """Read `--network_args`. Torch-free.
-
-    Args:
-        sizes_from_file: layers, ranks and alphas are those of a file, so arguments about them are wrong.
-        dit, text_encoder: what is trained.
+def check_options(options: NetworkOptions) -> None:
+    """Read `--network_args` and check what goes with them. Torch-free.
 
     Raises:
-        ConfigError: an unknown key, a value that cannot be, or one that has no say.
+        ConfigError: an unknown key, a value that cannot be, one that has no say, or does not go together with
+            another option.
     """
+    args = options.args_by_key()
     chosen = parse_args(LuminaLoRAArgs, args, _REFUSED)
-    moot = [key for key in args if sizes_from_file and key not in _FOR_TRAINING]
+    _check_moot(options, args)
+    for sentence in _without_effect(options, args):
+        _log.warning("%s", sentence)
+    if chosen.wd_on_output and not chosen.dora_wd:
+        raise ConfigError("--network_args wd_on_output is for DoRAs; add dora_wd=True, or leave it out.")
+    if not is_anchored(chosen.init):
+        return
+    if options.network_weights is not None:
+        raise ConfigError(
+            f"--network_args init={chosen.init} and --network_weights both say what the LoRA starts from; "
+            f"give one of them. To go on from such a file: --network_weights with --dim_from_weights."
+        )
+    if options.scale_weight_norms:
+        raise ConfigError(
+            f"--scale_weight_norms cannot scale down a LoRA with init={chosen.init}: what it has learnt is "
+            f"the difference to its start weights, which no factor on its own can make smaller."
+        )
+
+
+def _check_moot(options: NetworkOptions, args: Mapping[str, str]) -> None:
+    """Raise ConfigError for arguments that have no say."""
+    moot = [key for key in args if options.dim_from_weights and key not in _FOR_TRAINING]
     if moot:
         raise ConfigError(
-            f"--network_args {', '.join(moot)}: with --dim_from_weights, layers, ranks and alphas are those "
-            f"of --network_weights; leave one or the other out."
+            f"--network_args {', '.join(moot)}: with --dim_from_weights, layers, ranks, alphas and kind are "
+            f"those of --network_weights; leave one or the other out."
         )
-    moot = [key for key in args if not dit and key not in _FOR_TEXT_ENCODER]
+    moot = [key for key in args if not options.trains_dit and key not in _FOR_TEXT_ENCODER]
     if moot:
         raise ConfigError(
             f"--network_args {', '.join(moot)} is for the DiT, which --network_train_text_encoder_only "
             f"leaves as it is; leave one or the other out."
         )
-    if "loraplus_text_encoder_lr_ratio" in args and not text_encoder:
-        raise ConfigError(
-            "--network_args loraplus_text_encoder_lr_ratio: the text encoder is not trained; add "
-            "--network_train_text_encoder, or leave it out."
-        )
-    return chosen
+
+
+def _without_effect(options: NetworkOptions, args: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each argument that scripts bring along from other tools and that does nothing."""
+    reasons = {"conv_dim": _NO_CONVOLUTIONS, "conv_alpha": _NO_CONVOLUTIONS}
+    if not options.trains_text_encoder:
+        reasons["loraplus_text_encoder_lr_ratio"] = "the text encoder is not trained"
+    for key in args:
+        if key in reasons:
+            yield f"--network_args {key} has no effect: {reasons[key]}"
 
 
 def check_layers(
@@ -133,6 +154,7 @@ def create_network(
     args: Mapping[str, str] | None = None,
     seed: int = 0,
     sizes_from: LoRAFile | None = None,
+    device: torch.device | None = None,
 ) -> LoRANetwork:
     """Make a new network for `model`; it has no effect until `apply_to` and training.
 
@@ -140,7 +162,8 @@ def create_network(
         dim: rank where `args` does not set another. alpha: None or 0 means each layer's rank.
         dropout: probability with which entries of the rank-wide hidden features are dropped in training.
         seed: the start weights are a function of it and of each layer's name.
-        sizes_from: take layers, ranks and alphas from this file instead; its weights are not loaded.
+        sizes_from: take layers, ranks, alphas and kind from this file instead; its weights are not loaded.
+        device: where its weights shall lie; None: where the layers' weights lie.
 
     Raises:
         ConfigError: an argument that cannot be, or one that leaves no layer to train.
@@ -164,6 +187,7 @@ def create_network(
         dropouts=Dropouts(dropout or 0.0, chosen.rank_dropout, chosen.module_dropout),
         loraplus_lr_ratio=chosen.lr_ratio,
         seed=seed,
+        device=device,
     )
     _tell("DiT", network, chosen)
     return network
@@ -184,10 +208,11 @@ def create_text_network(
     args: Mapping[str, str] | None = None,
     seed: int = 0,
     sizes_from: LoRAFile | None = None,
+    device: torch.device | None = None,
 ) -> LoRANetwork:
     """Make a new network for what `text_model` returns, with `lora_te_` before its names.
 
-    All its layers get a LoRA of rank `dim`. Of `args`, dropouts, LoRA+, rs_lora and verbose have a say here.
+    All its layers get a LoRA of rank `dim`. Of `args`, those that are not about layers have a say here.
 
     Raises:
         ConfigError: an argument that cannot be. CheckpointError: `sizes_from` is not for this encoder.
@@ -198,13 +223,10 @@ def create_text_network(
     chosen = parse_args(LuminaLoRAArgs, args or {}, _REFUSED)
     layers = linear_layers(model)
     if sizes_from is None:
-        sizes = dict.fromkeys(layers, LoRASize(dim, chosen.scaled_alpha(alpha, dim), lr))
+        scaled = chosen.scaled_alpha(alpha, dim)
+        sizes = dict.fromkeys(layers, LoRASize(dim, scaled, lr, dora=chosen.dora, start=chosen.init))
     else:
-        state, paths = sizes_from.read(), _text_paths(sizes_from, layers)
-        sizes = {
-            path: LoRASize(sizes_from.ranks[name], state[name + ALPHA].item(), lr)
-            for name, path in paths.items()
-        }
+        sizes = _sizes_in_file(sizes_from, _text_paths(sizes_from, layers), lr)
     if not sizes:
         raise ConfigError(
             "--dim_from_weights: the file of --network_weights has nothing for the text encoder."
@@ -217,6 +239,8 @@ def create_text_network(
         seed=seed,
         prefix=TEXT_ENCODER,
         group="text_encoder",
+        ignored=(_last_layer(layers),),
+        device=device,
     )
     _tell("text encoder", network, chosen)
     return network
@@ -229,16 +253,22 @@ def create_text_network_from_file(model: nn.Module, path: Path, multiplier: floa
         CheckpointError: the file is not for this encoder, or is damaged.
     """
     from networks.layer import linear_layers  # here, because it imports torch
-    from networks.lora import LoRANetwork, LoRASize
+    from networks.lora import LoRANetwork
 
     file = inspect_lora(path)
+    if isinstance(file, LycorisFile):
+        return _of_lycoris(model, file, TEXT_ENCODER, multiplier)
     paths = _text_paths(file, linear_layers(model))
-    state = file.read()
-    sizes = {paths[name]: LoRASize(file.ranks[name], state[name + ALPHA].item()) for name in paths}
-    network = LoRANetwork(model, sizes, prefix=TEXT_ENCODER)
-    network.load_state({key: state[key] for key in network.export_state()}, str(path))
+    network = LoRANetwork(model, _sizes_in_file(file, paths), prefix=TEXT_ENCODER)
+    network.load_state(file.read(paths), str(path))
     network.multiplier = multiplier
     return network
+
+
+def _of_lycoris(model: nn.Module, file: LycorisFile, prefix: str, multiplier: float) -> LoRANetwork:
+    from networks.lycoris.network import network_of_file  # here, because it imports torch
+
+    return network_of_file(model, file, prefix, multiplier)
 
 
 def _tell(what: str, network: LoRANetwork, chosen: LuminaLoRAArgs) -> None:
@@ -250,14 +280,10 @@ def _tell(what: str, network: LoRANetwork, chosen: LuminaLoRAArgs) -> None:
 
 
 def _text_paths(file: LoRAFile, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
-    """Return the encoder's layers by the names that a file has for them.
-
-    Other tools save LoRAs for Gemma2's last layer too, which has no part in the features: they are left out.
-    """
+    """Return the encoder's layers by the names that a file has for them."""
     known = {kohya_name(path, TEXT_ENCODER): path for path in layers}
-    count = len({path.split(".")[1] for path in layers})
     names = [name for name in file.ranks if name.startswith(TEXT_ENCODER + "_")]
-    names = [name for name in names if not name.startswith(f"{TEXT_ENCODER}_layers_{count}_")]
+    names = [name for name in names if not name.startswith(_last_layer(layers))]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise CheckpointError(
@@ -265,6 +291,14 @@ def _text_paths(file: LoRAFile, layers: Mapping[str, nn.Linear]) -> dict[str, st
             f"{shorten(unknown)}{did_you_mean(unknown[0], known) or '.'}"
         )
     return {name: known[name] for name in names}
+
+
+def _last_layer(layers: Iterable[str]) -> str:
+    """Return what the names of LoRAs for Gemma2's last layer begin with.
+
+    It has no part in the features and is not built; other tools save LoRAs for it too, which are left out.
+    """
+    return f"{TEXT_ENCODER}_layers_{len({path.split('.')[1] for path in layers})}_"
 
 
 def _sizes(
@@ -278,29 +312,40 @@ def _sizes(
         rank = chosen.rank_of(path, dim)
         if rank > 0:
             widths = _qkv_widths(path, layers) if chosen.split_qkv else ()
-            sizes[path] = LoRASize(rank, chosen.alpha_of(path, alpha, rank), chosen.lr_of(path), widths)
+            scaled = chosen.alpha_of(path, alpha, rank)
+            sizes[path] = LoRASize(rank, scaled, chosen.lr_of(path), widths, chosen.dora, chosen.init)
     return sizes
 
 
 def _sizes_of_file(
     chosen: LuminaLoRAArgs, layers: Mapping[str, nn.Linear], file: LoRAFile
 ) -> dict[str, LoRASize]:
-    """Return the LoRA of each layer that gets one, as in a file."""
-    from networks.lora import LoRASize  # here, because it imports torch
-
+    """Return the LoRA of each layer that gets one, as in a file; what is not there, as the arguments say."""
     paths = {kohya_name(layer): layer for layer in layers}
-    state, sizes = file.read(), {}
-    for name, rank in _dit_ranks(file, paths).items():
-        path, alpha = paths[name], state[name + ALPHA].item()
+    sizes = _sizes_in_file(file, {name: paths[name] for name in _dit_ranks(file, paths)})
+    for path, size in sizes.items():
         widths = _qkv_widths(path, layers) if chosen.split_qkv else ()
-        if widths and rank % len(widths):
+        if widths and size.rank % len(widths):
             raise CheckpointError(
-                f"{file.path}: '{name}' has rank {rank}, which is not three times that of q, k and v, so it "
-                f"cannot be continued with split_qkv."
+                f"{file.path}: the LoRA of '{path}' has rank {size.rank}, which is not three times that of "
+                f"q, k and v, so it cannot be continued with split_qkv."
             )
         parts = len(widths) or 1
-        sizes[path] = LoRASize(rank // parts, alpha / parts, chosen.lr_of(path), widths)
+        sizes[path] = replace(
+            size, rank=size.rank // parts, alpha=size.alpha / parts, lr=chosen.lr_of(path), widths=widths
+        )
     return sizes
+
+
+def _sizes_in_file(file: LoRAFile, paths: Mapping[str, str], lr: float | None = None) -> dict[str, LoRASize]:
+    """Return the LoRAs that a file has for the layers at `paths`, which are by name in it."""
+    from networks.lora import LoRASize  # here, because it imports torch
+
+    state = file.read(paths)
+    return {
+        path: LoRASize(file.ranks[name], state[name + ALPHA].item(), lr, dora=file.doras.get(name))
+        for name, path in paths.items()
+    }
 
 
 def _qkv_widths(path: str, layers: Mapping[str, nn.Linear]) -> tuple[int, ...]:
@@ -322,15 +367,15 @@ def create_network_from_file(model: nn.Module, path: Path, multiplier: float = 1
         CheckpointError: the file is not a plain LoRA for this model's layers, or is damaged.
     """
     from networks.layer import linear_layers  # here, because it imports torch
-    from networks.lora import LoRANetwork, LoRASize
+    from networks.lora import LoRANetwork
 
     file = inspect_lora(path)
-    paths = {kohya_name(layer): layer for layer in linear_layers(model)}
-    ranks, state = _dit_ranks(file, paths), file.read()
-    sizes = {paths[name]: LoRASize(rank, state[name + ALPHA].item()) for name, rank in ranks.items()}
-    network = LoRANetwork(model, sizes)
-    own = {key: tensor for key, tensor in state.items() if not key.startswith(TEXT_ENCODER)}
-    network.load_state(own, str(path))
+    if isinstance(file, LycorisFile):
+        return _of_lycoris(model, file, DIT, multiplier)
+    known = {kohya_name(layer): layer for layer in linear_layers(model)}
+    paths = {name: known[name] for name in _dit_ranks(file, known)}
+    network = LoRANetwork(model, _sizes_in_file(file, paths))
+    network.load_state(file.read(paths), str(path))
     network.multiplier = multiplier
     return network
 

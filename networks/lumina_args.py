@@ -23,6 +23,7 @@ from networks.network_args import (
     to_rank,
     to_rank_list,
     to_ranks,
+    to_start,
 )
 
 EMBEDDERS = ("x_embedder", "t_embedder", "cap_embedder")
@@ -55,13 +56,18 @@ class LuminaLoRAArgs:
     exclude_patterns: Patterns = arg((), to_patterns)
     include_patterns: Patterns = arg((), to_patterns)
     split_qkv: bool = arg(False, to_bool)
-    rs_lora: bool = arg(False, to_bool)
+    rs_lora: bool = arg(False, to_bool, "use_rslora")
+    dora_wd: bool = arg(False, to_bool, "use_dora", "weight_decompose")
+    wd_on_output: bool = arg(False, to_bool, "wd_on_out")
+    init: str = arg("kaiming", to_start, "init_lora_weights")
     rank_dropout: float = arg(0.0, to_probability)
     module_dropout: float = arg(0.0, to_probability)
     loraplus_lr_ratio: float = arg(1.0, to_positive)
     loraplus_unet_lr_ratio: float | None = arg(None, to_positive)
     loraplus_text_encoder_lr_ratio: float | None = arg(None, to_positive)
     verbose: bool = arg(False, to_bool)
+    conv_dim: int | None = arg(None, to_rank)  # of other models: this one has no convolutions
+    conv_alpha: float | None = arg(None, to_positive)
 
     def rank_of(self, path: str, network_dim: int) -> int:
         """Return the rank of the LoRA on the linear layer at `path`; 0 for none."""
@@ -103,6 +109,11 @@ class LuminaLoRAArgs:
                     f"--network_args {key} has {len(values)} values, but the model has {blocks} blocks in "
                     f"'layers'."
                 )
+
+    @property
+    def dora(self) -> str | None:
+        """Whether there are DoRAs, and of which features they have magnitudes: "input" or "output"."""
+        return None if not self.dora_wd else "output" if self.wd_on_output else "input"
 
     @property
     def lr_ratio(self) -> float:

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from library.core.errors import CheckpointError, ConfigError
 from library.core.log import logger
 from library.options.network import NetworkOptions
-from networks.files import LoRAFile, inspect_lora
+from networks.files import LoRAFile, LycorisFile, inspect_lora
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from networks.lora import LoRANetwork
 
+LYCORIS = "lycoris.kohya"
+_STAND_INS = {LYCORIS: "networks.lycoris.module"}  # a module of ours for a name that users know
 _log = logger("network")
 
 
@@ -25,13 +28,9 @@ _log = logger("network")
 class NetworkModule(Protocol):
     """A kind of network for a family of models. Importing it must not import torch."""
 
-    def check_args(
-        self, args: Mapping[str, str], *, sizes_from_file: bool, dit: bool, text_encoder: bool
-    ) -> object:
-        """Read `--network_args`; raise ConfigError for a mistake, also for what has no say.
-
-        dit, text_encoder: what is trained. sizes_from_file: layers, ranks and alphas are those of a file.
-        """
+    def check_options(self, options: NetworkOptions) -> None:
+        """Read `--network_args`; raise ConfigError for a mistake, also for what has no say, or does not go
+        together with other options."""
         ...
 
     def check_layers(
@@ -53,10 +52,12 @@ class NetworkModule(Protocol):
         args: Mapping[str, str] | None = None,
         seed: int = 0,
         sizes_from: LoRAFile | None = None,
+        device: torch.device | None = None,
     ) -> LoRANetwork:
         """Make a new network for `model`, without effect until it is applied and trained.
 
-        With `sizes_from`, its layers, ranks and alphas are those of that file.
+        With `sizes_from`, its layers, ranks and alphas are those of that file. Its weights lie on `device`,
+        or where the layers' weights lie.
         """
         ...
 
@@ -75,12 +76,19 @@ class NetworkModule(Protocol):
         args: Mapping[str, str] | None = None,
         seed: int = 0,
         sizes_from: LoRAFile | None = None,
+        device: torch.device | None = None,
     ) -> LoRANetwork:
         """Make a new network for what `text_model` returns, which learns at `lr`."""
         ...
 
     def create_network_from_file(self, model: nn.Module, path: Path, multiplier: float = 1.0) -> LoRANetwork:
         """Make the part of a file's network that is for `model`."""
+        ...
+
+    def create_text_network_from_file(
+        self, model: nn.Module, path: Path, multiplier: float = 1.0
+    ) -> LoRANetwork:
+        """Make the part of a file's network that is for what `text_model` returns."""
         ...
 
 
@@ -91,9 +99,10 @@ def load_network_module(name: str) -> NetworkModule:
         ConfigError: there is no such module, or it is not one for networks.
     """
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(_STAND_INS.get(name, name))
     except ModuleNotFoundError as error:
         there = [f"networks.{file.stem}" for file in sorted(Path(__file__).parent.glob("lora_*.py"))]
+        there.append(LYCORIS)
         raise ConfigError(
             f"--network_module {name}: there is no module '{error.name}'; there is {', '.join(there)}."
         ) from error
@@ -107,24 +116,15 @@ def check_network(options: NetworkOptions) -> None:
 
     Raises:
         ConfigError: an unknown module or a mistake in `--network_args`.
-        CheckpointError: `--network_weights` or one of `--base_weights` is not a LoRA file, or one for a text
-            encoder that is not trained.
+        CheckpointError: `--network_weights` or one of `--base_weights` is not a LoRA file, or the former is
+            for a text encoder that is not trained.
     """
     module = load_network_module(options.network_module)
-    module.check_args(
-        options.args_by_key(),
-        sizes_from_file=options.dim_from_weights,
-        dit=options.trains_dit,
-        text_encoder=options.trains_text_encoder,
-    )
+    module.check_options(options)
     if options.network_weights is not None:
         _check_parts(options, inspect_lora(options.network_weights))
     for path in options.base_weights:
-        if inspect_lora(path).has_text_encoder:
-            raise CheckpointError(
-                f"--base_weights {path} is for the text encoder too, which is not merged; part of its effect "
-                f"would be lost. Use one that was trained with --network_train_unet_only."
-            )
+        inspect_lora(path)
 
 
 def check_layers(options: NetworkOptions, layers: Iterable[str]) -> None:
@@ -154,6 +154,36 @@ def apply_base_weights(options: NetworkOptions, model: nn.Module) -> None:
         _log.info("merged %s into the model, times %g", path, strength)
 
 
+def apply_base_text_weights(options: NetworkOptions, encoder: nn.Module) -> None:
+    """Merge what `--base_weights` have for the text encoder into it, like `apply_base_weights`.
+
+    Raises:
+        CheckpointError: a file is not for this encoder.
+    """
+    from networks.lora import merge  # here, because it imports torch
+
+    module = load_network_module(options.network_module)
+    model, files = module.text_model(encoder), _base_text_files(options)
+    merge(model, [module.create_text_network_from_file(model, path, strength) for path, strength in files])
+    for path, strength in files:
+        _log.info("merged %s into the text encoder, times %g", path, strength)
+
+
+def base_text_identity(options: NetworkOptions, sha256: Callable[[Path], str]) -> str:
+    """Return what `--base_weights` make of the text encoder, as a text; empty if they leave it as it is.
+
+    What the encoder says depends on it, so caches of that must. `sha256`: digest of a file. Torch-free.
+    """
+    return " ".join(
+        f"{sha256(inspect_lora(path).tensors)}*{strength!r}" for path, strength in _base_text_files(options)
+    )
+
+
+def _base_text_files(options: NetworkOptions) -> list[tuple[Path, float]]:
+    """Return those of `--base_weights` that change the text encoder, with their strengths."""
+    return [(path, s) for path, s in options.bases() if s != 0 and inspect_lora(path).has_text_encoder]
+
+
 def install_network(
     options: NetworkOptions,
     model: nn.Module,
@@ -161,18 +191,22 @@ def install_network(
     *,
     seed: int,
     learning_rate: float,
+    device: torch.device | None = None,
 ) -> LoRANetwork:
     """Make what is trained, from `--network_weights` where given, and apply it.
 
     Args:
         model: the DiT. load_encoder: returns the text encoder; called only if that is trained.
         learning_rate: the rate of the text encoder unless `--text_encoder_lr` says another.
+        device: where its weights shall lie; None: where the layers' weights lie.
 
     Raises:
         ConfigError: the arguments leave nothing to train, or do not fit the model.
         CheckpointError: `--network_weights` is of other layers, ranks or alphas.
     """
-    network = install_new_network(options, model, load_encoder, seed=seed, learning_rate=learning_rate)
+    network = install_new_network(
+        options, model, load_encoder, seed=seed, learning_rate=learning_rate, device=device
+    )
     if options.network_weights is not None:
         weights = inspect_lora(options.network_weights)
         network.load_state(weights.read(), str(weights.path))
@@ -186,20 +220,21 @@ def install_new_network(
     *,
     seed: int,
     learning_rate: float,
+    device: torch.device | None = None,
 ) -> LoRANetwork:
     """Do what `install_network` does, but for the weights: of `--network_weights` only the sizes are used."""
     from networks.lora import JointNetwork  # here, because it imports torch
 
     if not options.trains_text_encoder:
         _log.info("training a LoRA on the DiT only; for the text encoder: --network_train_text_encoder")
-        return _on_dit(options, model, seed)
-    networks = [_on_text_encoder(options, load_encoder(), seed, learning_rate)]
+        return _on_dit(options, model, seed, device)
+    networks = [_on_text_encoder(options, load_encoder(), seed, learning_rate, device)]
     if options.trains_dit:
-        networks.append(_on_dit(options, model, seed))
+        networks.append(_on_dit(options, model, seed, device))
     return JointNetwork(networks)
 
 
-def _on_dit(options: NetworkOptions, model: nn.Module, seed: int) -> LoRANetwork:
+def _on_dit(options: NetworkOptions, model: nn.Module, seed: int, device: torch.device | None) -> LoRANetwork:
     network = load_network_module(options.network_module).create_network(
         model,
         dim=options.network_dim,
@@ -208,13 +243,18 @@ def _on_dit(options: NetworkOptions, model: nn.Module, seed: int) -> LoRANetwork
         args=options.args_by_key(),
         seed=seed,
         sizes_from=inspect_lora(options.network_weights) if options.dim_from_weights else None,
+        device=device,
     )
     network.apply_to(model)
     return network
 
 
 def _on_text_encoder(
-    options: NetworkOptions, encoder: nn.Module, seed: int, learning_rate: float
+    options: NetworkOptions,
+    encoder: nn.Module,
+    seed: int,
+    learning_rate: float,
+    device: torch.device | None,
 ) -> LoRANetwork:
     module = load_network_module(options.network_module)
     model = module.text_model(encoder)
@@ -227,13 +267,19 @@ def _on_text_encoder(
         args=options.args_by_key(),
         seed=seed,
         sizes_from=inspect_lora(options.network_weights) if options.dim_from_weights else None,
+        device=device,
     )
     network.apply_to(model)
     return network
 
 
 def _check_parts(options: NetworkOptions, weights: LoRAFile) -> None:
-    """Raise CheckpointError if a part of `--network_weights` would be lost."""
+    """Raise CheckpointError if `--network_weights` is of another kind, or a part of it would be lost."""
+    if isinstance(weights, LycorisFile) and options.network_module != LYCORIS:
+        raise CheckpointError(
+            f"--network_weights {weights.path} is a network of LyCORIS; to go on from it, give "
+            f"--network_module {LYCORIS}."
+        )
     has_dit = any(not name.startswith("lora_te") for name in weights.ranks)
     if weights.has_text_encoder and not options.trains_text_encoder:
         raise CheckpointError(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from library.core.errors import ConfigError
 from library.core.suggest import did_you_mean
+from networks.names import STARTS, is_anchored
 
 Args = TypeVar("Args")
 _PAIR = re.compile(r"\s*([^\s=].*?)\s*=\s*([^=,]+?)\s*(?:,|$)")  # a pattern may hold commas and =
@@ -23,9 +24,9 @@ _TABLE = re.compile(rf"(?:{_PAIR.pattern})+")
 Parse = Callable[[str], Any]  # raises ValueError with what the value must be
 
 
-def arg(default: Any, parse: Parse) -> Any:
-    """Declare a key: its default and how its text is read."""
-    return field(default=default, metadata={"parse": parse})
+def arg(default: Any, parse: Parse, *other_names: str) -> Any:
+    """Declare a key: its default, how its text is read, and what other tools call it."""
+    return field(default=default, metadata={"parse": parse, "names": other_names})
 
 
 def parse_args(args_class: type[Args], given: Mapping[str, str], refused: Mapping[str, str]) -> Args:
@@ -35,19 +36,25 @@ def parse_args(args_class: type[Args], given: Mapping[str, str], refused: Mappin
         refused: keys that other tools know and that are turned down here, with the reason.
 
     Raises:
-        ConfigError: a key that is unknown or refused, or a value that cannot be.
+        ConfigError: a key that is unknown or refused, or given under two names, or a value that cannot be.
     """
     parsers = {f.name: f.metadata["parse"] for f in fields(args_class)}
-    values = {}
-    for key, text in given.items():
+    own_names = {other: f.name for f in fields(args_class) for other in f.metadata["names"]}
+    values: dict[str, Any] = {}
+    for word, text in given.items():
+        key = own_names.get(word, word)
+        if key in values:
+            raise ConfigError(f"--network_args: {word} is another name of {key}, which is given twice so.")
         if key in refused:
             raise ConfigError(f"--network_args {key}={text}: {refused[key]}.")
         if key not in parsers:
-            raise ConfigError(f"--network_args: unknown key '{key}'{did_you_mean(key, parsers) or '.'}")
+            raise ConfigError(
+                f"--network_args: unknown key '{key}'{did_you_mean(key, [*parsers, *own_names]) or '.'}"
+            )
         try:
             values[key] = parsers[key](text)
         except ValueError as error:
-            raise ConfigError(f"--network_args {key}={text}: it must be {error}.") from None
+            raise ConfigError(f"--network_args {word}={text}: it must be {error}.") from None
     return args_class(**values)
 
 
@@ -121,6 +128,14 @@ def to_bool(text: str) -> bool:
     if text.strip().lower() not in words:
         raise ValueError("True or False")
     return words[text.strip().lower()]
+
+
+def to_start(text: str) -> str:
+    """Read what a LoRA starts from, by peft's names; True is peft's for its own default."""
+    name = "kaiming" if text.strip().lower() == "true" else text.strip()
+    if name not in STARTS and not is_anchored(name):
+        raise ValueError(f"one of {', '.join(STARTS)}, where 16 may be another number of rounds")
+    return name
 
 
 def to_choice(*names: str) -> Parse:

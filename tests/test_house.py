@@ -40,6 +40,7 @@ TORCH_FREE = [
     "library.training.trainer",
     "library.training.prepare",
     "networks.lora_lumina",
+    "networks.lycoris.module",
     "lumina_train_network",
     "lumina_minimal_inference",
 ]

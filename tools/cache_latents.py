@@ -74,7 +74,13 @@ def fill(options: Options, manifest: Manifest, identity: str) -> None:
         ).encode_mean
 
     place = CachePlace(True, options.caching.cache_directory, options.caching.cache_dtype)
-    run = PassRun(options.caching.vae_batch_size, processes.rank, processes.world, processes.barrier)
+    run = PassRun(
+        options.caching.vae_batch_size,
+        processes.rank,
+        processes.world,
+        processes.barrier,
+        pinned=processes.device.type == "cuda",
+    )
     cache_latents(LatentSource(place, identity), manifest.items, load_encoder, run)
 
 

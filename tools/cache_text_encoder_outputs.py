@@ -31,6 +31,7 @@ from library.options.caching import TextPassOptions  # noqa: E402
 from library.options.dataset import DatasetOptions  # noqa: E402
 from library.options.group import parse_options  # noqa: E402
 from library.options.model import TextEncoderOptions  # noqa: E402
+from library.options.quant import TextQuantOptions  # noqa: E402
 from library.options.training import PrecisionOptions  # noqa: E402
 from lumina_train_network import LUMINA2  # noqa: E402
 
@@ -41,6 +42,7 @@ class Options:
 
     model: TextEncoderOptions
     precision: PrecisionOptions
+    quant: TextQuantOptions
     dataset: DatasetOptions
     caching: TextPassOptions
 
@@ -50,7 +52,12 @@ def main() -> None:
     options = parse_options(Options, description=__doc__.partition("\n")[0])
     setup_logging("INFO")
     ledger = HashLedger()
-    identity = text_identity(options.model, options.precision.mixed_precision, ledger)
+    identity = text_identity(
+        options.model,
+        options.precision.mixed_precision,
+        ledger,
+        quant=options.quant.text_encoder_quant,
+    )
     datasets = load_datasets(options.dataset, stride=LUMINA2.pixel_stride)
     manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
     ledger.save()
@@ -66,13 +73,19 @@ def fill(options: Options, manifest: Manifest, identity: str) -> None:
 
     processes, model, caching = Processes.start(), options.model, options.caching
     setup_logging("INFO", is_main=processes.is_main)
+    tokenizer = load_gemma2_tokenizer(model.gemma2, model.gemma2_tokenizer, model.tokenizer_cache_dir)
 
     def load_encoder():
         from library.models.gemma2 import encode_prompts, load_gemma2
 
         dtype = dtype_named(options.precision.mixed_precision)
-        encoder = load_gemma2(model.gemma2, device=processes.device, dtype=dtype)
-        tokenizer = load_gemma2_tokenizer(model.gemma2, model.gemma2_tokenizer, model.tokenizer_cache_dir)
+        encoder = load_gemma2(
+            model.gemma2,
+            device=processes.device,
+            dtype=dtype,
+            quant=options.quant.text_encoder_quant,
+            quantise_on=options.quant.quantise_on,
+        )
         return lambda texts: encode_prompts(
             encoder, tokenizer, texts, model.gemma2_max_token_length, batch_size=len(texts)
         )
@@ -84,7 +97,7 @@ def fill(options: Options, manifest: Manifest, identity: str) -> None:
         prompt_of=partial(format_prompt, model.system_prompt),
     )
     run = PassRun(caching.text_encoder_batch_size, processes.rank, processes.world, processes.barrier)
-    cache_texts(source, manifest.items, load_encoder, run)
+    cache_texts(source, manifest.items, load_encoder, run, length=tokenizer.count)
 
 
 if __name__ == "__main__":

@@ -27,21 +27,28 @@ _HEAD = """\
 
 Written by `python tools/flag_table.py` from the parser itself; do not edit it by hand.
 
-The flags of sd-scripts' script of the same name are all here. Each one *works*, is *another name* of one
-that works, or is *refused*: accepted at its default, and otherwise answered with the reason and the way out.
-None is accepted and ignored. *New* are those that sd-scripts does not have.
+The flags of sd-scripts' script of the same name are all here. Each one *works*; is *another name* of one that
+works; has *no effect*, which asks for nothing that could change a result here: it is accepted, and a line of
+the log says why; or is *refused*: accepted at its default, and otherwise answered with the reason and the way
+out. *New* are those that sd-scripts does not have.
+
+A flag that works may have nothing to do in its company (`--vae_batch_size` without `--cache_latents`). If it
+is one of sd-scripts', it is accepted, and a line of the log and of `--dry_run` says so.
 """
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A row: `refusal` is None for a flag that works; `alias_of` is None for one under its own name."""
+    """A row: `refusal` is None for a flag that is accepted, `inert` is the reason for one that does nothing,
+    `alias_of` is None for one under its own name.
+    """
 
     name: str
     group: str
     default: object
     about: str
     refusal: Refusal | None = None
+    inert: str | None = None
     alias_of: str | None = None
 
 
@@ -63,7 +70,7 @@ def page() -> str:
     rows, theirs = flags(), set(sd_scripts_flags())
     lines = [_HEAD, *_counts(rows, theirs)]
     for group in dict.fromkeys(row.group for row in rows):
-        lines += ["", f"## {group}", "", "| flag | default | state | what it does, or why it is refused |"]
+        lines += ["", f"## {group}", "", "| flag | default | state | what it does, or why not |"]
         lines += ["| --- | --- | --- | --- |"]
         lines += [_line(row, theirs) for row in rows if row.group == group]
     return "\n".join(lines) + "\n"
@@ -72,9 +79,9 @@ def page() -> str:
 def _flags_of(group: type[OptionGroup]) -> Iterator[Flag]:
     title = (group.__doc__ or group.__name__).strip().partition("\n")[0].rstrip(".")
     for f in fields(group):
-        refusal = f.metadata["refusal"]
-        about = refusal.reason if refusal else f.metadata["help"]
-        yield Flag(f.name, title, f.default, about, refusal)
+        refusal, inert = f.metadata["refusal"], f.metadata["inert"]
+        about = refusal.reason if refusal else inert or f.metadata["help"]
+        yield Flag(f.name, title, f.default, about, refusal, inert)
         for alias in f.metadata["aliases"]:
             yield Flag(alias, title, f.default, about, alias_of=f.name)
 
@@ -82,10 +89,12 @@ def _flags_of(group: type[OptionGroup]) -> Iterator[Flag]:
 def _counts(rows: list[Flag], theirs: set[str]) -> list[str]:
     known = [row for row in rows if row.name in theirs]
     refusals = sum(row.refusal is not None for row in known)
+    inert = sum(row.inert is not None for row in known)
     aliases = sum(row.alias_of is not None for row in known)
     return [
-        f"Of sd-scripts' {len(theirs)} flags {len(known) - refusals - aliases} work, {aliases} is another "
-        f"name, and {refusals} are refused. {len(rows) - len(known)} flags are new."
+        f"Of sd-scripts' {len(theirs)} flags {len(known) - refusals - inert - aliases} work, {aliases} is "
+        f"another name, {inert} have no effect, and {refusals} are refused. {len(rows) - len(known)} flags "
+        "are new."
     ]
 
 
@@ -98,6 +107,8 @@ def _line(row: Flag, theirs: set[str]) -> str:
 def _state(row: Flag, theirs: set[str]) -> str:
     if row.refusal is not None:
         return "refused"
+    if row.inert is not None:
+        return "no effect"
     new = "" if row.name in theirs else ", new"
     return f"{'another name' if row.alias_of else 'works'}{new}"
 

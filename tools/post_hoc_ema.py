@@ -159,7 +159,8 @@ def write(
     from torch import Tensor  # here, after everything that can be checked without it
 
     from library.core.device import dtype_named
-    from networks.files import ALPHA, save_network
+    from networks.files import save_network
+    from networks.names import ALPHA, DORA
 
     total: dict[str, Tensor] = {}
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
@@ -172,7 +173,7 @@ def write(
             else:
                 total[name] = tensor.float().mul_(weight)
     dtype = dtype_named(options.save_precision)
-    state = {name: t if name.endswith(ALPHA) else t.to(dtype) for name, t in total.items()}
+    state = {name: t if name.endswith((ALPHA, DORA)) else t.to(dtype) for name, t in total.items()}
     save_network(options.output, state, checkpoints[-1].metadata | {"ss_weights": told})
 
 

@@ -54,6 +54,13 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a small CPU tensor's copy on a device; neither the program nor the device waits for it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process: allocated on the device for CUDA, resident for the CPU."""
     if device.type == "cuda":

@@ -2,33 +2,81 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 from torch import Tensor
+
+from library.core.device import best_device
+from library.core.errors import ConfigError
+from library.core.lifeline import Lifeline
+
+# How long processes wait for each other: as long as the main one may draw pictures. A process that dies is
+# noticed by the lifeline and not by this; NCCL's own ten minutes would end a run that is in good health.
+_PATIENCE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the frozen model is spread over the processes, as accelerate's configuration of FSDP says.
+
+    reshard_after_forward: let a block's weights go after its forward, and gather them again for backward.
+    """
+
+    reshard_after_forward: bool
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that `accelerate launch` started. `rank` 0 writes files and speaks."""
+    """This process among those that `accelerate launch` started. `rank` 0 writes files and speaks.
+
+    `sharding`: how the frozen model is spread over the processes; None if each has all of it.
+    """
 
     accelerator: Accelerator
+    sharding: Sharding | None = None
 
     @classmethod
     def start(cls, timeout_minutes: int | None = None) -> Processes:
         """Join the process group.
 
         Precision is handled by our own models, so accelerate gets none to apply.
+
+        Raises:
+            ConfigError: there are more processes than GPUs, or FSDP is configured in a way that is not used.
         """
-        handlers = []
-        if timeout_minutes is not None:
-            handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
-        return cls(Accelerator(mixed_precision="no", kwargs_handlers=handlers))
+        device = best_device()
+        _check_gpus(device)
+        sharding = _sharding()  # read first: accelerate reads it too, and knows fewer words for a mistake
+        timeout = _PATIENCE if timeout_minutes is None else timedelta(minutes=timeout_minutes)
+        # Without being told of the CPU, accelerate takes each of several processes there for the only one.
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        )
+        return cls(accelerator, sharding if accelerator.num_processes > 1 else None)
+
+    def tied(self) -> AbstractContextManager[object]:
+        """Until the block ends, end all processes as soon as one ends; see `library.core.lifeline`.
+
+        Raises:
+            ConfigError: a process cannot be reached.
+        """
+        return nullcontext() if self.world == 1 else Lifeline.between(self.rank, self.world, self.agree)
 
     @property
     def rank(self) -> int:
@@ -64,6 +112,10 @@ class Processes:
         """Return the sum of `tensor` over all processes."""
         return tensor if self.world == 1 else self.accelerator.reduce(tensor, reduction="sum")
 
+    def gather(self, value: object) -> list[object]:
+        """Return every process's `value`, in the order of their ranks."""
+        return [value] if self.world == 1 else gather_object([value])
+
     def any(self, wish: bool) -> bool:
         """Return on every process whether `wish` is true on at least one."""
         if self.world == 1:
@@ -90,3 +142,38 @@ def run_seed(requested: int | None, processes: Processes) -> int:
     """Return the run's seed: the requested one, or a random one that all processes share."""
     seed = secrets.randbelow(2**31) if requested is None else requested
     return int(processes.agree(seed))  # type: ignore[call-overload]
+
+
+def _check_gpus(device: torch.device) -> None:
+    """Raise ConfigError if this computer has fewer GPUs than processes were started on it.
+
+    Batch systems may show each process only the GPU that is its own; torchrun and accelerate show all to all.
+    """
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    shown_all = "TORCHELASTIC_RUN_ID" in os.environ
+    if device.type == "cuda" and shown_all and place >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {place + 1} of this computer needs a GPU of its own, and there are "
+            f"{torch.cuda.device_count()}: start as many processes as there are GPUs (--num_processes)."
+        )
+
+
+def _sharding() -> Sharding | None:
+    """Read what `accelerate launch --use_fsdp`, or its configuration file, says.
+
+    Raises:
+        ConfigError: it asks for something that is done in another way here.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("FSDP is used in its second version: give accelerate `--fsdp_version 2`.")
+    plugin = FullyShardedDataParallelPlugin()
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise ConfigError(
+            "fsdp_offload_params is not used: leave it out. To keep weights in the computer's memory, start "
+            "without FSDP and with --blocks_to_swap."
+        )
+    if plugin.activation_checkpointing:
+        raise ConfigError("fsdp_activation_checkpointing is not used: give --gradient_checkpointing instead.")
+    return Sharding(reshard_after_forward=plugin.reshard_after_forward)

@@ -1,4 +1,13 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there.
+
+What is unfinished has a hidden name with the computer and the process that works on it, so that what a killed
+process leaves can be told from what a living one is about to finish:
+
+    .tmp-<computer>-<process>-<random>        a file that is being written
+    .folder-tmp-<computer>-<process>          a folder that is being written
+    .folder-aside-<computer>-<process>/NAME   a folder that is being replaced, until the new one is in place
+    .folder-trash-<computer>-<process>        a folder that is being deleted
+"""
 
 from __future__ import annotations
 
@@ -6,10 +15,11 @@ import errno
 import functools
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +40,9 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix[-16:])
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".tmp-{_owner()}-", suffix=path.suffix[-16:]
+        )
         with os.fdopen(descriptor, "wb") as handle:
             yield handle
             handle.flush()
@@ -42,7 +54,7 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         if durable:
             _sync_directory(path.parent)
     except OSError as error:
-        raise StorageError(f"Could not write {path}: {explain(error)}.") from error
+        raise StorageError(f"Could not write {path}: {_why(error, path)}.") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -53,29 +65,55 @@ def staged_directory(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path`; when the block ends, flush all its files and rename it to `path`.
 
     Whoever looks at `path` sees the whole new folder, the whole old one, or (for an instant, when an old one
-    is replaced) none. On any failure what was at `path` stays and the hidden folder is removed.
+    is replaced) none; `put_back` undoes a replacement that a kill interrupts in that instant. On any failure
+    what was at `path` is there afterwards, and the hidden folder is not. The files get the modes that the
+    umask gives, whoever wrote them.
 
     Raises:
         StorageError: the operating system refused a write (disk full, no permission).
     """
     path = Path(path)
-    staging = path.parent / _owned_name("tmp")
+    staging = path.parent / _hidden_folder("tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
         for file in sorted(staging.iterdir()):
+            os.chmod(file, 0o666 & ~_umask())
             _sync_file(file)
         _sync_directory(staging)
-        if path.exists():
-            remove_directory(path)
-        os.rename(staging, path)
-        _sync_directory(path.parent)
+        _put_in_place(staging, path)
     except OSError as error:
-        raise StorageError(f"Could not write {path}: {explain(error)}.") from error
+        raise StorageError(f"Could not write {path}: {_why(error, path)}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, path: Path) -> None:
+    """Rename a folder to `path`; what was there before is deleted once the new one is on the disk."""
+    aside = path.parent / _hidden_folder("aside") / path.name
+    try:
+        if path.exists():
+            aside.parent.mkdir(exist_ok=True)
+            os.rename(path, aside)
+        os.rename(staging, path)
+    except BaseException:
+        put_back(path.parent)
+        with suppress(OSError):
+            aside.parent.rmdir()
+        raise
+    _sync_directory(path.parent)
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Rename folders in `folder` that were set aside and have no successor back to their names."""
+    for aside in sorted(Path(folder).glob(".folder-aside-*/*")):
+        target = Path(folder) / aside.name
+        if not target.exists():
+            with suppress(FileNotFoundError):  # another process has just put it back
+                os.rename(aside, target)
 
 
 def remove_directory(path: Path) -> None:
@@ -84,32 +122,42 @@ def remove_directory(path: Path) -> None:
     Raises:
         OSError: it cannot be renamed. What cannot be deleted then is left to `sweep_leftovers`.
     """
-    trash = path.parent / _owned_name("trash")
+    trash = path.parent / _hidden_folder("trash")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
 def sweep_leftovers(folder: Path) -> None:
-    """Delete hidden folders in `folder` that dead processes left in the middle of the functions above.
+    """Undo or delete what dead processes left in `folder` in the middle of the functions above.
 
-    Those of living processes and of other computers that share the disk are left alone.
+    What belongs to living processes, or to other computers that share the disk, is left alone.
     """
     import psutil  # comes with accelerate; signal 0, the POSIX way to ask, kills the process on Windows
 
-    for leftover in Path(folder).glob(".folder-*"):
-        owner, _, number = leftover.name.removeprefix(".folder-").rpartition("-")
-        own = owner in (_owner("tmp"), _owner("trash")) and number.isdigit()
-        if own and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+    put_back(folder)
+    hidden = re.compile(rf"\.(?:tmp|folder-[a-z]+)-{re.escape(_computer())}-(\d+)(?:-.*)?")
+    for leftover in Path(folder).glob(".*"):
+        match = hidden.fullmatch(leftover.name)
+        if match is None or (int(match[1]) != os.getpid() and psutil.pid_exists(int(match[1]))):
+            continue
+        if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                leftover.unlink()
 
 
-def _owned_name(purpose: str) -> str:
-    return f".folder-{_owner(purpose)}-{os.getpid()}"
+def _hidden_folder(purpose: str) -> str:
+    return f".folder-{purpose}-{_owner()}"
 
 
-def _owner(purpose: str) -> str:
-    return f"{purpose}-{platform.node()[:32]}"
+def _owner() -> str:
+    return f"{_computer()}-{os.getpid()}"
+
+
+def _computer() -> str:
+    return platform.node()[:32]
 
 
 def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
@@ -157,11 +205,56 @@ def require_writable_directory(path: Path, flag: str) -> None:
         ) from error
 
 
+def require_name_fits(folder: Path, longest: str, flag: str) -> None:
+    """Prove that a file named `longest` can be made in `folder`; `flag` names the option in the message.
+
+    Raises:
+        ConfigError: the file system does not take so long a name.
+    """
+    probe = Path(folder) / longest
+    try:
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another process may have made the same one
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} is too long for {folder}: names of {len(os.fsencode(longest))} bytes are made from "
+            f"it, and one cannot be made there ({explain(error)})."
+        ) from error
+
+
+def require_room(path: Path, needed: int, advice: str) -> None:
+    """Prove that `needed` bytes can be written to `path`; `advice` ends the message.
+
+    Raises:
+        StorageError: the disk has less room, or cannot be asked.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise StorageError(f"Could not write {path}: {explain(error)}.") from error
+    if free < needed:
+        raise StorageError(
+            f"Could not write {path}: it needs {needed / 2**20:,.1f} MiB and the disk has "
+            f"{free / 2**20:,.1f} MiB free. {advice}"
+        )
+
+
 def explain(error: OSError) -> str:
     """Return the reason of an OSError as a few plain words."""
     if error.errno == errno.ENOSPC:
         return "the disk is full"
     return (error.strerror or str(error)).lower()
+
+
+def _why(error: OSError, path: Path) -> str:
+    """Return `explain`'s words, and what is free on a disk that is full."""
+    if error.errno != errno.ENOSPC:
+        return explain(error)
+    with suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+        return f"{explain(error)} ({free / 2**20:,.1f} MiB are free)"
+    return explain(error)
 
 
 @functools.cache  # read once: setting it back and forth from several threads could leave the wrong one

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -31,20 +33,42 @@ class Condition:
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a micro-batch. Either `latents_BCHW` or `pixels_BCHW`; `conditions` or only
-    `captions`.
+    """One process's part of a micro-batch. Either `latents` or `pixels`; `conditions` or only `captions`.
 
-    pixels_BCHW are in [-1, 1]. masks_B1HW (0..1, latent size) is None when no picture of the batch has a
-    mask. weights_B weighs each picture's loss. `names` are the pictures' paths, for messages.
+    Pictures of a batch may differ in size, so whatever has a size is a tuple with one tensor a picture:
+    `latents` (C, h, w) and `noise` (C, h, w) in fp32, `pixels` (3, H, W) in [-1, 1], `masks` (h, w) in 0..1,
+    None when no picture of the batch has one. weights_B weighs each picture's loss. `names` are the pictures'
+    paths, for messages.
+
+    The noise is made ahead, where it can be: see `library.training.noising`. `sigmas` are those of sigma_B.
+    `perturbation` is what the input has in noise beyond what the target tells.
     """
 
     draws: tuple[Draw, ...]
     names: tuple[str, ...]
     captions: tuple[str, ...]
     weights_B: Tensor
-    latents_BCHW: Tensor | None = None
-    pixels_BCHW: Tensor | None = None
+    latents: tuple[Tensor, ...] | None = None
+    pixels: tuple[Tensor, ...] | None = None
     conditions: tuple[Condition, ...] | None = None
-    masks_B1HW: Tensor | None = None
+    masks: tuple[Tensor, ...] | None = None
     network_multiplier: float = 1.0
     preserved: tuple[bool, ...] = ()
+    sigmas: tuple[float, ...] = ()
+    sigma_B: Tensor | None = None
+    noise: tuple[Tensor, ...] | None = None
+    perturbation: tuple[Tensor, ...] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `function` done to each of its tensors."""
+        return replace(self, **{f.name: _mapped(getattr(self, f.name), function) for f in fields(self)})
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Condition):
+        return Condition(*(_mapped(getattr(value, f.name), function) for f in fields(value)))
+    if isinstance(value, tuple):
+        return tuple(_mapped(each, function) for each in value)
+    return value

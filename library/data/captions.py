@@ -9,6 +9,9 @@
 and now and then, by caption dropout, the whole caption is empty. Where no option works on tags, the caption
 stays as it was written.
 
+A picture that is held out has one caption, a function of its text: all tags in the order written, and of what
+is drawn, the first variant. It is the same for every seed, so that runs can be compared.
+
 A draw is a function of (seed, epoch, item, repeat). For captions that are encoded ahead of time the number of
 texts must be bounded: lines and wildcards are all enumerated where they fit `max_variants`; otherwise that
 many texts are sampled, each a function of (the text, its number), so that a run with another seed finds the
@@ -21,7 +24,7 @@ import math
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from library.core.seeds import derive, rng, unit
@@ -56,6 +59,8 @@ def draw_caption(
         captions. step: optimizer step from 0 of `total_steps`; they say how far the token warm-up is.
         max_variants: draw only among `caption_variants(item, max_variants)`; None draws without bound.
     """
+    if item.held_out:
+        return _fixed(item)
     options, purpose = item.subset.captions, (epoch, item.index, repeat)
     if _whole_epoch_is_dropped(options, epoch):
         return ""
@@ -79,6 +84,8 @@ def caption_variants(item: Item, max_variants: int) -> tuple[str, ...]:
     There are at most `max_variants`, the empty one of caption dropout, and with a token warm-up one more for
     each number of tags on the way.
     """
+    if item.held_out:
+        return (_fixed(item),)
     options = item.subset.captions
     texts = dict.fromkeys(_texts(item, max_variants))
     if options.caption_dropout_rate > 0 or options.caption_dropout_every_n_epochs > 0:
@@ -97,6 +104,12 @@ def _texts(item: Item, max_variants: int) -> Iterator[str]:
         counts = (len(_draw_tags(item, _source_of(item, n)).flexible) for n in range(max_variants))
         for kept in range(options.token_warmup_min, max(counts)):
             yield _variant(item, kept % max_variants, kept)
+
+
+def _fixed(item: Item) -> str:
+    options, source = item.subset.captions, _source_of(item, 0)
+    calm = replace(options, shuffle_caption=False, caption_tag_dropout_rate=0.0)
+    return _finish(_draw_tags(item, source), calm, source, None)
 
 
 def _variant(item: Item, number: int, kept: int | None) -> str:

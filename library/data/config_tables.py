@@ -97,6 +97,7 @@ class GeneralTable(SubsetKeys):
     max_bucket_reso: Count | None = None
     bucket_reso_steps: Count | None = None
     bucket_no_upscale: bool | None = None
+    validation_count: CountOrNone | None = None
     validation_seed: int | None = None
     network_multiplier: float | None = None
 
@@ -105,6 +106,7 @@ class DatasetTable(GeneralTable):
     """`[[datasets]]`: subsets that share a resolution and a batch size."""
 
     subsets: list[Any]
+    validation: bool | None = None
 
 
 class SubsetTable(SubsetKeys):
@@ -123,7 +125,11 @@ class OptionsTable(GeneralTable):
     alpha_mask: bool | None = None
 
 
-_HOMES = ((DatasetTable, "[[datasets]] or [general]"), (SubsetTable, "[[datasets.subsets]]"))
+_HOMES = (
+    (GeneralTable, "[[datasets]] or [general]"),
+    (DatasetTable, "[[datasets]]"),
+    (SubsetTable, "[[datasets.subsets]]"),
+)
 _SENTENCES = {
     "missing": "is required",
     "int_type": "must be a whole number, not {input!r}",

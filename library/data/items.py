@@ -80,11 +80,16 @@ class Subset:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Subsets that share a batch size and buckets; a batch never mixes datasets."""
+    """Subsets that share a batch size and buckets; a batch never mixes datasets.
+
+    `validation`: nothing of it is trained on. `validation_count`: how many different pictures are held out.
+    """
 
     subsets: tuple[Subset, ...]
     buckets: BucketOptions
     batch_size: int = 1
+    validation: bool = False
+    validation_count: int = 0
     validation_seed: int | None = None
     network_multiplier: float = 1.0
 
@@ -100,7 +105,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of one dataset, ready to be planned. `index` is its place in `Manifest.items`."""
+    """One picture of one dataset, ready to be planned. `index` is its place in `Manifest.items`.
+
+    A picture that is held out is never left to chance: it always has the same pixels and the same caption.
+    """
 
     index: int
     dataset: Dataset = field(repr=False)
@@ -113,18 +121,24 @@ class Item:
     repeats: int
     digest: str  # SHA-256 of the picture's bytes (and of its mask's, when it has one)
     mask_path: Path | None = None
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Everything that a dataset configuration means, after looking at the disk."""
 
-    datasets: tuple[Dataset, ...]
+    datasets: tuple[Dataset, ...]  # those for validation only come last
     items: tuple[Item, ...]
     train: tuple[int, ...]  # indices into items
     validation: tuple[int, ...]
     skipped: tuple[str, ...] = ()  # sentences about pictures left out by --skip_bad_images
     notes: tuple[str, ...] = ()  # sentences about what is used otherwise than one may expect
+
+    @property
+    def trained_datasets(self) -> tuple[Dataset, ...]:
+        """The datasets that are not for validation only."""
+        return tuple(dataset for dataset in self.datasets if not dataset.validation)
 
 
 @dataclass(frozen=True)
@@ -145,10 +159,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Items of one bucket that go through the model together, over all processes."""
+    """Items that go through the model together: a part for each process, which may be empty."""
 
-    draws: tuple[Draw, ...]
+    parts: tuple[tuple[Draw, ...], ...]
 
-    def of_rank(self, rank: int, world: int) -> tuple[Draw, ...]:
-        """The part of one process; may be empty in the last batch of a bucket."""
-        return self.draws[rank::world]
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        """Those of all processes, by slot."""
+        return tuple(sorted((draw for part in self.parts for draw in part), key=lambda draw: draw.slot))

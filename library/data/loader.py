@@ -7,8 +7,8 @@ interpreter lock, and threads share the caches in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from library.core.ahead import map_ahead
 from library.data.batch import Batch, Condition
 from library.data.captions import draw_caption
+from library.data.delivery import carrier_for, delivered
 from library.data.images import is_flipped, load_pixels
 from library.data.items import PRESERVED, Draw, Item, Manifest
 from library.data.plan import Plan
@@ -37,27 +38,37 @@ class LoaderSettings:
 
     total_steps: optimizer steps of the run, for what changes in its course. workers: threads; 0 prepares each
     batch when it is asked for. latent_stride: pixels along one side of a latent pixel. prior_loss_weight:
-    loss weight of regularisation pictures. pin_memory: put tensors where a GPU can fetch them.
+    loss weight of regularisation pictures. device: where batches go; a GPU fetches them ahead.
     """
 
     seed: int
     total_steps: int
     rank: int = 0
-    world: int = 1
     workers: int = 0
     latent_stride: int = 8
     prior_loss_weight: float = 1.0
-    pin_memory: bool = False
+    device: torch.device = torch.device("cpu")
 
 
 class BatchLoader:
     """Batches of one process, in the order of the plan."""
 
-    def __init__(self, manifest: Manifest, plan: Plan, sources: Sources, settings: LoaderSettings) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        sources: Sources,
+        settings: LoaderSettings,
+        *,
+        complete: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
+        """`complete` adds what else a training batch needs; the threads that prepare batches call it."""
         self._manifest = manifest
         self._plan = plan
         self._sources = sources
         self._settings = settings
+        self._complete = complete
+        self._carrier = carrier_for(settings.device)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, int, Batch]]:
         """Yield (step, micro, batch) for the steps from `start` up to, but not including, `stop`.
@@ -69,43 +80,62 @@ class BatchLoader:
             DataError: a picture or a cache entry became unreadable; raised at the batch that needs it.
         """
         workers = self._settings.workers
-        return map_ahead(self._at, self._places(start, stop), threads=workers, ahead=2 * workers)
+        batches = map_ahead(self._at, self._places(start, stop), threads=workers, ahead=2 * workers)
+        return batches if self._carrier is None else delivered(batches, self._carrier)
+
+    def held_out(self, items: Sequence[Item]) -> Iterator[Batch]:
+        """Yield each of these held-out pictures as a batch of its own. Close the iterator to stop early.
+
+        Raises:
+            DataError: as `batches`.
+        """
+        draws = [Draw(item.index, repeat=0, epoch=0, step=0, micro=0, slot=0) for item in items]
+        workers = self._settings.workers
+
+        def alone(draw: Draw) -> Batch:
+            return self._fetchable(self.batch([draw]))
+
+        return map_ahead(alone, draws, threads=workers, ahead=2 * workers)
 
     def batch(self, draws: Sequence[Draw]) -> Batch:
-        """Return the batch of these draws, which must be of one dataset and one bucket."""
+        """Return the batch of these draws, which must be of datasets with the same network_multiplier."""
         if not draws:
             return Batch(draws=(), names=(), captions=(), weights_B=torch.zeros(0))
         items = [self._manifest.items[draw.item] for draw in draws]
         captions = [self._caption(*pair) for pair in zip(items, draws, strict=True)]
-        pictures = [self._picture(*pair) for pair in zip(items, draws, strict=True)]
-        tensors_BCHW = torch.stack([picture for picture, _ in pictures])
-        batch = Batch(
+        pairs = [self._picture(*pair) for pair in zip(items, draws, strict=True)]
+        pictures = tuple(picture for picture, _ in pairs)
+        return Batch(
             draws=tuple(draws),
             names=tuple(str(item.path) for item in items),
             captions=tuple(captions),
             weights_B=torch.tensor([self._weight(item) for item in items], dtype=torch.float32),
-            latents_BCHW=tensors_BCHW if self._sources.latents else None,
-            pixels_BCHW=None if self._sources.latents else tensors_BCHW,
+            latents=pictures if self._sources.latents else None,
+            pixels=None if self._sources.latents else pictures,
             conditions=self._conditions(items, captions),
-            masks_B1HW=_stack_masks([mask for _, mask in pictures]),
+            masks=_masks(pairs, 1 if self._sources.latents else self._settings.latent_stride),
             network_multiplier=items[0].dataset.network_multiplier,
             preserved=tuple(bool(item.subset.custom_attributes.get(PRESERVED)) for item in items),
         )
-        return _pinned(batch) if self._settings.pin_memory else batch
 
     def _places(self, start: int, stop: int) -> Iterator[tuple[int, int, tuple[Draw, ...]]]:
         for step in range(start, stop):
             for micro, micro_batch in enumerate(self._plan.step(step)):
-                yield step, micro, micro_batch.of_rank(self._settings.rank, self._settings.world)
+                yield step, micro, micro_batch.parts[self._settings.rank]
 
     def _at(self, place: tuple[int, int, tuple[Draw, ...]]) -> tuple[int, int, Batch]:
         step, micro, draws = place
-        return step, micro, self.batch(draws)
+        batch = self.batch(draws)
+        return step, micro, self._fetchable(self._complete(batch) if draws else batch)
+
+    def _fetchable(self, batch: Batch) -> Batch:
+        """Put a batch's tensors where a GPU can fetch them without anyone waiting, if it goes to one."""
+        return batch.map(Tensor.pin_memory) if self._settings.device.type == "cuda" else batch
 
     def _picture(self, item: Item, draw: Draw) -> tuple[Tensor, Tensor | None]:
         """Return latents (C, h, w) or pixels (3, H, W), fp32, and the mask (h, w) if there is one."""
-        key = draw.key(self._settings.seed)
-        flip = is_flipped(item, key)
+        key = None if item.held_out else draw.key(self._settings.seed)
+        flip = key is not None and is_flipped(item, key)
         if self._sources.latents:
             latents, mask = self._sources.latents.get(item, flip=flip)
             return latents.float(), mask
@@ -134,19 +164,16 @@ class BatchLoader:
         return self._settings.prior_loss_weight if item.subset.is_reg else 1.0
 
 
-def _stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack masks to (B, 1, h, w); a picture without one is wanted whole. None if no picture has one."""
-    given = [mask for mask in masks if mask is not None]
-    if not given:
+def _masks(pairs: Sequence[tuple[Tensor, Tensor | None]], stride: int) -> tuple[Tensor, ...] | None:
+    """Return a mask (h, w) for each picture, or None if no picture has one; without one it is wanted whole.
+
+    Args:
+        pairs: the pictures, as latents or pixels, with their masks.
+        stride: what a side of such a picture is divided by to have that of the latents.
+    """
+    if all(mask is None for _, mask in pairs):
         return None
-    return torch.stack([torch.ones_like(given[0]) if mask is None else mask for mask in masks]).unsqueeze(1)
-
-
-def _pinned(batch: Batch) -> Batch:
-    """Copy a batch's tensors into page-locked memory, from where a GPU fetches them without waiting."""
-    tensors = {name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    conditions = batch.conditions and tuple(
-        Condition(c.tokens_LD.pin_memory(), None if c.pooled_D is None else c.pooled_D.pin_memory())
-        for c in batch.conditions
+    return tuple(
+        torch.ones(picture.shape[1] // stride, picture.shape[2] // stride) if mask is None else mask
+        for picture, mask in pairs
     )
-    return replace(batch, conditions=conditions, **tensors)

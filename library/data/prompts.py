@@ -2,6 +2,9 @@
 
 A line is its text up to the first ` --name`, then options. The text is never searched for anything else, so
 a prompt may begin with "n" or "w 5" and hold dashes; only two dashes followed by a letter start an option.
+
+What sd-scripts takes and draws otherwise than it says (a side of 900 pixels, a sampler for other models) is
+taken here too, and `tell` is given a sentence about it.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ from pathlib import Path
 
 from library.core.errors import ConfigError
 from library.core.files import read_text
+from library.core.log import logger
 from library.core.suggest import did_you_mean
 from library.core.toml_file import read_content
-from library.options.request import ImageRequest
+from library.options.request import DRAWN_WITH_EULER, NOISE_SAMPLERS, SIZE_STEP, ImageRequest
 
 WHAT = "The prompt file"
+Tell = Callable[[str], None]
+_log = logger("prompts")
 _OPTION_START = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
@@ -69,28 +75,32 @@ _TABLE_KEYS: dict[str, tuple[str, type]] = {
     "discrete_flow_shift": ("discrete_flow_shift", float),
     "sample_sampler": ("sampler", str),
 }
+# Two names of the same thing: the second gives way to the first, as in sd-scripts.
+_STRONGER_AND_WEAKER = (("l", "g"), ("scale", "guidance_scale"))
 _KIND_NAMES = {str: "text", int: "a whole number", float: "a number"}
 
 
-def parse_line(line: str, defaults: ImageRequest) -> ImageRequest:
+def parse_line(line: str, defaults: ImageRequest, tell: Tell = _log.info) -> ImageRequest:
     """Return the request of one line; what it does not set is taken from `defaults`, except the text.
 
     Raises:
         ConfigError: an option that does not exist, is given twice, or has a value that cannot be.
     """
     text, *options = _OPTION_START.split(line)
-    changes: dict[str, object] = {}
+    found: dict[str, object] = {}
     for written in options:
         name, *rest = written.split(maxsplit=1)
         value = rest[0].strip() if rest else ""
         option = _find_inline(name)
-        if option.field in changes:
+        if name.lower() in found:
             raise ConfigError(f"--{name}: the {option.field} is given twice.")
         try:
-            changes[option.field] = option.convert(value)
+            found[name.lower()] = option.convert(value)
         except ValueError:
             raise ConfigError(f"--{name}: '{value}' is not {option.kind}.") from None
-    return replace(defaults, prompt=text.strip(), **changes)
+    _drop_weaker(found, "--", tell)
+    changes = {_INLINE[name].field: value for name, value in found.items()}
+    return replace(defaults, prompt=text.strip(), **_drawable(changes, tell))
 
 
 def next_request(line: str, previous: ImageRequest, start: ImageRequest) -> ImageRequest:
@@ -104,7 +114,7 @@ def next_request(line: str, previous: ImageRequest, start: ImageRequest) -> Imag
     return request if request.prompt else replace(request, prompt=previous.prompt)
 
 
-def load_prompts(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+def load_prompts(path: Path, defaults: ImageRequest, tell: Tell = _log.info) -> list[ImageRequest]:
     """Read a prompt file.
 
     `.txt`: one prompt a line, empty lines and lines that begin with # are skipped. `.json`: a list of such
@@ -118,20 +128,20 @@ def load_prompts(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
     reader = readers.get(Path(path).suffix.lower())
     if reader is None:
         raise ConfigError(f"{WHAT} {path} must end in .txt, .json or .toml.")
-    requests = reader(Path(path), replace(defaults, prompt=""))
+    requests = reader(Path(path), replace(defaults, prompt=""), tell)
     if not requests:
         raise ConfigError(f"{WHAT} {path} holds no prompt.")
     return requests
 
 
-def load_sample_prompts(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+def load_sample_prompts(path: Path, defaults: ImageRequest, tell: Tell = _log.debug) -> list[ImageRequest]:
     """Read a file of sample prompts; the prompt number n without a seed gets the seed of `defaults` plus n.
 
     Raises:
         ConfigError: see `load_prompts`; or a prompt uses --m.
     """
     assert defaults.seed is not None
-    requests = load_prompts(path, replace(defaults, seed=None))
+    requests = load_prompts(path, replace(defaults, seed=None), tell)
     if any(request.lora_multipliers for request in requests):
         raise ConfigError(f"{path}: --m weighs the LoRAs of the inference script; training has none.")
     return [
@@ -152,6 +162,31 @@ def _find_inline(name: str) -> _Option:
     return _INLINE[key]
 
 
+def _drop_weaker(found: dict[str, object], dashes: str, tell: Tell) -> None:
+    """Take out the weaker of two names of the same thing."""
+    for stronger, weaker in _STRONGER_AND_WEAKER:
+        if stronger in found and weaker in found:
+            tell(f"{dashes}{weaker} {found.pop(weaker)} has no effect: {dashes}{stronger} is given and wins")
+
+
+def _drawable(changes: dict[str, object], tell: Tell) -> dict[str, object]:
+    """Round sides down, and replace samplers of other models."""
+    for side in ("width", "height"):
+        pixels = changes.get(side, 0)
+        if pixels % SIZE_STEP and pixels > SIZE_STEP:
+            changes[side] = pixels // SIZE_STEP * SIZE_STEP
+            tell(f"the {side} {pixels} becomes {changes[side]}, the next lower multiple of {SIZE_STEP}")
+    if changes.get("sampler") in NOISE_SAMPLERS:
+        tell(f"the sampler {changes['sampler']} is not used: {DRAWN_WITH_EULER}")
+        changes["sampler"] = "euler"
+    return changes
+
+
+def _placed(place: str, tell: Tell) -> Tell:
+    """Put the place before what is told."""
+    return lambda sentence: tell(f"{place}: {sentence}")
+
+
 def _at(place: str, make: Callable[[], ImageRequest]) -> ImageRequest:
     """Run `make`, and put the place before the message of its mistake."""
     try:
@@ -160,51 +195,55 @@ def _at(place: str, make: Callable[[], ImageRequest]) -> ImageRequest:
         raise ConfigError(f"{place}: {error}") from None
 
 
-def _from_text(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
-    requests = []
-    for number, line in enumerate(read_text(path, WHAT).splitlines(), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            requests.append(_at(f"{path}, line {number}", lambda line=line: parse_line(line, defaults)))
-    return requests
+def _from_text(path: Path, defaults: ImageRequest, tell: Tell) -> list[ImageRequest]:
+    lines = enumerate(read_text(path, WHAT).splitlines(), start=1)
+    return [
+        _entry(line, defaults, f"{path}, line {number}", tell)
+        for number, line in lines
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
 
 
-def _from_json(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+def _from_json(path: Path, defaults: ImageRequest, tell: Tell) -> list[ImageRequest]:
     entries = read_content(path, WHAT)
     if not isinstance(entries, list):
         raise ConfigError(f"{WHAT} {path} must hold a list of prompts, not a {type(entries).__name__}.")
-    return [_entry(entry, defaults, f"{path}, prompt {i}") for i, entry in enumerate(entries, start=1)]
+    return [_entry(entry, defaults, f"{path}, prompt {i}", tell) for i, entry in enumerate(entries, start=1)]
 
 
-def _from_toml(path: Path, defaults: ImageRequest) -> list[ImageRequest]:
+def _from_toml(path: Path, defaults: ImageRequest, tell: Tell) -> list[ImageRequest]:
     content = read_content(path, WHAT)
     table = content.get("prompt") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not isinstance(table.get("subset"), list):
         raise ConfigError(f"{WHAT} {path} needs a table [prompt] with one [[prompt.subset]] for each prompt.")
     common = {key: value for key, value in table.items() if key != "subset"}
-    shared = _at(f"{path}, [prompt]", lambda: _from_table(common, defaults))
-    return [_entry(entry, shared, f"{path}, subset {i}") for i, entry in enumerate(table["subset"], start=1)]
+    place = f"{path}, [prompt]"
+    shared = _at(place, lambda: _from_table(common, defaults, _placed(place, tell)))
+    subsets = enumerate(table["subset"], start=1)
+    return [_entry(entry, shared, f"{path}, subset {i}", tell) for i, entry in subsets]
 
 
-def _entry(entry: object, defaults: ImageRequest, place: str) -> ImageRequest:
+def _entry(entry: object, defaults: ImageRequest, place: str, tell: Tell) -> ImageRequest:
+    tell = _placed(place, tell)
     if isinstance(entry, str):
-        return _at(place, lambda: parse_line(entry, defaults))
+        return _at(place, lambda: parse_line(entry, defaults, tell))
     if isinstance(entry, dict):
         if not defaults.prompt and "prompt" not in entry:
             raise ConfigError(f"{place}: there is no prompt in it.")
-        return _at(place, lambda: _from_table(entry, defaults))
+        return _at(place, lambda: _from_table(entry, defaults, tell))
     raise ConfigError(f"{place}: a prompt is text or a table, not a {type(entry).__name__}.")
 
 
-def _from_table(table: Mapping[str, object], defaults: ImageRequest) -> ImageRequest:
+def _from_table(table: Mapping[str, object], defaults: ImageRequest, tell: Tell) -> ImageRequest:
     """Apply a table of keys. The prompt in it is text as it stands, without options."""
     changes: dict[str, object] = {}
-    for key, value in table.items():
+    entries = dict(table)
+    _drop_weaker(entries, "", tell)
+    for key, value in entries.items():
         if key not in _TABLE_KEYS:
             raise ConfigError(f"unknown key '{key}'{did_you_mean(key, _TABLE_KEYS) or '.'}")
         field, kind = _TABLE_KEYS[key]
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise ConfigError(f"{key} = {value!r} is not {_KIND_NAMES[kind]}.")
-        if field in changes:
-            raise ConfigError(f"'{key}' and another key both set the {field}; give one.")
         changes[field] = kind(value)
-    return replace(defaults, **changes)
+    return replace(defaults, **_drawable(changes, tell))

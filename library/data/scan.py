@@ -22,7 +22,7 @@ from library.data.facts import FactLedger
 from library.data.find import Found, find
 from library.data.images import PictureFacts, face_in_name
 from library.data.items import Dataset, Item, Manifest, Subset
-from library.data.split import held_out_digests
+from library.data.split import split
 
 _THREADS = min(8, os.cpu_count() or 1)  # Pillow's decoders and the hash release the interpreter lock
 
@@ -68,16 +68,16 @@ def scan(datasets: Sequence[Dataset], *, skip_bad_images: bool, ledger: HashLedg
         problems += [*bad, "Mend or remove these pictures, or leave them out with --skip_bad_images."]
     _raise_if_any(problems)
     notes += _missing_in_pictures(items, files)
-    held_out = _held_out(items, files)
-    items, unused = _balance_regularisation(items, held_out)
-    numbered = tuple(replace(item, index=index) for index, item in enumerate(items))
+    parts = split(items, {item.path: _usable(files[item.path]).digest for item in items})
+    items, unused = _balance_regularisation(parts.items)
+    ordered, numbered = _numbered(datasets, items)
     return Manifest(
-        tuple(datasets),
+        ordered,
         numbered,
-        train=tuple(item.index for item in numbered if item.path not in held_out),
-        validation=tuple(item.index for item in numbered if item.path in held_out),
+        train=tuple(item.index for item in numbered if not item.held_out),
+        validation=tuple(item.index for item in numbered if item.held_out),
         skipped=tuple(bad),
-        notes=(*notes, *unused),
+        notes=(*notes, *parts.notes, *unused),
     )
 
 
@@ -188,28 +188,7 @@ def _source(subset: Subset) -> Path | None:
     return subset.metadata_file or subset.image_dir
 
 
-def _held_out(items: Sequence[Item], files: _Files) -> frozenset[Path]:
-    """The paths held out for validation. A regularisation picture is only if it is a copy of a chosen one."""
-    digests = {item.path: _usable(files[item.path]).digest for item in items}
-    chosen = held_out_digests(
-        (digests[item.path], item.subset.validation_split, item.dataset.validation_seed)
-        for item in items
-        if not item.subset.is_reg
-    )
-    paths = frozenset(path for path, digest in digests.items() if digest in chosen)
-    wanted = any(item.subset.validation_split > 0 and not item.subset.is_reg for item in items)
-    if wanted and not paths:
-        raise DataError(
-            f"validation_split holds out none of the {len(digests)} pictures (they are chosen by their "
-            f"content): raise it, or try another validation_seed."
-        )
-    trained = [item for item in items if item.path not in paths and not item.subset.is_reg]
-    if not trained:
-        raise DataError("validation_split holds out all pictures, so there is nothing to train on: lower it.")
-    return paths
-
-
-def _balance_regularisation(items: Sequence[Item], held_out: frozenset[Path]) -> tuple[list[Item], list[str]]:
+def _balance_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[str]]:
     """Repeat each dataset's regularisation pictures so that an epoch has as many of them as of the others.
 
     The draws are dealt out in proportion to num_repeats. Where there are more pictures than draws, evenly
@@ -218,7 +197,7 @@ def _balance_regularisation(items: Sequence[Item], held_out: frozenset[Path]) ->
     balanced, notes = [], []
     for index in sorted({item.dataset_index for item in items}):
         here = [item for item in items if item.dataset_index == index]
-        trained = [item for item in here if item.path not in held_out]
+        trained = [item for item in here if not item.held_out]
         regular = [item for item in trained if item.subset.is_reg]
         draws = sum(item.repeats for item in trained if not item.subset.is_reg)
         shares = dict(zip(map(id, regular), _deal(draws, [item.repeats for item in regular]), strict=True))
@@ -231,6 +210,22 @@ def _balance_regularisation(items: Sequence[Item], held_out: frozenset[Path]) ->
                 f"because an epoch has only {draws} pictures to train on."
             )
     return balanced, notes
+
+
+def _numbered(
+    datasets: Sequence[Dataset], items: Sequence[Item]
+) -> tuple[tuple[Dataset, ...], tuple[Item, ...]]:
+    """Put datasets for validation only last: where they stand in the file then cannot matter to training.
+
+    Until here they are numbered as in the configuration, and so in messages.
+    """
+    order = sorted(range(len(datasets)), key=lambda index: datasets[index].validation)
+    place = {index: number for number, index in enumerate(order)}
+    moved = sorted(items, key=lambda item: place[item.dataset_index])
+    return tuple(datasets[index] for index in order), tuple(
+        replace(item, index=number, dataset_index=place[item.dataset_index])
+        for number, item in enumerate(moved)
+    )
 
 
 def _deal(total: int, weights: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ are told at once with their lines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,14 @@ _NOT_FOR: dict[Kind, tuple[str, ...]] = {
     "conditioning": ("is_reg", "alpha_mask"),
 }
 _NAMES_ON_COMMAND_LINE = {"num_repeats": "dataset_repeats", "batch_size": "train_batch_size"}
+# What has no effect in a dataset that is only for validation: all of it is held out, and a picture that is
+# held out is used once and left as it is.
+_NOT_FOR_VALIDATION = (
+    *("is_reg", "num_repeats", "validation_split", "validation_count", "validation_seed"),
+    *("flip_aug", "color_aug", "random_crop", "face_crop_aug_range"),
+    *("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"),
+    *("token_warmup_min", "token_warmup_step"),
+)
 _ATTRIBUTES_READ = frozenset({PRESERVED})  # keys of custom_attributes that something acts on
 
 
@@ -71,6 +79,8 @@ class _Builder:
         complete = [dataset for dataset in built if dataset]
         if len(complete) == len(tables):
             self._check_masks(complete)
+            if complete and all(dataset.validation for dataset in complete):
+                self.report.add(("datasets",), "all have validation = true; add one to train on")
         return complete
 
     def _defaults_of_options(self) -> Table | None:
@@ -108,6 +118,15 @@ class _Builder:
             return None
         dataset = _pick(Dataset, merged, subsets=tuple(complete), buckets=buckets)
         self._check_dataset(dataset, place)
+        if dataset.validation:
+            self._check_validation(content, place)
+            return replace(dataset, validation_count=0, validation_seed=None)
+        if dataset.validation_count and any(subset.validation_split for subset in complete):
+            self.report.add(
+                (*place, "validation_count"),
+                "and validation_split cannot both say what is held out (higher levels and flags count, too): "
+                "set one of them to 0",
+            )
         return dataset
 
     def _buckets(self, merged: Table, place: Place) -> BucketOptions | None:
@@ -166,6 +185,16 @@ class _Builder:
             seen.setdefault(source, here)
         if all(subset.is_reg for subset in dataset.subsets):
             self.report.add(place, "has only regularisation subsets; add one to train on")
+
+    def _check_validation(self, table: Table, place: Place) -> None:
+        """Name the keys of the dataset itself and of its subsets that ask for what validation never does."""
+        tables = [(place, table), *(((*place, "subsets", i), row) for i, row in enumerate(table["subsets"]))]
+        for here, keys in tables:
+            for key in _NOT_FOR_VALIDATION:
+                if key in keys:
+                    self.report.add(
+                        (*here, key), "has no effect in a dataset with validation = true; remove it"
+                    )
 
     def _check_masks(self, datasets: Sequence[Dataset]) -> None:
         subsets = [subset for dataset in datasets for subset in dataset.subsets]

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.models.flux_vae_format import FluxVAECheckpoint, FluxVAEParams, inspect_flux_vae
+from library.nn.products import Conv2d
 from library.nn.tiling import map_tiles
 from library.nn.weights import Source, load_module
 
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
     def __init__(self, params: FluxVAEParams) -> None:
         super().__init__()
         width, top = params.channels[0], params.channels[-1]
-        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.conv_in = Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList()
         for level, channels in enumerate(params.channels):
             stage = nn.Module()
@@ -84,7 +85,7 @@ class Encoder(nn.Module):
             width = channels
         self.mid = Middle(top, params.groups)
         self.norm_out = nn.GroupNorm(params.groups, top, eps=_EPS)
-        self.conv_out = nn.Conv2d(top, 2 * params.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(top, 2 * params.latent_channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return (B, 2 * latent channels, H / stride, W / stride)."""
@@ -101,7 +102,7 @@ class Decoder(nn.Module):
     def __init__(self, params: FluxVAEParams) -> None:
         super().__init__()
         width = params.channels[-1]
-        self.conv_in = nn.Conv2d(params.latent_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(params.latent_channels, width, 3, padding=1)
         self.mid = Middle(width, params.groups)
         stages = []
         for level in reversed(range(params.levels)):
@@ -113,7 +114,7 @@ class Decoder(nn.Module):
             width = channels
         self.up = nn.ModuleList(reversed(stages))  # numbered from the finest, as in the encoder
         self.norm_out = nn.GroupNorm(params.groups, width, eps=_EPS)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_out = Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         """Return (B, 3, H * stride, W * stride)."""
@@ -142,10 +143,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inputs, eps=_EPS)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, outputs, eps=_EPS)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.conv2 = Conv2d(outputs, outputs, 3, padding=1)
+        self.nin_shortcut = Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
@@ -159,10 +160,10 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=_EPS)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = Conv2d(channels, channels, 1)
+        self.k = Conv2d(channels, channels, 1)
+        self.v = Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BCHW = self.norm(x_BCHW)
@@ -178,7 +179,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
@@ -189,7 +190,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))

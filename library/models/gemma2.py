@@ -2,7 +2,7 @@
 
 The features are what transformers calls `hidden_states[-2]`: the output of the last layer but one, before the
 final norm. So the last layer and the norm are never built, and no hidden states are kept on the way. The
-network itself is transformers' `Gemma2Model`.
+network itself is transformers' `Gemma2Model`, with our linear layers, which multiply in the fastest dtype.
 
 Attention is causal: a token sees only what stands left of it. So the texts of a batch are padded on the right
 without any mask, and the padding changes nothing.
@@ -24,6 +24,8 @@ from library.core.errors import NonFiniteError
 from library.data.batch import Condition
 from library.models.gemma2_format import Gemma2Checkpoint, Gemma2Params, inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer
+from library.nn.products import Linear
+from library.nn.quant import use_quant_layers
 from library.nn.weights import Source, load_module
 
 _PAD_ID = 0
@@ -37,6 +39,10 @@ class Gemma2Encoder(nn.Module):
         self.params = params
         self.model = Gemma2Model(_config(params))
         self.model.norm = nn.Identity()
+        for path, layer in list(self.model.named_modules()):
+            if isinstance(layer, nn.Linear):
+                ours = Linear(layer.in_features, layer.out_features, layer.bias is not None)
+                self.model.set_submodule(path, ours)
 
     @property
     def device(self) -> torch.device:
@@ -93,17 +99,32 @@ def _config(params: Gemma2Params) -> Gemma2Config:
     )
 
 
-def load_gemma2(path: Path | Gemma2Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Gemma2Encoder:
+def load_gemma2(
+    path: Path | Gemma2Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quant: str | None = None,
+    quantise_on: torch.device | str | None = None,
+) -> Gemma2Encoder:
     """Load a text encoder of any layout, frozen; on the CPU, in the file's dtype, it is memory-mapped.
+
+    Args:
+        quant: a scheme of `library.nn.quant` for the linear layers; embeddings and norms stay as they are.
+        quantise_on: where they are quantised; None: on `device`.
 
     Raises:
         CheckpointError: as `inspect_gemma2` does.
+        ConfigError: the scheme cannot quantise these layers.
     """
     found = path if isinstance(path, Gemma2Checkpoint) else inspect_gemma2(path)
     with torch.device("meta"):
         encoder = Gemma2Encoder(found.params)
+    if quant is not None:
+        linear = [path for path, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+        use_quant_layers(encoder, linear, quant)
     sources = {f"model.{name}": Source((name,)) for name in found.checkpoint.tensors}
-    load_module(encoder, found.checkpoint, sources, device=device, dtype=dtype)
+    load_module(encoder, found.checkpoint, sources, device=device, dtype=dtype, quantise_on=quantise_on)
     # Two tables are computed, not stored: they were left on meta.
     encoder.model.rotary_emb = Gemma2RotaryEmbedding(encoder.model.config).to(device)
     encoder.model.embed_tokens.embed_scale = torch.tensor(found.params.hidden**0.5, device=device)

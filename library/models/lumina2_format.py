@@ -20,6 +20,7 @@ from pathlib import Path
 from library.core.checkpoint_files import Checkpoint, open_checkpoint
 from library.core.errors import CheckpointError
 from library.models.checkpoint_kind import refuse, require_tensors
+from library.models.quant_file import QuantFile, read_quantised
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
@@ -57,6 +58,11 @@ class NextDiTParams:
         return self.patch_size**2 * self.in_channels
 
     @property
+    def n_blocks(self) -> int:
+        """Blocks of all three kinds."""
+        return self.n_context_refiners + self.n_noise_refiners + self.n_layers
+
+    @property
     def qkv_dim(self) -> int:
         """Features of queries, keys and values together."""
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
@@ -64,12 +70,16 @@ class NextDiTParams:
 
 @dataclass(frozen=True)
 class Lumina2Checkpoint:
-    """A transformer that was found whole. `sources`: parameter -> the tensors that it is joined from."""
+    """A transformer that was found whole. `sources`: parameter -> the tensors that it is joined from.
+
+    `quant`: what of it is quantised in the file.
+    """
 
     checkpoint: Checkpoint
     layout: str
     params: NextDiTParams
     sources: dict[str, tuple[str, ...]]
+    quant: QuantFile = QuantFile()
 
 
 def inspect_lumina2(path: Path) -> Lumina2Checkpoint:
@@ -83,7 +93,8 @@ def inspect_lumina2(path: Path) -> Lumina2Checkpoint:
         CheckpointError: unreadable, truncated, of another kind, with tensors missing, extra or misshapen, or
             with settings that do not fit the shapes.
     """
-    found = open_checkpoint(path, subfolder="transformer")
+    whole = open_checkpoint(path, subfolder="transformer")
+    found, quant = read_quantised(whole)
     checkpoint, layout = _detect(found)
     params = _read_params(checkpoint, layout)
     name_in_file = diffusers_names if layout == DIFFUSERS else _same_name
@@ -95,6 +106,8 @@ def inspect_lumina2(path: Path) -> Lumina2Checkpoint:
     if _UNUSED in checkpoint.tensors:
         wanted[_UNUSED] = (params.dim,)
     require_tensors(checkpoint, wanted, "Lumina Image 2.0 transformer")
+    if quant.scheme is not None:
+        return Lumina2Checkpoint(whole, layout, params, quant.sources(sources), quant)
     return Lumina2Checkpoint(checkpoint, layout, params, sources)
 
 
@@ -252,6 +265,12 @@ def linear_layers(params: NextDiTParams) -> list[str]:
     """Return the paths of the network's linear layers."""
     matrices = (name for name, shape in parameter_shapes(params) if len(shape) == 2)
     return [name.removesuffix(".weight") for name in matrices]
+
+
+def quantisable_layers(params: NextDiTParams) -> list[str]:
+    """Return the paths of the layers that are kept in few bits: of the blocks, but for modulation."""
+    parts = ("layers.", "noise_refiner.", "context_refiner.")
+    return [path for path in linear_layers(params) if path.startswith(parts) and "adaLN" not in path]
 
 
 def parameter_shapes(params: NextDiTParams) -> Iterator[NamedShape]:

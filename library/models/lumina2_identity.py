@@ -11,7 +11,8 @@ from library.core.hashing import HashLedger, sha256_text
 from library.models.flux_vae_format import inspect_flux_vae
 from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import find_tokenizer
-from library.options.model import AutoencoderOptions, TextEncoderOptions
+from library.models.lumina2_format import inspect_lumina2
+from library.options.model import AutoencoderOptions, LuminaModelOptions, TextEncoderOptions
 
 # Raise when the same weights begin to give other numbers.
 _LATENTS_VERSION = 1
@@ -38,10 +39,18 @@ def latent_identity(options: AutoencoderOptions, mixed_precision: str, ledger: H
     )
 
 
-def text_identity(options: TextEncoderOptions, mixed_precision: str, ledger: HashLedger) -> str:
+def text_identity(
+    options: TextEncoderOptions,
+    mixed_precision: str,
+    ledger: HashLedger,
+    *,
+    merged: str = "",
+    quant: str | None = None,
+) -> str:
     """Return the identity of Gemma2's features.
 
-    The system prompt is not part of it: an entry's key has the whole text as it is encoded.
+    `merged` tells what is merged into its weights, nothing if empty; `quant` how they are quantised. The
+    system prompt is not part of it: an entry's key has the whole text as it is encoded.
 
     Raises:
         CheckpointError: the file cannot be read, or is not a Gemma2.
@@ -56,7 +65,25 @@ def text_identity(options: TextEncoderOptions, mixed_precision: str, ledger: Has
         tokenizer.digest,
         str(options.gemma2_max_token_length),
         mixed_precision,
+        *([merged] if merged else []),
+        *([f"in {quant}"] if quant else []),
     )
+
+
+def file_digests(options: LuminaModelOptions, ledger: HashLedger) -> dict[str, str]:
+    """Return digests of the content of the weight files and the tokenizer, by flag.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is of another kind. ConfigError: no tokenizer is found.
+    """
+    found = {
+        "pretrained_model_name_or_path": inspect_lumina2(options.pretrained_model_name_or_path),
+        "gemma2": inspect_gemma2(options.gemma2),
+        "ae": inspect_flux_vae(options.ae),
+    }
+    digests = {flag: sha256_text(_content(part.checkpoint, ledger)) for flag, part in found.items()}
+    tokenizer = find_tokenizer(options.gemma2, options.gemma2_tokenizer, options.tokenizer_cache_dir)
+    return digests | {"gemma2_tokenizer": tokenizer.digest}
 
 
 def _content(checkpoint: Checkpoint, ledger: HashLedger) -> str:

@@ -31,10 +31,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from library.models.lumina2_format import NextDiTParams
-from library.nn.attention import Packing, attention
+from library.nn.attention import attention
 from library.nn.layers import (
     RMSNorm,
     TimestepEmbedder,
@@ -43,9 +42,11 @@ from library.nn.layers import (
     scaled_rms_norm,
     swiglu,
 )
-from library.nn.offload import offloaded_checkpoint
+from library.nn.packing import Packing
 from library.nn.products import Linear
+from library.nn.recompute import costly
 from library.nn.rope import RopeTables
+from library.nn.runner import BlockRunner
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(params.head_dim, params.qk_norm_eps)
         self.k_norm = RMSNorm(params.head_dim, params.qk_norm_eps)
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        """(T, D) -> (T, D)."""
+    def project(self, x_TD: Tensor, rope_TP2: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, D) -> queries and keys, one behind the other (T, H + K, F), and values (T, K, F)."""
         heads, kv_heads = self.heads
         qkv_TSF = self.qkv(x_TD).unflatten(1, (-1, self.head_dim))
         qk_TSF, v_TKF = qkv_TSF.split([heads + kv_heads, kv_heads], dim=1)
         gain_SF = torch.cat((self.q_norm.gain().expand(heads, -1), self.k_norm.gain().expand(kv_heads, -1)))
-        qk_TSF = norm_and_rotate(qk_TSF, gain_SF, layout.rope_TP2, self.q_norm.eps)
-        q_THF, k_TKF = qk_TSF.split([heads, kv_heads], dim=1)
-        return self.out(attention(q_THF, k_TKF, v_TKF, layout.packing, self.kernel))
+        return norm_and_rotate(qk_TSF, gain_SF, rope_TP2, self.q_norm.eps), v_TKF
+
+    def attend(self, qk_TSF: Tensor, v_TKF: Tensor, packing: Packing) -> Tensor:
+        """Let each sample's tokens attend to each other, (T, H * F)."""
+        q_THF, k_TKF = qk_TSF.split(self.heads, dim=1)
+        return attention(q_THF, k_TKF, v_TKF, packing, self.kernel)
 
 
 class FeedForward(nn.Module):
@@ -91,11 +95,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD)))
+        return self.w2(swiglu(costly(self.w1, x_TD), costly(self.w3, x_TD)))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward between two norms each; if `modulated`, scaled and gated by time."""
+    """Attention and feed-forward between two norms each; if `modulated`, scaled and gated by time.
+
+    What comes before attention and what comes after it are two functions, because each can be compiled whole:
+    they do not depend on where samples end, while attention does, and is a kernel already.
+    """
+
+    compiled_parts = ("before_attention", "after_attention")
 
     def __init__(self, params: NextDiTParams, modulated: bool) -> None:
         super().__init__()
@@ -110,6 +120,30 @@ class Block(nn.Module):
         else:
             self.adaLN_modulation = None
 
+    def forward(self, x_TD: Tensor, layout: Layout, time_BE: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D)."""
+        qk_TSF, v_TKF, gains = self.before_attention(x_TD, layout.packing, layout.rope_TP2, time_BE)
+        mixed_TD = self.attention.attend(qk_TSF, v_TKF, layout.packing)
+        return self.after_attention(x_TD, mixed_TD, gains, layout.packing)
+
+    def before_attention(
+        self, x_TD: Tensor, packing: Packing, rope_TP2: Tensor, time_BE: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return queries and keys, values, and the gains of the three norms that follow attention."""
+        before, *others = self.gains(time_BE)
+        inner_TD = scaled_rms_norm(x_TD, before, packing, self.attention_norm1.eps)
+        return *self.attention.project(inner_TD, rope_TP2), others
+
+    def after_attention(
+        self, x_TD: Tensor, mixed_TD: Tensor, gains: Sequence[Tensor], packing: Packing
+    ) -> Tensor:
+        """Return the block's output from its input and from what attention made of it."""
+        after_attention, before_ffn, after_ffn = gains
+        eps = self.attention_norm1.eps
+        x_TD = normed_residual(x_TD, self.attention.out(mixed_TD), after_attention, packing, eps)
+        inner_TD = self.feed_forward(scaled_rms_norm(x_TD, before_ffn, packing, eps))
+        return normed_residual(x_TD, inner_TD, after_ffn, packing, eps)
+
     def gains(self, time_BE: Tensor | None) -> list[Tensor]:
         """Return what the four norms multiply by: fp32 (B, D), or (1, D) where the timestep has no say."""
         norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
@@ -118,15 +152,6 @@ class Block(nn.Module):
         scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(time_BE).float().chunk(4, dim=1)
         factors_BD = (1 + scale_1, gate_1.tanh(), 1 + scale_2, gate_2.tanh())
         return [norm.gain(factor_BD) for norm, factor_BD in zip(norms, factors_BD, strict=True)]
-
-    def forward(self, x_TD: Tensor, layout: Layout, time_BE: Tensor | None = None) -> Tensor:
-        """(T, D) -> (T, D)."""
-        before_attention, after_attention, before_ffn, after_ffn = self.gains(time_BE)
-        lengths, eps = layout.packing.lengths, self.attention_norm1.eps
-        inner_TD = self.attention(scaled_rms_norm(x_TD, before_attention, lengths, eps), layout)
-        x_TD = normed_residual(x_TD, inner_TD, after_attention, lengths, eps)
-        inner_TD = self.feed_forward(scaled_rms_norm(x_TD, before_ffn, lengths, eps))
-        return normed_residual(x_TD, inner_TD, after_ffn, lengths, eps)
 
 
 class FinalLayer(nn.Module):
@@ -147,18 +172,11 @@ class FinalLayer(nn.Module):
 
 
 class NextDiT(nn.Module):
-    """The network; see the module's docstring.
-
-    `gradient_checkpointing`: keep only the input of each block for backward, and compute the block again
-    there.
-    `offload_checkpoints`: keep those inputs in the computer's memory instead of the GPU's.
-    """
+    """The network; see the module's docstring. `runner` says how its blocks are run."""
 
     def __init__(self, params: NextDiTParams) -> None:
         super().__init__()
         self.params = params
-        self.gradient_checkpointing = False
-        self.offload_checkpoints = False
         self.rope = RopeTables(params.axes_dims, params.rope_theta)
         self.x_embedder = Linear(params.patch_dim, params.dim)
         self.t_embedder = TimestepEmbedder(params.time_dim, params.time_frequencies)
@@ -169,6 +187,7 @@ class NextDiT(nn.Module):
         self.context_refiner = _blocks(params, params.n_context_refiners, modulated=False)
         self.layers = _blocks(params, params.n_layers, modulated=True)
         self.final_layer = FinalLayer(params)
+        self.runner = BlockRunner(itertools.chain(self.context_refiner, self.noise_refiner, self.layers))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,7 +196,7 @@ class NextDiT(nn.Module):
 
     def use_attention(self, kernel: str) -> None:
         """Let every block use the named kernel of `library.nn.attention`."""
-        for block in itertools.chain(self.noise_refiner, self.context_refiner, self.layers):
+        for block in self.runner.blocks:
             block.attention.kernel = kernel
 
     def forward(self, x: Sequence[Tensor], t_B: Tensor, captions: Sequence[Tensor]) -> list[Tensor]:
@@ -194,7 +213,7 @@ class NextDiT(nn.Module):
         grids = [self._grid(sample) for sample in x]
         text, image, joint = self._layouts([len(caption) for caption in captions], grids, x[0].device)
         time_BE = self.t_embedder(t_B).to(self.dtype)
-        text_TD = self._run(self.context_refiner, self._embed_captions(captions), text)
+        text_TD = self._run(self.context_refiner, self._embed_captions(captions, text.packing), text)
         image_TD = self._run(self.noise_refiner, self._embed_images(x), image, time_BE)
         pairs = zip(_split(text_TD, text), _split(image_TD, image), strict=True)
         x_TD = torch.cat([tokens for pair in pairs for tokens in pair])
@@ -230,10 +249,10 @@ class NextDiT(nn.Module):
             Layout(Packing.of(joint_lengths, device), _join(ropes)),
         )
 
-    def _embed_captions(self, captions: Sequence[Tensor]) -> Tensor:
+    def _embed_captions(self, captions: Sequence[Tensor], packing: Packing) -> Tensor:
         norm, linear = self.cap_embedder
         features_TD = torch.cat([caption.to(self.dtype) for caption in captions])
-        return linear(scaled_rms_norm(features_TD, norm.gain(), (len(features_TD),), norm.eps))
+        return linear(scaled_rms_norm(features_TD, norm.gain(), packing, norm.eps))
 
     def _embed_images(self, x: Sequence[Tensor]) -> Tensor:
         patch = self.params.patch_size
@@ -248,13 +267,7 @@ class NextDiT(nn.Module):
         self, blocks: nn.ModuleList, x_TD: Tensor, layout: Layout, time_BE: Tensor | None = None
     ) -> Tensor:
         for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                if self.offload_checkpoints:
-                    x_TD = offloaded_checkpoint(block, x_TD, layout, time_BE)
-                else:
-                    x_TD = checkpoint(block, x_TD, layout, time_BE, use_reentrant=False)
-            else:
-                x_TD = block(x_TD, layout, time_BE)
+            x_TD = self.runner.run(block, x_TD, layout, time_BE)
         return x_TD
 
 
@@ -267,5 +280,5 @@ def _split(x_TD: Tensor, layout: Layout) -> Sequence[Tensor]:
 
 
 def _join(tables: Sequence[Tensor]) -> Tensor:
-    """One table for the whole batch; a single sample's is taken as it is."""
-    return tables[0] if len(tables) == 1 else torch.cat(tables)
+    """One table for the whole batch. It is no view: where one begins would be a reason to compile again."""
+    return torch.cat(tables)

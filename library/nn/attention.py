@@ -2,12 +2,14 @@
 itself alone.
 
 There is no padding and no mask. Keys and values may have fewer heads than queries (grouped queries); they
-are not repeated. Kernels:
+are not repeated, except for xFormers. Kernels:
 
-- `sdpa`: torch's scaled_dot_product_attention, one call a sample. Every device and dtype.
+- `torch`, or `sdpa`: torch's scaled_dot_product_attention, one call a sample. Every device and dtype.
 - `varlen`: torch.nn.attention.varlen, one call a batch. CUDA, bf16 or fp16.
 - `flash`: the flash-attn package, one call a batch. CUDA, bf16 or fp16.
-- `auto`: `varlen` where it can be used and the batch has several samples, else `sdpa`.
+- `xformers`: the xformers package, one call a sample. CUDA.
+- `sage`: the sageattention package, one call a sample, in 8 bits. CUDA, bf16 or fp16; has no backward pass.
+- `auto`: `varlen` where it can be used and the batch has several samples, else `torch`.
 
 Shape legend: T packed tokens, H query heads, K key/value heads, D features of a head.
 """
@@ -15,38 +17,30 @@ Shape legend: T packed tokens, H query heads, K key/value heads, D features of a
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from library.core.errors import ConfigError, MissingPackageError
+from library.nn.packing import Packing
 from library.nn.products import product_dtype
+from library.nn.recompute import cheap
+from library.nn.stand_in import device_kind
 
-KERNELS = ("auto", "sdpa", "varlen", "flash")
+KERNELS = ("auto", "torch", "sdpa", "varlen", "flash", "xformers", "sage")
 _HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Where the samples of a packed batch lie.
-
-    lengths: tokens of each sample. ends: (B + 1,) int32 on the device, 0 and each sample's end; CUDA only.
-    """
-
-    lengths: tuple[int, ...]
-    ends: Tensor | None = None
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
-        """Describe a batch; on CUDA the ends are copied without waiting for the device."""
-        if device.type != "cuda":
-            return cls(tuple(lengths))
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).pin_memory()
-        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+_PACKAGES = {  # kernel: what is imported, and what pip installs
+    "flash": ("flash_attn", "flash-attn --no-build-isolation"),
+    "xformers": ("xformers", "xformers"),
+    "sage": ("sageattention", "sageattention --no-build-isolation"),
+}
+_ONLY_HALF = ("varlen", "flash", "sage")
+_ON_META = {  # what SDPA takes on the device that the meta device stands in for
+    "cuda": torch.ops.aten._scaled_dot_product_flash_attention,
+    "cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+}
 
 
 def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -54,44 +48,52 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
 
     Raises:
         ConfigError: an unknown kernel, or one that the device or dtype does not support.
-        MissingPackageError: `flash` without the flash-attn package.
+        MissingPackageError: the package of a kernel is not installed.
     """
     if kernel not in KERNELS:
         raise ConfigError(f"There is no attention kernel '{kernel}'; choose one of {', '.join(KERNELS)}.")
-    if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
-        raise MissingPackageError("flash_attn", "Attention kernel 'flash'", "flash-attn --no-build-isolation")
-    if kernel in ("flash", "varlen") and (device.type != "cuda" or dtype not in _HALF):
+    if kernel in ("auto", "torch", "sdpa"):
+        return
+    if kernel in _PACKAGES and importlib.util.find_spec(_PACKAGES[kernel][0]) is None:
+        package, install = _PACKAGES[kernel]
+        raise MissingPackageError(package, f"Attention kernel '{kernel}'", install)
+    if device.type != "cuda":
+        raise ConfigError(f"Attention kernel '{kernel}' needs a CUDA device, not {device.type}; use 'torch'.")
+    if kernel in _ONLY_HALF and dtype not in _HALF:
+        raise ConfigError(f"Attention kernel '{kernel}' needs bf16 or fp16, not {dtype}; use 'torch'.")
+    if kernel in _ONLY_HALF and not _has_flash(device):
         raise ConfigError(
-            f"Attention kernel '{kernel}' needs a CUDA device and bf16 or fp16, not {device.type} and "
-            f"{dtype}; use 'sdpa'."
+            f"Attention kernel '{kernel}' needs a GPU of the Ampere generation or a later one, and "
+            f"{torch.cuda.get_device_name(device)} is older; use 'torch'."
         )
 
 
 def attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing, kernel: str = "auto") -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v within each sample, (T, H * D)."""
-    return _choose(q_THD, packing, kernel)(q_THD, k_TKD, v_TKD, packing).flatten(1)
+    if kernel == "auto":
+        kernel = "varlen" if _varlen_is_better(q_THD, packing) else "torch"
+    if kernel in _OF_A_BATCH:
+        return _OF_A_BATCH[kernel](q_THD, k_TKD, v_TKD, packing).flatten(1)
+    call = _OF_A_SAMPLE[kernel]
+    parts = [call(*sample) for sample in _samples(q_THD, k_TKD, v_TKD, packing)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
 
 def plain_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing) -> Tensor:
     """The formula, written out for one sample after another; returns (T, H, D). Reference for the kernels."""
-    groups = q_THD.shape[1] // k_TKD.shape[1]
     parts = []
     for q, k, v in _samples(q_THD, k_TKD, v_TKD, packing):
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        k, v = _for_every_query(q, k), _for_every_query(q, v)
         scores_HTT = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
         parts.append(torch.einsum("hqk,khd->qhd", scores_HTT.softmax(-1), v))
     return torch.cat(parts)
 
 
-_Kernel = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
-
-
-def _choose(q_THD: Tensor, packing: Packing, kernel: str) -> _Kernel:
-    if kernel == "auto":
-        # torch's varlen kernel is written for NVIDIA; a single sample is best left to SDPA's choice
-        able = q_THD.is_cuda and torch.version.cuda is not None and q_THD.dtype in _HALF
-        kernel = "varlen" if able and len(packing.lengths) > 1 and _has_flash(q_THD.device) else "sdpa"
-    return {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash}[kernel]
+def _varlen_is_better(q_THD: Tensor, packing: Packing) -> bool:
+    """torch's varlen kernel is written for NVIDIA; a single sample is best left to SDPA's choice."""
+    if device_kind(q_THD) != "cuda" or q_THD.dtype not in _HALF or len(packing.lengths) == 1:
+        return False
+    return q_THD.is_meta or (torch.version.cuda is not None and _has_flash(q_THD.device))
 
 
 def _has_flash(device: torch.device) -> bool:
@@ -99,14 +101,50 @@ def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _sdpa(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing) -> Tensor:
+def _samples(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> zip[tuple[Tensor, Tensor, Tensor]]:
+    lengths = list(packing.lengths)
+    return zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+
+
+def _for_every_query(q_THD: Tensor, x_TKD: Tensor) -> Tensor:
+    """Repeat key or value heads until there is one for each query head."""
+    return x_TKD.repeat_interleave(q_THD.shape[1] // x_TKD.shape[1], dim=1)
+
+
+# ---- kernels that take one sample: q (T, H, D), k and v (T, K, D) -> (T, H, D) ----
+
+
+def _torch(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
     dtype, grouped = product_dtype(q_THD), q_THD.shape[1] != k_TKD.shape[1]
-    parts = []
-    for sample in _samples(q_THD, k_TKD, v_TKD, packing):
-        q_1HTD, k_1KTD, v_1KTD = (x.to(dtype).transpose(0, 1).unsqueeze(0) for x in sample)
+    wide = q_THD.dtype != dtype
+    sample = (cheap(_as, x, dtype) if wide else x for x in (q_THD, k_TKD, v_TKD))
+    q_1HTD, k_1KTD, v_1KTD = (x.transpose(0, 1).unsqueeze(0) for x in sample)
+    if q_THD.is_meta:  # SDPA would take the one kernel there that keeps the table of scores
+        out_1HTD = _ON_META[device_kind(q_THD)](q_1HTD, k_1KTD, v_1KTD)[0]
+    else:
         out_1HTD = F.scaled_dot_product_attention(q_1HTD, k_1KTD, v_1KTD, enable_gqa=grouped)
-        parts.append(out_1HTD.squeeze(0).transpose(0, 1).to(q_THD.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out_1HTD.squeeze(0).transpose(0, 1).to(q_THD.dtype)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+def _xformers(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    k_THD, v_THD = _for_every_query(q_THD, k_TKD), _for_every_query(q_THD, v_TKD)
+    return memory_efficient_attention(q_THD[None], k_THD[None], v_THD[None]).squeeze(0)
+
+
+def _sage(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+    assert not q_THD.requires_grad, "SageAttention has no backward pass"
+    from sageattention import sageattn
+
+    return sageattn(q_THD[None], k_TKD[None], v_TKD[None], tensor_layout="NHD").squeeze(0)
+
+
+# ---- kernels that take a whole batch ----
 
 
 def _varlen(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing) -> Tensor:
@@ -124,6 +162,13 @@ def _flash(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing) -> Ten
     return flash_attn_varlen_func(q_THD, k_TKD, v_TKD, ends, ends, longest, longest)
 
 
-def _samples(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> zip[tuple[Tensor, Tensor, Tensor]]:
-    lengths = list(packing.lengths)
-    return zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+_OF_A_SAMPLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "torch": _torch,
+    "sdpa": _torch,
+    "xformers": _xformers,
+    "sage": _sage,
+}
+_OF_A_BATCH: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
+    "varlen": _varlen,
+    "flash": _flash,
+}

@@ -5,7 +5,7 @@ Each `plain_*` function is the reference: it says what is computed, and it is wh
 see. The function of the same name without `plain_` computes the same and keeps less for backward: its
 inputs, and whatever is one number a row. Where that is faster it is written out by hand, in fp32 inside and
 rounded once, on the CPU some rows at a time so that temporaries stay in the cache; elsewhere the plain
-function runs again in backward.
+function runs again in backward. Their results are `cheap` to make again, see `library.nn.recompute`.
 
 Norm weights enter as a `gain` that callers make with ordinary operations, so they get gradients if they
 want them.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.nn.packing import Packing, spread
+from library.nn.recompute import cheap
 from library.nn.rope import rotate
+from library.nn.stand_in import device_kind, rms_norm
 
 _BLOCK_ELEMENTS = 1 << 18  # numbers that a CPU loop takes at a time: 1 MB in fp32, part of a level-2 cache
 
@@ -73,43 +76,53 @@ class TimestepEmbedder(nn.Module):
 # ---- x / rms(x) * gain, alone or added to the residual stream ----
 
 
-def plain_scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float) -> Tensor:
+def plain_scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float) -> Tensor:
     """x / rms(x) * gain, each sample with its own row of the gain."""
-    normed_TD = F.rms_norm(x_TD, x_TD.shape[-1:], eps=eps)
+    normed_TD = rms_norm(x_TD, eps)
     gain_BD = gain_BD.to(x_TD.dtype)
     if len(gain_BD) == 1:
         return normed_TD * gain_BD
-    parts = normed_TD.split(list(lengths))
+    if torch.compiler.is_compiling():
+        return normed_TD * spread(gain_BD, packing, len(x_TD))
+    parts = normed_TD.split(list(packing.lengths))
     return torch.cat([part_TD * gain_D for part_TD, gain_D in zip(parts, gain_BD, strict=True)])
 
 
-def scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float) -> Tensor:
+def scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float) -> Tensor:
     """Return x / rms(x) * gain.
 
     Args:
         gain_BD: one row a sample, or a single row for all.
-        lengths: tokens of each sample, in order.
+        packing: which tokens are whose.
     """
-    if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _ScaledRMSNorm.apply(x_TD, gain_BD, None, tuple(lengths), eps)
-    plain = functools.partial(plain_scaled_rms_norm, lengths=lengths, eps=eps)
+    return cheap(_scaled_rms_norm, x_TD, gain_BD, packing, eps)
+
+
+def _scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float) -> Tensor:
+    if device_kind(x_TD) == "cpu" and not torch.compiler.is_compiling():
+        return _ScaledRMSNorm.apply(x_TD, gain_BD, None, packing.lengths, eps)
+    plain = functools.partial(plain_scaled_rms_norm, packing=packing, eps=eps)
     return _run_again_for_gain(plain, x_TD, gain_BD)
 
 
 def plain_normed_residual(
-    stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float
+    stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float
 ) -> Tensor:
     """stream + x / rms(x) * gain."""
-    return stream_TD + plain_scaled_rms_norm(x_TD, gain_BD, lengths, eps)
+    return stream_TD + plain_scaled_rms_norm(x_TD, gain_BD, packing, eps)
 
 
-def normed_residual(
-    stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, lengths: Sequence[int], eps: float
-) -> Tensor:
+def normed_residual(stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float) -> Tensor:
     """Return stream + x / rms(x) * gain, see `scaled_rms_norm`. A gate is a factor of the gain."""
-    if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _ScaledRMSNorm.apply(x_TD, gain_BD, stream_TD, tuple(lengths), eps)
-    plain = functools.partial(plain_normed_residual, lengths=lengths, eps=eps)
+    return cheap(_normed_residual, stream_TD, x_TD, gain_BD, packing, eps)
+
+
+def _normed_residual(
+    stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float
+) -> Tensor:
+    if device_kind(x_TD) == "cpu" and not torch.compiler.is_compiling():
+        return _ScaledRMSNorm.apply(x_TD, gain_BD, stream_TD, packing.lengths, eps)
+    plain = functools.partial(plain_normed_residual, packing=packing, eps=eps)
     return _run_again_for_gain(plain, stream_TD, x_TD, gain_BD)
 
 
@@ -128,7 +141,7 @@ class _ScaledRMSNorm(torch.autograd.Function):
         tokens, dim = x_TD.shape
         lengths = (tokens,) if len(gain_BD) == 1 else lengths
         y_TD = torch.empty_like(x_TD)
-        rstd_T1 = torch.empty(tokens, 1, dtype=wide(x_TD))
+        rstd_T1 = torch.empty(tokens, 1, dtype=wide(x_TD), device=x_TD.device)
         for rows, sample in _row_blocks(lengths, dim):
             x = x_TD[rows].to(rstd_T1.dtype)
             rstd = _reciprocal_rms(x, eps, rstd_T1[rows])
@@ -181,7 +194,9 @@ def plain_swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
 
 def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
     """Return silu(a) * b. Nothing is kept for backward but a and b, which linear layers made."""
-    return plain_swiglu(a_TF, b_TF) if torch.compiler.is_compiling() else _SwiGLU.apply(a_TF, b_TF)
+    if torch.compiler.is_compiling():
+        return plain_swiglu(a_TF, b_TF)
+    return cheap(_SwiGLU.apply, a_TF, b_TF)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -224,9 +239,11 @@ def norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor, eps: floa
         gain_HF: the norm's weight for each of these heads, fp32.
         table_TP2: cos and sin of each token and pair, see `library.nn.rope`.
     """
-    if x_THF.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-        return _NormAndRotate.apply(x_THF, gain_HF, table_TP2, eps)
-    return plain_norm_and_rotate(x_THF, gain_HF, table_TP2, eps)
+    if torch.compiler.is_compiling():
+        return plain_norm_and_rotate(x_THF, gain_HF, table_TP2, eps)
+    by_hand = device_kind(x_THF) in ("cpu", "cuda")
+    function = _NormAndRotate.apply if by_hand else plain_norm_and_rotate
+    return cheap(function, x_THF, gain_HF, table_TP2, eps)
 
 
 class _NormAndRotate(torch.autograd.Function):
@@ -328,7 +345,7 @@ def _wide_room(result: Tensor) -> Iterator[Tensor]:
         result.copy_(room)
 
 
-def _row_blocks(lengths: Sequence[int], width: int) -> Iterator[tuple[slice, int]]:
+def _row_blocks(lengths: tuple[int, ...], width: int) -> Iterator[tuple[slice, int]]:
     """Cut packed rows into blocks that end where samples end; yield the rows and the sample's index."""
     step, start = max(1, _BLOCK_ELEMENTS // width), 0
     for sample, length in enumerate(lengths):
@@ -339,7 +356,7 @@ def _row_blocks(lengths: Sequence[int], width: int) -> Iterator[tuple[slice, int
 
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Blocks of rows on the CPU; elsewhere all rows at once, because each operation is a kernel to launch."""
-    if x.device.type != "cpu":
+    if device_kind(x) != "cpu":
         yield slice(None)
     else:
         yield from (rows for rows, _ in _row_blocks((len(x),), x[0].numel() if len(x) else 1))

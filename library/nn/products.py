@@ -1,4 +1,4 @@
-"""In which dtype matrix products are computed, and a linear layer that does so.
+"""In which dtype matrix products are computed, and linear and convolution layers that do so.
 
 Many processors multiply fp32 matrices faster than bf16 ones: those without bf16 instructions, where the
 product is emulated, and those whose bf16 instructions are slow (Intel's AVX512-BF16 without AMX runs at
@@ -16,21 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.nn.stand_in import device_kind
+
 _CPU = dict(torch.cpu.get_capabilities())  # read here, where torch.compile takes it for the constant it is
 _FEWEST_ROWS = 32  # below, widening the weight costs more than the faster product wins
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which products of `x` with other matrices of its dtype are computed fastest."""
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+    if device_kind(x) != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return x.dtype
     return x.dtype if _cpu_is_fast_in(x.dtype) else torch.float32
 
 
 def layer_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies `x`: `product_dtype`, if x has enough rows."""
-    rows = x.numel() // x.shape[-1]
-    return x.dtype if rows < _FEWEST_ROWS else product_dtype(x)
+    dtype = product_dtype(x)
+    if dtype == x.dtype:  # first, so that compiled code does not depend on the number of rows for nothing
+        return dtype
+    return x.dtype if x.numel() // x.shape[-1] < _FEWEST_ROWS else dtype
 
 
 def _cpu_is_fast_in(dtype: torch.dtype) -> bool:
@@ -73,3 +77,16 @@ class _WideLinear(torch.autograd.Function):
         grad_weight = (rows.t() @ x.float().flatten(0, -2)).to(weight.dtype) if need_weight else None
         grad_bias = rows.sum(0).to(grad.dtype) if need_bias else None
         return grad_x, grad_weight, grad_bias
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` that multiplies in `product_dtype`. Input and output are in the weight's dtype."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out, H', W')."""
+        dtype = product_dtype(x_BCHW)
+        if dtype == x_BCHW.dtype:
+            return super().forward(x_BCHW)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        wide = self._conv_forward(x_BCHW.to(dtype), self.weight.to(dtype), bias)
+        return wide.to(x_BCHW.dtype)

@@ -1,25 +1,25 @@
-"""Weights from memory-mapped safetensors files into a module that was built on the meta device.
+"""Weights from safetensors files into a module that was built on the meta device.
 
-Each tensor goes from the mapped file to its device and dtype on its own, so there is never a second full copy
-in RAM; on the CPU, in the file's own dtype, it stays a view of the mapped file.
+Each tensor goes from the file to its device and dtype on its own, several at a time, so there is never a
+second full copy in RAM; on the CPU, in the file's own dtype, it stays a view of the memory-mapped file.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load
 from torch import Tensor, nn
 
-from library.core.checkpoint_files import Checkpoint
+from library.core.ahead import map_ahead
+from library.core.checkpoint_files import Checkpoint, TensorInfo
 from library.core.errors import CheckpointError
+from library.core.log import logger
 from library.core.suggest import did_you_mean
+from library.nn.quant import QuantLinear, quant_layers
+from library.nn.tensor_reader import READERS, TensorReader, joined_shape
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class Source:
     names: tuple[str, ...]
 
 
+_log = logger("weights")
+
 DtypeRule = Callable[[str], torch.dtype | None]
+DeviceRule = Callable[[str], torch.device]
 
 
 def load_module(
@@ -38,33 +41,70 @@ def load_module(
     checkpoint: Checkpoint,
     sources: Mapping[str, Source],
     *,
-    device: torch.device,
+    device: DeviceRule | torch.device,
     dtype: DtypeRule | torch.dtype | None = None,
     mmap: bool = True,
+    quantise_on: torch.device | str | None = None,
 ) -> None:
     """Fill every parameter and buffer of `module` (on meta) from `checkpoint`.
 
+    Quantised layers are filled with what the checkpoint has stored for them, or their weight is quantised.
+
     Args:
-        sources: for each parameter name of the module, where it comes from.
+        sources: for each parameter name of the module, where it comes from; of a quantised layer, for
+            its weight if that is yet to be quantised.
+        device: where the weights go, or a rule from parameter name to device.
         dtype: target dtype, or a rule from parameter name to dtype; None keeps the file's dtype.
-        mmap: map the files into memory; else read them, which some network disks are faster at.
+        mmap: map the files into memory where nothing needs converting; else read them, which some network
+            disks are faster at.
+        quantise_on: where the weights of quantised layers are quantised; None: where they go.
 
     Raises:
         CheckpointError: a parameter without a source, a tensor missing from the file, or a shape that
         differs.
     """
-    targets = dict(module.state_dict(keep_vars=True))
+    quantised = {name: layer for name, layer in quant_layers(module).items() if name in sources}
+    targets = _targets(module, quantised)
+    errors: dict[str, float] = {}
     check_complete(checkpoint, targets, sources)
-    with _TensorReader(mmap) as reader:
-        for name, target in targets.items():
-            tensor = _as_convolution(reader.read(checkpoint, sources[name]), target)
-            if tensor.shape != target.shape:
-                raise CheckpointError(
-                    f"{checkpoint.path}: '{' + '.join(sources[name].names)}' has shape "
-                    f"{tuple(tensor.shape)}, but the model needs {tuple(target.shape)}."
-                )
-            wanted = dtype(name) if callable(dtype) else dtype
-            _assign(module, name, tensor.to(device=device, dtype=wanted or tensor.dtype))
+    for name, target in targets.items():
+        _check_shape(checkpoint, sources[name], target)
+
+    def place_of(name: str) -> torch.device:
+        return device if isinstance(device, torch.device) else device(name)
+
+    def read(name: str) -> Tensor:
+        parts = [checkpoint.tensors[part] for part in sources[name].names]
+        if name in quantised:
+            return reader.read(parts, device=torch.device(quantise_on or place_of(name)), mapped=False)
+        wanted = dtype(name) if callable(dtype) else dtype
+        return reader.read(parts, device=place_of(name), dtype=wanted)
+
+    tensors = map_ahead(read, targets, threads=READERS, ahead=2 * READERS)
+    with TensorReader(checkpoint.files, mmap=mmap) as reader, closing(tensors):
+        for (name, target), tensor in zip(targets.items(), tensors, strict=True):
+            if name in quantised:
+                errors[name] = quantised[name].quantise(tensor, place_of(name))
+            else:
+                _assign(module, name, tensor.view(target.shape))
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        mean = sum(errors.values()) / len(errors)
+        _log.info(
+            "quantised %d layers; relative error of their weights %.2f %%, at most %.2f %% (%s)",
+            *(len(errors), 100 * mean, 100 * errors[worst], worst),
+        )
+
+
+def _targets(module: nn.Module, quantised: Mapping[str, QuantLinear]) -> dict[str, Tensor]:
+    """Return what is to be filled, by name: parameters, buffers, and the weights that are quantised here."""
+    stored = {id(tensor) for layer in quantised.values() for tensor in layer.stored}
+    targets = {
+        name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if id(tensor) not in stored
+    }
+    for name, layer in quantised.items():
+        targets[name] = torch.empty(layer.out_features, layer.in_features, device="meta")
+    return targets
 
 
 def check_complete(checkpoint: Checkpoint, targets: Iterable[str], sources: Mapping[str, Source]) -> None:
@@ -79,66 +119,14 @@ def check_complete(checkpoint: Checkpoint, targets: Iterable[str], sources: Mapp
         )
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read one tensor on the CPU, in the file's dtype."""
-    with _TensorReader() as reader:
-        return reader.read(checkpoint, Source((name,)))
-
-
-class _TensorReader:
-    """Keeps each file of a checkpoint open while tensors are read from it, memory-mapped or not."""
-
-    def __init__(self, mmap: bool = True) -> None:
-        self._mmap = mmap
-        self._stack = ExitStack()
-        self._open: dict[Path, safe_open | _PlainFile] = {}
-
-    def __enter__(self) -> _TensorReader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def read(self, checkpoint: Checkpoint, source: Source) -> Tensor:
-        parts = [self._read_one(checkpoint, name) for name in source.names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
-
-    def _read_one(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        info = checkpoint.tensors[name]
-        if info.file not in self._open:
-            mapped = self._mmap and safe_open(info.file, framework="pt", device="cpu")
-            self._open[info.file] = self._stack.enter_context(mapped or _PlainFile(info.file))
-        return self._open[info.file].get_tensor(info.name)
-
-
-class _PlainFile:
-    """A safetensors file whose tensors are read one by one, with ordinary reads."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")
-        length = int.from_bytes(self._file.read(8), "little")
-        self._header = json.loads(self._file.read(length))
-        self._start = 8 + length
-
-    def __enter__(self) -> _PlainFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
-
-    def get_tensor(self, name: str) -> Tensor:
-        """Read one tensor, as a file of its own: the package knows about dtypes, and this class does not."""
-        entry = self._header[name]
-        begin, end = entry["data_offsets"]
-        header = json.dumps({name: entry | {"data_offsets": [0, end - begin]}}).encode()
-        self._file.seek(self._start + begin)
-        return load(len(header).to_bytes(8, "little") + header + self._file.read(end - begin))[name]
-
-
-def _as_convolution(tensor: Tensor, target: Tensor) -> Tensor:
-    """Give a matrix the two trailing ones of a 1x1 convolution where the target is one."""
-    is_matrix_of = tensor.ndim == 2 and target.ndim == 4 and target.shape[2:] == (1, 1)
-    return tensor[:, :, None, None] if is_matrix_of else tensor
+def _check_shape(checkpoint: Checkpoint, source: Source, target: Tensor) -> None:
+    """Raise CheckpointError unless the source has the target's shape; a matrix does for a 1x1 convolution."""
+    shape, wanted = joined_shape([checkpoint.tensors[name] for name in source.names]), tuple(target.shape)
+    if wanted not in (shape, (*shape, 1, 1)):
+        raise CheckpointError(
+            f"{checkpoint.path}: '{' + '.join(source.names)}' has shape {shape}, but the model needs "
+            f"{wanted}."
+        )
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

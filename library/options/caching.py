@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -84,22 +85,25 @@ class CachingOptions(LatentPassOptions, TextPassOptions):
     def __post_init__(self) -> None:
         LatentPassOptions.__post_init__(self)
         TextPassOptions.__post_init__(self)
-        if not self.latents:
-            self._refuse_changed(("vae_batch_size",), "--cache_latents")
         if not self.texts:
-            self._refuse_changed(
-                ("text_encoder_batch_size", "max_caption_variants"), "--cache_text_encoder_outputs"
-            )
-        to_disk = self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk
-        if self.skip_cache_check and not to_disk:
-            raise ConfigError(
-                "--skip_cache_check has no effect without --cache_latents_to_disk or "
-                "--cache_text_encoder_outputs_to_disk."
-            )
+            self._refuse_changed(("max_caption_variants",), "--cache_text_encoder_outputs")
         if not (self.latents or self.texts):
             self._refuse_changed(
                 ("cache_directory", "cache_dtype"), "--cache_latents or --cache_text_encoder_outputs"
             )
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag of a pass that is not made."""
+        yield from super().adjustments()
+        if not self.latents:
+            reason = "it is about filling the latent cache, and --cache_latents is not given"
+            yield from self.without_effect(("vae_batch_size",), reason)
+        if not self.texts:
+            reason = "it is about filling the text cache, and --cache_text_encoder_outputs is not given"
+            yield from self.without_effect(("text_encoder_batch_size",), reason)
+        if not (self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk):
+            reason = "no cache is kept on disk (--cache_latents_to_disk, ..._outputs_to_disk)"
+            yield from self.without_effect(("skip_cache_check",), reason)
 
     def _refuse_changed(self, names: tuple[str, ...], needed: str) -> None:
         for field in fields(self):

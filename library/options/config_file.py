@@ -37,7 +37,7 @@ def config_text(options: object) -> str:
     """Return a script's options as a TOML file that gives the same options when it is read again.
 
     Paths become absolute, so that the file can be used from every folder. What is not `saved` (see `option`)
-    and what is refused is left out.
+    and what cannot be used or has no effect here is left out.
     """
     sections = {name: _section(getattr(options, name)) for name in (f.name for f in fields(options))}
     return dump_toml({name: section for name, section in sections.items() if section})
@@ -66,7 +66,7 @@ def _words(key: str, value: object, action: argparse.Action) -> list[str]:
 
 
 def _section(group: Any) -> dict[str, object]:
-    kept = [f for f in fields(group) if f.metadata["saved"] and f.metadata["refusal"] is None]
+    kept = [f for f in fields(group) if f.metadata["saved"]]
     written = {f.name: _written(f, getattr(group, f.name)) for f in kept}
     return {name: value for name, value in written.items() if value is not None}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.errors import ConfigError
@@ -54,6 +55,7 @@ class DatasetOptions(OptionGroup):
     train_batch_size: int = option(1, "pictures in a batch of one process")
     dataset_repeats: int = option(1, "how often each picture is used in an epoch (num_repeats)")
     validation_split: float = option(0.0, "share of the pictures held out for validation, 0 to 1")
+    validation_count: int = option(0, "how many different pictures of each dataset are held out instead")
     validation_seed: int | None = option(None, "chooses another set of held-out pictures")
 
     enable_bucket: bool = option(False, "sort pictures into buckets by their proportions")
@@ -99,24 +101,24 @@ class DatasetOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         self._require_one_source()
-        if self.conditioning_data_dir and not self.masked_loss:
+        if self.conditioning_data_dir and not self.masked_loss and not self.dataset_config:
             raise ConfigError("--conditioning_data_dir has no effect without --masked_loss; add it.")
 
     def _require_one_source(self) -> None:
-        given = {f.name for f in fields(self) if getattr(self, f.name) is not None}
         if self.dataset_config:
-            folders = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
-            for name in folders:
-                if name in given:
-                    raise ConfigError(
-                        f"--{name} and --dataset_config cannot go together: name the folders either on the "
-                        f"command line or in {self.dataset_config}."
-                    )
-        elif self.in_json:
+            return
+        if self.in_json:
             for name in ("reg_data_dir", "conditioning_data_dir"):
-                if name in given:
+                if getattr(self, name) is not None:
                     raise ConfigError(f"--{name} cannot go with --in_json; leave out one of them.")
         elif not self.train_data_dir:
             raise ConfigError("no dataset is given: name --dataset_config, --train_data_dir or --in_json.")
-        elif self.dataset_repeats != 1:
-            raise ConfigError("--dataset_repeats has no effect here: the folders' names tell the repeats.")
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag that another place decides."""
+        yield from super().adjustments()
+        if self.dataset_config:
+            folders = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+            yield from self.without_effect(folders, f"--dataset_config {self.dataset_config} names the data")
+        elif not self.in_json:
+            yield from self.without_effect(("dataset_repeats",), "the folders' names tell the repeats")

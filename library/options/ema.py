@@ -37,7 +37,8 @@ class EmaOptions(OptionGroup):
 
     def check_samples(self, sampling: SampleOptions) -> None:
         """Raise ConfigError if the average should draw sample pictures and none are asked for."""
-        if self.ema_sample != "raw" and sampling.sample_prompts is None:
+        if self.ema_sample != "raw" and not sampling.scheduled:
             raise ConfigError(
-                f"--ema_sample {self.ema_sample} has no sample pictures to draw: add --sample_prompts."
+                f"--ema_sample {self.ema_sample} has no sample pictures to draw: add --sample_prompts, and "
+                "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first."
             )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -50,7 +50,7 @@ def option(
     meant for one start only.
     """
     metadata = {"help": help, "choices": choices, "nargs": nargs, "parse": parse, "metavar": metavar}
-    metadata |= {"aliases": tuple(aliases), "saved": saved, "refusal": None}
+    metadata |= {"aliases": tuple(aliases), "saved": saved, "refusal": None, "inert": None}
     return field(metadata=metadata) if default is REQUIRED else field(default=default, metadata=metadata)
 
 
@@ -60,9 +60,22 @@ def refused(reason: str, *, default: Any = None, harmless: Sequence[Any] = ()) -
     It is accepted at its default and at `harmless` values, with which it asks for nothing; anything else is a
     ConfigError with the `reason`, which ends with the way out. `--help` leaves it out.
     """
-    refusal = Refusal(reason, (default, *harmless))
+    return _foreign(default, refusal=Refusal(reason, (default, *harmless)))
+
+
+def inert(reason: str, *, default: Any = None) -> Any:
+    """Declare a flag of another tool that asks for nothing that could change a result here.
+
+    It is accepted, and `OptionGroup.adjustments` tells that it has no effect, because of `reason`. `--help`
+    leaves it out.
+    """
+    return _foreign(default, inert=reason)
+
+
+def _foreign(default: Any, *, refusal: Refusal | None = None, inert: str | None = None) -> Any:
     metadata = {"help": argparse.SUPPRESS, "choices": None, "nargs": None, "parse": None, "metavar": None}
-    return field(default=default, metadata=metadata | {"aliases": (), "saved": False, "refusal": refusal})
+    metadata |= {"aliases": (), "saved": False, "refusal": refusal, "inert": inert}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,27 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionGroup:
-    """Base of all groups. A subclass raises ConfigError in `__post_init__` for values that cannot be."""
+    """Base of all groups. A subclass raises ConfigError in `__post_init__` for values that cannot be.
+
+    A flag that a script brings along from sd-scripts and that does nothing here must not stop it: it belongs
+    into `adjustments`. What would train something else than the words say stays an error.
+    """
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag that is given but has no effect, with the reason.
+
+        A subclass that knows more of them yields them too; `without_effect` words them.
+        """
+        for f in fields(self):
+            if f.metadata["inert"] is not None:
+                yield from self.without_effect((f.name,), f.metadata["inert"])
+
+    def without_effect(self, names: Iterable[str], reason: str) -> Iterator[str]:
+        """Yield the sentence of those flags of `names` that have another value than their default."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                yield f"--{name} has no effect: {reason}"
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 from library.core.errors import ConfigError
 from library.options.group import OptionGroup, option
+
+_NOT_ONLY_UPLOADS = ("huggingface_repo_id", "huggingface_token", "resume_from_huggingface")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +48,17 @@ class HubOptions(OptionGroup):
                 f"--huggingface_repo_id '{self.huggingface_repo_id}' is not the name of a repository, "
                 f"which is owner/name in letters, digits, '-', '_' and '.'."
             )
-        if self.huggingface_repo_id is None:
-            for name in ("async_upload", "save_state_to_huggingface", "huggingface_path_in_repo"):
-                if getattr(self, name):
-                    raise ConfigError(f"--{name} has nowhere to upload to: add --huggingface_repo_id.")
         if ".." in self.huggingface_path_in_repo.split("/"):
             raise ConfigError(
                 f"--huggingface_path_in_repo '{self.huggingface_path_in_repo}' leads out of the repository."
             )
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag about uploads if nothing is uploaded."""
+        yield from super().adjustments()
+        if self.huggingface_repo_id is None:
+            names = [f.name for f in fields(self) if f.name not in _NOT_ONLY_UPLOADS]
+            yield from self.without_effect(names, "nothing is uploaded (--huggingface_repo_id)")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.errors import ConfigError
+from library.options.attention import AttentionOptions
 from library.options.group import REQUIRED, OptionGroup, option
 from library.options.model import DEFAULT_TOKEN_LIMIT
+from library.options.quant import QuantOptions
 from library.options.request import SAMPLERS, ImageRequest
 
 DEFAULT_PROMPT = "A beautiful sunset over the mountains"
@@ -62,7 +64,6 @@ class InferenceModelOptions(OptionGroup):
     ae_dtype: str = option("bf16", "precision of the autoencoder", choices=DTYPES)
     device: str | None = option(None, "device such as cuda, cuda:1, mps or cpu; default: the best there is")
     offload: bool = option(False, "keep each model on the device only while it is used")
-    use_flash_attn: bool = option(False, "use the flash-attn package (requirements-gpu.txt) for attention")
     lora_weights: tuple[LoraWeight, ...] = option(
         (),
         "LoRA files, each as path or path;multiplier",
@@ -148,6 +149,8 @@ class LuminaInferenceOptions:
     """All options of lumina_minimal_inference.py."""
 
     models: InferenceModelOptions
+    attention: AttentionOptions
+    quant: QuantOptions
     picture: PictureOptions
     run: InferenceRunOptions
 

@@ -1,40 +1,33 @@
-"""Flags of sd-scripts that cannot be used with a flow-matching transformer, or not yet: each says why.
+"""Flags of sd-scripts that mean nothing to a flow-matching transformer, or cannot be used yet: each says why.
 
 They are declared so that a command line which was written for sd-scripts is answered with a reason and a way
-out, and never with silence.
+out, and never with silence. `refused` are those without which something else would be trained than they ask
+for; `inert` are those that ask for nothing but speed, memory or a wrapper that is not here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.options.group import OptionGroup, refused
+from library.core.launch import NO_DEEPSPEED
+from library.options.group import OptionGroup, inert, refused
 
 _LEAVE_OUT = "leave it out"
 _NO_SNR = (
     "it weighs the loss of models that predict noise by their signal-to-noise ratio, and a flow-matching "
     "model predicts a velocity; --weighting_scheme and --timestep_sampling do that job here"
 )
-_NO_FP8 = (
-    "keeping the base model in 8 bits is not built yet; bf16 (--mixed_precision bf16) with "
-    "--gradient_checkpointing and cached text outputs is what needs least memory"
-)
-_NO_COMPILE = f"compiling the model is not built yet; {_LEAVE_OUT}"
 _NO_DDP = (
-    "the model is not wrapped in DistributedDataParallel: the few gradients of the network are summed after "
-    f"each step; {_LEAVE_OUT}"
-)
-_NO_DEEPSPEED = (
-    "DeepSpeed is not used: it shards optimizer states, and those of a LoRA are small; leave it out and "
-    "start several processes with `accelerate launch --num_processes N`"
+    "the model is not wrapped in DistributedDataParallel; the few gradients of the network are summed after "
+    "each step"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LegacyOptions(OptionGroup):
-    """Flags of sd-scripts that cannot be used.
+    """Flags of sd-scripts that cannot be used, or have no effect.
 
-    A command line that has one of them is answered with the reason and with what to use instead;
+    A command line that has one of them is told the reason, and where it matters what to use instead;
     docs/flags.md has the list.
     """
 
@@ -68,37 +61,15 @@ class LegacyOptions(OptionGroup):
         default=False,
     )
 
-    use_sage_attn: bool = refused(
-        "SageAttention has no backward pass, so nothing could be trained through it; use --use_flash_attn",
-        default=False,
-    )
-    xformers: bool = refused(
-        "xFormers is not used; torch's own attention has kernels of the same kind and is chosen without a "
-        "flag (--sdpa insists on it); --use_flash_attn takes the flash-attn package",
-        default=False,
-    )
-    mem_eff_attn: bool = refused(
-        f"attention never builds the full table of scores here, so memory is saved already; {_LEAVE_OUT}, or "
-        "use --use_flash_attn",
-        default=False,
-    )
-    torch_compile: bool = refused(_NO_COMPILE, default=False)
-    dynamo_backend: str = refused(_NO_COMPILE, default="inductor", harmless=("no", "NO"))
-    blocks_to_swap: int | None = refused(
-        "moving blocks between CPU and GPU is not built yet; --gradient_checkpointing, "
-        "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk save memory",
-        harmless=(0,),
-    )
-    fp8_base: bool = refused(_NO_FP8, default=False)
-    fp8_base_unet: bool = refused(_NO_FP8, default=False)
     full_fp16: bool = refused(
-        "fp16 cannot hold the updates of a network, which then stops learning or becomes NaN; --full_bf16 "
-        "does that in bf16, and saves a few megabytes",
+        "in fp16 the squares that AdamW keeps of small gradients become 0, and the weights infinite in a few "
+        "steps; leave it out (--mixed_precision fp16 keeps the network in fp32, a few megabytes more), or "
+        "use --full_bf16 with --mixed_precision bf16",
         default=False,
     )
-    fused_backward_pass: bool = refused(
-        f"it updates weights while gradients are still computed, to save the memory of a whole model's "
-        f"gradients; those of a LoRA are small, and clipping needs them together; {_LEAVE_OUT}",
+    fused_backward_pass: bool = inert(
+        "it saves the memory of a whole model's gradients; those of a network are small, and clipping needs "
+        "them together",
         default=False,
     )
 
@@ -107,15 +78,15 @@ class LegacyOptions(OptionGroup):
         "cannot do; describe the data with --dataset_config",
         harmless=("",),
     )
-    ddp_gradient_as_bucket_view: bool = refused(_NO_DDP, default=False)
-    ddp_static_graph: bool = refused(_NO_DDP, default=False)
+    ddp_gradient_as_bucket_view: bool = inert(_NO_DDP, default=False)
+    ddp_static_graph: bool = inert(_NO_DDP, default=False)
 
-    deepspeed: bool = refused(_NO_DEEPSPEED, default=False)
-    zero_stage: int = refused(_NO_DEEPSPEED, default=2)
-    offload_optimizer_device: str | None = refused(_NO_DEEPSPEED, harmless=("none",))
-    offload_optimizer_nvme_path: str | None = refused(_NO_DEEPSPEED)
-    offload_param_device: str | None = refused(_NO_DEEPSPEED, harmless=("none",))
-    offload_param_nvme_path: str | None = refused(_NO_DEEPSPEED)
-    zero3_init_flag: bool = refused(_NO_DEEPSPEED, default=False)
-    zero3_save_16bit_model: bool = refused(_NO_DEEPSPEED, default=False)
-    fp16_master_weights_and_gradients: bool = refused(_NO_DEEPSPEED, default=False)
+    deepspeed: bool = refused(NO_DEEPSPEED, default=False)
+    zero_stage: int = refused(NO_DEEPSPEED, default=2)
+    offload_optimizer_device: str | None = refused(NO_DEEPSPEED, harmless=("none",))
+    offload_optimizer_nvme_path: str | None = refused(NO_DEEPSPEED)
+    offload_param_device: str | None = refused(NO_DEEPSPEED, harmless=("none",))
+    offload_param_nvme_path: str | None = refused(NO_DEEPSPEED)
+    zero3_init_flag: bool = refused(NO_DEEPSPEED, default=False)
+    zero3_save_16bit_model: bool = refused(NO_DEEPSPEED, default=False)
+    fp16_master_weights_and_gradients: bool = refused(NO_DEEPSPEED, default=False)

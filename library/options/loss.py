@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from library.core.errors import ConfigError
 from library.options.group import OptionGroup, option
@@ -28,10 +29,10 @@ class LossOptions(OptionGroup):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"--{name} is {value}; it must be above 0.")
-        if self.loss_type in ("huber", "smooth_l1"):
-            return
-        for f in fields(self):
-            if f.name.startswith("huber_") and getattr(self, f.name) != f.default:
-                raise ConfigError(
-                    f"--{f.name} has no effect on --loss_type {self.loss_type}; use huber or smooth_l1."
-                )
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag of a Huber loss if that is not the loss."""
+        yield from super().adjustments()
+        if self.loss_type not in ("huber", "smooth_l1"):
+            names = ("huber_schedule", "huber_c", "huber_scale")
+            yield from self.without_effect(names, f"--loss_type is {self.loss_type}, not huber or smooth_l1")

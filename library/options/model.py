@@ -18,22 +18,9 @@ class TransformerOptions(OptionGroup):
     pretrained_model_name_or_path: Path = option(
         REQUIRED, "the DiT: a .safetensors file, an index, or a folder"
     )
-    use_flash_attn: bool = option(False, "use the flash-attn package (requirements-gpu.txt) for attention")
     disable_mmap_load_safetensors: bool = option(
         False, "read the DiT's file instead of mapping it into memory; faster on some network disks"
     )
-    sdpa: bool = option(
-        False, "use torch's scaled_dot_product_attention always (default: its choice of that and others)"
-    )
-
-    def __post_init__(self) -> None:
-        if self.sdpa and self.use_flash_attn:
-            raise ConfigError("--sdpa and --use_flash_attn are two kinds of attention; choose one.")
-
-    @property
-    def attention(self) -> str:
-        """The kernel of `library.nn.attention` that the flags ask for."""
-        return "flash" if self.use_flash_attn else "sdpa" if self.sdpa else "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,5 +61,4 @@ class LuminaModelOptions(AutoencoderOptions, TextEncoderOptions, TransformerOpti
     """
 
     def __post_init__(self) -> None:
-        TransformerOptions.__post_init__(self)
         TextEncoderOptions.__post_init__(self)

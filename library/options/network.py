@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,23 +19,24 @@ class NetworkOptions(OptionGroup):
     The small network (LoRA) that is trained while the model stays as it is.
     """
 
-    network_module: str = option(REQUIRED, "module of the network, for instance networks.lora_lumina")
+    network_module: str = option(REQUIRED, "kind of the network: networks.lora_lumina, or lycoris.kohya (docs/lycoris.md)")
     network_dim: int = option(4, "rank of the LoRA: how much it can hold, and how large its file is")
     network_alpha: float = option(1.0, "strength: the LoRA is scaled by alpha / rank; 0 means the rank")
     network_dropout: float | None = option(None, "probability of dropping a hidden feature of the LoRA")
     network_args: tuple[str, ...] = option(
         (), "more settings of the network module, as key=value", nargs="*", metavar="KEY=VALUE"
     )
-    network_weights: Path | None = option(None, "start from this LoRA file, of the same ranks and alpha")
-    dim_from_weights: bool = option(False, "take layers, ranks and alphas from --network_weights")
+    network_weights: Path | None = option(None, "start from this LoRA file, of the same ranks, alpha and kind")
+    dim_from_weights: bool = option(False, "take layers, ranks, alphas and kind from --network_weights")
     base_weights: tuple[Path, ...] = option(
-        (), "LoRA files that are merged into the model before training", nargs="*", parse=Path, metavar="PATH"
+        (), "LoRA files that are merged into the models before training", nargs="*", parse=Path, metavar="PATH"
     )
     base_weights_multiplier: tuple[float, ...] = option(
         (), "strengths of --base_weights, 1 where there are fewer", nargs="*", parse=float, metavar="NUMBER"
     )
     scale_weight_norms: float | None = option(
-        None, "after each step, scale down LoRAs whose norm is above this (max-norm; 1 is a good start)"
+        None,
+        "after each step, scale down LoRAs whose norm is above this (max-norm; 1 is a good start); 0: none",
     )
     network_train_unet_only: bool = option(
         False, "train a LoRA on the DiT and none on the text encoder, which is what happens without it too"
@@ -58,8 +60,8 @@ class NetworkOptions(OptionGroup):
             raise ConfigError(f"--network_alpha is {self.network_alpha}; it must be 0 or more.")
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             raise ConfigError(f"--network_dropout is {self.network_dropout}; it must be from 0 to below 1.")
-        if self.scale_weight_norms is not None and not 0 < self.scale_weight_norms < float("inf"):
-            raise ConfigError(f"--scale_weight_norms is {self.scale_weight_norms}; it must be above 0.")
+        if self.scale_weight_norms is not None and not 0 <= self.scale_weight_norms < float("inf"):
+            raise ConfigError(f"--scale_weight_norms is {self.scale_weight_norms}; it must be 0 or more.")
         self._check_files()
         self._check_text_encoder()
         self.args_by_key()
@@ -73,25 +75,38 @@ class NetworkOptions(OptionGroup):
     def trains_text_encoder(self) -> bool:
         """Whether the text encoder gets a LoRA."""
         asked = self.network_train_text_encoder or self.network_train_text_encoder_only
-        return asked or any(self.text_encoder_lr)
+        return asked or (not self.network_train_unet_only and any(self.text_encoder_lr[:1]))
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag that another one overrules or leaves without work."""
+        yield from super().adjustments()
+        if self.dim_from_weights:
+            names = ("network_dim", "network_alpha")
+            yield from self.without_effect(names, "--dim_from_weights takes it from --network_weights")
+        if self.network_train_unet_only:
+            reason = "--network_train_unet_only leaves the text encoder as it is"
+            yield from self.without_effect(("text_encoder_lr",), reason)
+        elif len(self.text_encoder_lr) > 1:
+            others = " ".join(map(str, self.text_encoder_lr[1:]))
+            yield (
+                f"--text_encoder_lr {others} has no effect: there is one text encoder, and the first rate is "
+                "its rate"
+            )
 
     def _check_text_encoder(self) -> None:
         """Raise ConfigError for options about what is trained that do not go together."""
         rates = self.text_encoder_lr
-        if len(rates) > 1:
-            raise ConfigError(f"--text_encoder_lr gives {len(rates)} rates, but there is one text encoder.")
         if not all(0 <= rate < math.inf for rate in rates):
-            raise ConfigError(f"--text_encoder_lr is {rates[0]}; it must be 0 or more.")
+            raise ConfigError(f"--text_encoder_lr is {' '.join(map(str, rates))}; it must be 0 or more.")
         asking = [
             name
             for name in ("network_train_text_encoder", "network_train_text_encoder_only")
             if getattr(self, name)
         ]
-        if asking and 0 in rates:
+        if asking and 0 in rates[:1]:
             raise ConfigError(f"--{asking[0]} and --text_encoder_lr 0 contradict each other.")
-        if self.network_train_unet_only and self.trains_text_encoder:
-            also = asking[0] if asking else "text_encoder_lr above 0"
-            raise ConfigError(f"--network_train_unet_only and --{also} contradict each other.")
+        if self.network_train_unet_only and asking:
+            raise ConfigError(f"--network_train_unet_only and --{asking[0]} contradict each other.")
 
     def check_caches(self, caching: CachingOptions) -> None:
         """Raise ConfigError if the text encoder is trained, but what it says is kept in a cache."""
@@ -106,9 +121,6 @@ class NetworkOptions(OptionGroup):
         """Raise ConfigError for options about files that do not go together."""
         if self.dim_from_weights and self.network_weights is None:
             raise ConfigError("--dim_from_weights needs --network_weights, whose ranks it takes.")
-        for name in ("network_dim", "network_alpha"):
-            if self.dim_from_weights and getattr(self, name) != getattr(NetworkOptions, name):
-                raise ConfigError(f"--dim_from_weights and --{name} both say it; give one of them.")
         weights, multipliers = self.base_weights, self.base_weights_multiplier
         if len(multipliers) > len(weights):
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
@@ -42,16 +43,18 @@ class NoiseOptions(OptionGroup):
         self._check_ranges()
         if self.noise_offset is None and self.adaptive_noise_scale:
             raise ConfigError("--adaptive_noise_scale adds to --noise_offset; give that too (0 is possible).")
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag about noise that is not added."""
+        yield from super().adjustments()
         needs = {
             "noise_offset_random_strength": "noise_offset",
             "ip_noise_gamma_random_strength": "ip_noise_gamma",
+            "multires_noise_discount": "multires_noise_iterations",
         }
         for name, needed in needs.items():
-            if getattr(self, name) and not getattr(self, needed):
-                raise ConfigError(f"--{name} has no effect without --{needed}; add that or leave it out.")
-        default = type(self).multires_noise_discount
-        if self.multires_noise_discount != default and not self.multires_noise_iterations:
-            raise ConfigError("--multires_noise_discount has no effect without --multires_noise_iterations.")
+            if not getattr(self, needed):
+                yield from self.without_effect((name,), f"--{needed} is not given, or is 0")
 
     def _check_ranges(self) -> None:
         for name in ("noise_offset", "ip_noise_gamma", "multires_noise_iterations"):

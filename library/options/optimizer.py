@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import math
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from library.core.errors import ConfigError
@@ -202,42 +202,56 @@ class OptimizerOptions(OptionGroup):
             )
         return tuple(zip(factors, [*steps, None], strict=True))
 
-    def _check_scheduler(self) -> None:
-        """Raise ConfigError for a scheduler setting that cannot be, or that the scheduler does not know."""
-        self._check_one_scheduler()
-        self.scheduler_settings()
-        name, used = f"--lr_scheduler {self.lr_scheduler}", SCHEDULERS[self.lr_scheduler]
-        if self.lr_scheduler_type:
-            name, used = f"--lr_scheduler_type {self.lr_scheduler_type}", frozenset({"lr_scheduler_args"})
-        for flag in sorted(frozenset().union(*SCHEDULERS.values()) - used):
-            if getattr(self, flag) != getattr(OptimizerOptions, flag):
-                users = ", ".join(other for other, flags in SCHEDULERS.items() if flag in flags)
-                raise ConfigError(f"--{flag} means nothing to {name}; it is for {users}.")
-        self._check_scheduler_values(self.lr_scheduler)
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag of the learning rate that has no part in it."""
+        yield from super().adjustments()
+        yield from self.without_effect(*self._unread())
 
-    def _check_one_scheduler(self) -> None:
-        """Raise ConfigError for two schedulers at once."""
+    def in_effect(self) -> OptimizerOptions:
+        """Return the options without those flags of the learning rate that have no part in it."""
+        names, _ = self._unread()
+        return replace(self, **{name: getattr(OptimizerOptions, name) for name in names})
+
+    def _unread(self) -> tuple[list[str], str]:
+        """Name the flags of the schedule that nothing reads, and why, as sd-scripts leaves them out too."""
+        settings = sorted(frozenset().union(*SCHEDULERS.values()))
+        if self.relative_step:
+            chosen = [] if self.lr_scheduler == "adafactor" else ["lr_scheduler"]
+            return ["unet_lr", *chosen, "lr_scheduler_type", *settings], (
+                "Adafactor finds its rate by relative steps. For a rate and schedule of your own give "
+                "--optimizer_args relative_step=False scale_parameter=False"
+            )
         if self.lr_scheduler_type:
-            if self.lr_scheduler != "constant":
-                raise ConfigError(
-                    f"--lr_scheduler {self.lr_scheduler} and --lr_scheduler_type {self.lr_scheduler_type} "
-                    "are two schedulers; keep one of them."
-                )
-            root, dot, _ = self.lr_scheduler_type.partition(".")
-            require_package(root if dot else "torch", f"--lr_scheduler_type {self.lr_scheduler_type}")
+            names = ["lr_scheduler", *(name for name in settings if name != "lr_scheduler_args")]
+            return names, f"--lr_scheduler_type {self.lr_scheduler_type} makes the whole schedule"
+        used = SCHEDULERS[self.lr_scheduler]
+        return [name for name in settings if name not in used], f"--lr_scheduler {self.lr_scheduler} has none"
+
+    def _check_scheduler(self) -> None:
+        """Raise ConfigError for a scheduler setting that cannot be, or was meant for another one."""
+        self.scheduler_settings()
         if self.lr_scheduler == "adafactor" and not self.relative_step:
             raise ConfigError(
                 "--lr_scheduler adafactor leaves the rate to Adafactor's relative steps: it needs "
                 "--optimizer_type Adafactor, without relative_step=False."
             )
-        if self.relative_step and (
-            self.lr_scheduler_type or self.lr_scheduler not in ("constant", "adafactor")
-        ):
+        if self.relative_step:
+            return
+        if self.lr_scheduler_type:
+            root, dot, _ = self.lr_scheduler_type.partition(".")
+            require_package(root if dot else "torch", f"--lr_scheduler_type {self.lr_scheduler_type}")
+            return
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ConfigError(
-                f"--lr_scheduler {self.lr_scheduler_type or self.lr_scheduler} cannot set the rate of "
-                "Adafactor, which finds it by its relative steps. Leave it out, or give --optimizer_args "
-                "relative_step=False scale_parameter=False and your own --learning_rate."
+                f"--lr_warmup_steps {self.lr_warmup_steps} would do nothing to --lr_scheduler constant; use "
+                "constant_with_warmup."
             )
+        if self.lr_scheduler_args and self.lr_scheduler != "piecewise_constant":
+            raise ConfigError(
+                f"--lr_scheduler_args are for --lr_scheduler_type and for --lr_scheduler piecewise_constant; "
+                f"{self.lr_scheduler} takes its settings from the flags --lr_scheduler_..."
+            )
+        self._check_scheduler_values(self.lr_scheduler)
 
     def _check_scheduler_values(self, name: str) -> None:
         if name == "piecewise_constant":

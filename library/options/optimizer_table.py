@@ -99,6 +99,12 @@ def optimizer_kind(name: str) -> OptimizerKind:
 
 
 def require_package(package: str, needed_for: str) -> None:
-    """Raise MissingPackageError unless a top-level package can be found; it is not imported."""
-    if importlib.util.find_spec(package) is None:
+    """Raise MissingPackageError unless a top-level package can be found; it is not imported.
+
+    ConfigError for one that is not known here: nobody should install whatever has a mistyped name.
+    """
+    if importlib.util.find_spec(package) is not None:
+        return
+    if package in _PIP_NAMES or package in {kind.package for kind in OPTIMIZERS.values()}:
         raise MissingPackageError(package, needed_for, _PIP_NAMES.get(package))
+    raise ConfigError(f"{needed_for}: no package '{package}' is installed. Is it spelt right?")

@@ -9,6 +9,12 @@ from library.core.errors import ConfigError
 
 SIZE_STEP = 16  # pixels: the autoencoder's 8, times 2 for the transformer's patches
 SAMPLERS = ("euler", "heun", "dpmsolver++")
+# sd-scripts' names of samplers for models that predict noise. For Lumina it draws all of them with Euler.
+NOISE_SAMPLERS = (
+    *("ddim", "pndm", "lms", "euler_a", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsingle"),
+    *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
+)
+DRAWN_WITH_EULER = "it is a sampler for models that predict noise; the pictures are drawn with euler"
 MAX_STEPS = 1000  # the sampler's table has as many
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -43,26 +44,34 @@ class SavingOptions(OptionGroup):
             value = getattr(self, f.name)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"--{f.name} is {value}; it must be 1 or more.")
-        by_epoch, by_step = self.save_every_n_epochs or self.save_n_epoch_ratio, self.save_every_n_steps
-        _require(by_epoch, self.save_last_n_epochs, "save_last_n_epochs", "--save_every_n_epochs")
-        _require(by_step, self.save_last_n_steps, "save_last_n_steps", "--save_every_n_steps")
-        _require(
-            by_epoch or by_step,
-            self.save_last_n_files,
-            "save_last_n_files",
-            "--save_every_n_epochs or --save_every_n_steps",
-        )
+        if self.save_last_n_files is not None and not (self.saves_by_epoch or self.save_every_n_steps):
+            raise ConfigError(
+                "--save_last_n_files says which files to keep, but none are saved: add --save_every_n_epochs "
+                "or --save_every_n_steps."
+            )
+
+    @property
+    def saves_by_epoch(self) -> bool:
+        """Whether the network is saved after epochs."""
+        return bool(self.save_every_n_epochs or self.save_n_epoch_ratio)
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag about files that are not saved."""
+        yield from super().adjustments()
+        if not self.saves_by_epoch:
+            reason = "no network is saved by epoch (--save_every_n_epochs)"
+            yield from self.without_effect(("save_last_n_epochs",), reason)
+        if not self.save_every_n_steps:
+            reason = "no network is saved by step (--save_every_n_steps)"
+            yield from self.without_effect(("save_last_n_steps",), reason)
+        if self.save_n_epoch_ratio:
+            yield from self.without_effect(("save_every_n_epochs",), "--save_n_epoch_ratio decides")
 
     def epoch_interval(self, total_epochs: int) -> int | None:
         """Return after how many epochs the network is saved, in a run of `total_epochs`; None for never."""
         if self.save_n_epoch_ratio is None:
             return self.save_every_n_epochs
         return max(1, total_epochs // self.save_n_epoch_ratio)
-
-
-def _require(source: int | None, kept: int | None, flag: str, needed: str) -> None:
-    if kept is not None and not source:
-        raise ConfigError(f"--{flag} says which files to keep, but none are saved: add {needed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +106,16 @@ class LoggingOptions(OptionGroup):
     def __post_init__(self) -> None:
         if "tensorboard" in self.trackers and self.logging_dir is None:
             raise ConfigError(f"--log_with {self.log_with} needs --logging_dir.")
-        for name in ("wandb_run_name", "wandb_api_key"):
-            if getattr(self, name) is not None and "wandb" not in self.trackers:
-                raise ConfigError(f"--{name} is for W&B, which is not logged to: add --log_with wandb.")
-        if self.log_config and not self.trackers:
-            raise ConfigError("--log_config has no tracker to show it: add --logging_dir or --log_with.")
-        if self.log_tracker_config is not None and not self.trackers:
-            raise ConfigError(
-                "--log_tracker_config has no tracker to configure: add --logging_dir or --log_with."
-            )
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag of a tracker that is not in use."""
+        yield from super().adjustments()
+        if not self.trackers:
+            names = ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config")
+            yield from self.without_effect(names, "there is no tracker (--logging_dir, --log_with)")
+        if "wandb" not in self.trackers:
+            names = ("wandb_run_name", "wandb_api_key")
+            yield from self.without_effect(names, "nothing is logged to W&B (--log_with wandb)")
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
@@ -21,6 +23,10 @@ class StateOptions(OptionGroup):
         False, "save a state whenever --save_every_n_* saves the network, and at the end of training"
     )
     save_state_on_train_end: bool = option(False, "save a state at the end of training")
+    save_state_every_n_minutes: float = option(
+        10.0,
+        "have a state that is no older than this; the newest two are kept, until training is done; 0: none",
+    )
     save_last_n_epochs_state: int | None = option(
         None,
         "keep the states of the last N saves by epoch (default: --save_last_n_epochs, else all); the newest "
@@ -34,7 +40,7 @@ class StateOptions(OptionGroup):
     resume: str | None = option(
         None,
         "go on from this state folder, or from the 'latest' one of --output_name; "
-        "where there is none yet, 'latest' starts from the beginning",
+        "where there is none yet, 'latest' starts from the beginning; it keeps a state at the end too",
         metavar="FOLDER",
         saved=False,
     )
@@ -63,14 +69,29 @@ class StateOptions(OptionGroup):
                 raise ConfigError(f"--{name} is {value}; it must be {lowest} or more.")
         if self.max_train_minutes is not None and not self.max_train_minutes > 0:
             raise ConfigError(f"--max_train_minutes is {self.max_train_minutes:g}; it must be more than 0.")
-        starts_later = (self.resume, self.initial_epoch, self.initial_step) != (None, None, None)
-        if self.skip_until_initial_step and not starts_later:
+        if not 0 <= self.save_state_every_n_minutes < math.inf:
             raise ConfigError(
-                "--skip_until_initial_step has nothing to skip to; give --resume, --initial_epoch or "
-                "--initial_step too, or leave it out."
+                f"--save_state_every_n_minutes is {self.save_state_every_n_minutes:g}; it must be 0 or more."
             )
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag about a start or about states that there are not."""
+        yield from super().adjustments()
+        if (self.resume, self.initial_epoch, self.initial_step) == (None, None, None):
+            yield from self.without_effect(("skip_until_initial_step",), "training starts at the beginning")
+        if not self.save_state:
+            names = ("save_last_n_epochs_state", "save_last_n_steps_state")
+            yield from self.without_effect(names, "it is about the states of --save_state")
+
+    @property
+    def any(self) -> bool:
+        """Whether a state is saved at any time, unless the run is asked to stop."""
+        return self.at_end or self.save_state_every_n_minutes > 0
 
     @property
     def at_end(self) -> bool:
-        """Whether a state is saved at the end of training."""
-        return self.save_state or self.save_state_on_train_end
+        """Whether a state is saved at the end of training.
+
+        With `--resume latest` it is, so that the same command, given once more, finds the run done.
+        """
+        return self.save_state or self.save_state_on_train_end or self.resume == LATEST

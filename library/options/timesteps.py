@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.core.errors import ConfigError
@@ -10,12 +11,9 @@ from library.options.group import OptionGroup, option
 
 SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
 SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
-_READ_BY = {  # option: the option that decides whether it is read, and for which values
-    "sigmoid_scale": ("timestep_sampling", ("sigmoid", "shift", "flux_shift")),
-    "logit_mean": ("weighting_scheme", ("logit_normal",)),
-    "logit_std": ("weighting_scheme", ("logit_normal",)),
-    "mode_scale": ("weighting_scheme", ("mode",)),
-}
+_DENSITIES = ("logit_normal", "mode")  # schemes that say how sigma is drawn, not how it is weighed
+_READ_SIGMOID_SCALE = ("sigmoid", "shift", "flux_shift")
+_OF_DENSITY = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
 _MAX_MODE_SCALE = 2 / (math.pi - 2)  # beyond it the "mode" density leaves [0, 1] (SD3 paper, section 3.1)
 
 
@@ -69,12 +67,6 @@ class TimestepOptions(OptionGroup):
                 f"--model_prediction_type {self.model_prediction_type} would compare something else with the "
                 "velocity, so that even a perfect model had a loss; use raw."
             )
-        if self.weighting_scheme == "sigma_sqrt":
-            raise ConfigError(
-                "--weighting_scheme sigma_sqrt (1/sigma^2) is meant for a loss on the predicted picture, and "
-                "makes of it the plain velocity loss; that is what --weighting_scheme none trains with."
-            )
-        self._check_used()
 
     def _check_ranges(self) -> None:
         for name in ("discrete_flow_shift", "sigmoid_scale", "logit_std"):
@@ -95,14 +87,23 @@ class TimestepOptions(OptionGroup):
                 "which the density leaves the range of sigma."
             )
 
-    def _check_used(self) -> None:
-        """Refuse values that nothing would read."""
-        if self.weighting_scheme in ("logit_normal", "mode") and self.timestep_sampling != "sigma":
-            raise ConfigError(
-                f"--weighting_scheme {self.weighting_scheme} is a density for --timestep_sampling sigma; "
-                f"it has no effect on {self.timestep_sampling}."
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag that the chosen density does not read."""
+        yield from super().adjustments()
+        if self.weighting_scheme == "sigma_sqrt":
+            yield (
+                "--weighting_scheme sigma_sqrt has no effect: it makes the plain velocity loss of a loss on "
+                "the predicted picture, and that is the loss here anyway"
             )
-        for name, (chooser, readers) in _READ_BY.items():
-            given = getattr(self, name) != self.__dataclass_fields__[name].default
-            if given and getattr(self, chooser) not in readers:
-                raise ConfigError(f"--{name} has an effect only with --{chooser} {' or '.join(readers)}.")
+        if self.weighting_scheme in _DENSITIES and self.timestep_sampling != "sigma":
+            yield (
+                f"--weighting_scheme {self.weighting_scheme} has no effect: it is a density for "
+                f"--timestep_sampling sigma, and sigma is drawn by {self.timestep_sampling}"
+            )
+        if self.timestep_sampling not in _READ_SIGMOID_SCALE:
+            reason = f"only --timestep_sampling {' or '.join(_READ_SIGMOID_SCALE)} reads it"
+            yield from self.without_effect(("sigmoid_scale",), reason)
+        for name, scheme in _OF_DENSITY.items():
+            if (self.timestep_sampling, self.weighting_scheme) != ("sigma", scheme):
+                reason = f"only --timestep_sampling sigma with --weighting_scheme {scheme} reads it"
+                yield from self.without_effect((name,), reason)

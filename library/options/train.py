@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
+from library.options.budget import BudgetOptions
 from library.options.caching import CachingOptions
+from library.options.compute import ComputeOptions
 from library.options.dataset import DatasetOptions
 from library.options.ema import EmaOptions
 from library.options.hub import HubOptions
@@ -14,9 +17,11 @@ from library.options.model import LuminaModelOptions
 from library.options.network import MetadataOptions, NetworkOptions
 from library.options.noise import NoiseOptions
 from library.options.optimizer import OptimizerOptions
+from library.options.quant import QuantOptions
 from library.options.sampling import SampleOptions
 from library.options.saving import LoggingOptions, SavingOptions
 from library.options.state import StateOptions
+from library.options.swap import SwapOptions
 from library.options.timesteps import TimestepOptions
 from library.options.training import TrainingOptions, ValidationOptions
 
@@ -29,6 +34,10 @@ class TrainOptions:
     dataset: DatasetOptions
     caching: CachingOptions
     training: TrainingOptions
+    compute: ComputeOptions
+    swap: SwapOptions
+    quant: QuantOptions
+    budget: BudgetOptions
     optimizer: OptimizerOptions
     timesteps: TimestepOptions
     noise: NoiseOptions
@@ -41,6 +50,23 @@ class TrainOptions:
     validation: ValidationOptions
     logging: LoggingOptions
     metadata: MetadataOptions
+
+    def adjustments(self) -> tuple[str, ...]:
+        """Return a sentence for each flag that is given but has no effect, with the reason."""
+        groups = [getattr(self, f.name) for f in fields(self)]
+        return (*(sentence for group in groups for sentence in group.adjustments()), *self._across_groups())
+
+    def _across_groups(self) -> Iterator[str]:
+        """Yield such sentences about flags whose reason is in another group."""
+        if not self.network.trains_dit:
+            reason = "--network_train_text_encoder_only leaves the DiT as it is"
+            yield from self.optimizer.without_effect(("unet_lr",), reason)
+        if self.training.max_batch_tokens is not None:
+            reason = "--max_batch_tokens decides how many pictures a batch has"
+            yield from self.dataset.without_effect(("train_batch_size",), reason)
+        if self.hub.huggingface_repo_id is not None and not self.state.any:
+            reason = "no states are saved (--save_state, --save_state_on_train_end)"
+            yield from self.hub.without_effect(("save_state_to_huggingface",), reason)
 
 
 @dataclass(frozen=True)

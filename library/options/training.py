@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 from library.core.errors import ConfigError
 from library.options.group import OptionGroup, option
@@ -24,14 +25,15 @@ class TrainingOptions(PrecisionOptions):
     max_train_steps: int = option(1600, "optimizer steps to train")
     max_train_epochs: int | None = option(None, "epochs to train; wins over --max_train_steps")
     seed: int | None = option(None, "seed of everything random; default: a random one, printed")
-    gradient_checkpointing: bool = option(False, "keep only each block's input and compute the rest again")
-    cpu_offload_checkpointing: bool = option(
-        False, "with --gradient_checkpointing: keep blocks' inputs in the computer's memory, not the GPU's"
-    )
     full_bf16: bool = option(
         False, "keep the trained network in bf16 too; saves a little memory, and small updates get lost"
     )
     gradient_accumulation_steps: int = option(1, "batches added up for one optimizer step")
+    max_batch_tokens: int | None = option(
+        None,
+        "fill batches with pictures of any size up to so many image tokens (16x16 pixels each, 4096 for "
+        "1024x1024), instead of batch_size pictures of one bucket",
+    )
     max_data_loader_n_workers: int = option(
         8, "threads that prepare batches ahead; 0 prepares them in the main thread"
     )
@@ -66,8 +68,12 @@ class TrainingOptions(PrecisionOptions):
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.max_train_epochs is not None and self.max_train_epochs < 1:
             raise ConfigError(f"--max_train_epochs is {self.max_train_epochs}; it must be 1 or more.")
-        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
-            raise ConfigError("--cpu_offload_checkpointing has no effect without --gradient_checkpointing.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed is {self.seed}; it must be from 0 to 2^63 - 1.")
+        if self.ddp_timeout is not None and self.ddp_timeout < 1:
+            raise ConfigError(f"--ddp_timeout is {self.ddp_timeout} minutes; it must be 1 or more.")
+        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
+            raise ConfigError(f"--max_batch_tokens is {self.max_batch_tokens}; it must be 1 or more.")
         if self.full_bf16 and self.mixed_precision != "bf16":
             raise ConfigError("--full_bf16 needs --mixed_precision bf16.")
         if self.max_data_loader_n_workers < 0:
@@ -75,20 +81,41 @@ class TrainingOptions(PrecisionOptions):
                 f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
             )
 
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag that another one overrules or leaves without work."""
+        yield from super().adjustments()
+        if self.max_train_epochs is not None:
+            yield from self.without_effect(("max_train_steps",), "--max_train_epochs is given and wins")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions(OptionGroup):
     """Validation.
 
-    The loss on pictures held out by validation_split, on a fixed grid of sigmas with fixed noise.
+    The loss on held-out pictures (--validation_split, --validation_count, or datasets with validation = true)
+    on a fixed grid of sigmas with fixed noise.
     """
 
     validate_every_n_steps: int | None = option(None, "validate after every N steps")
-    validate_every_n_epochs: int | None = option(None, "validate after every N epochs (default: every epoch)")
-    max_validation_steps: int | None = option(None, "validate on at most this many batches")
+    validate_every_n_epochs: int | None = option(
+        None, "validate after every N epochs (default: every epoch, unless --validate_every_n_steps is given)"
+    )
+    validate_at_first: bool = option(False, "validate before the first step too")
+    max_validation_steps: int | None = option(
+        None, "validate on so many batches at most, of batch_size pictures each, which are always the same"
+    )
 
     def __post_init__(self) -> None:
         for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be 1 or more.")
+
+    def without_pictures(self) -> Iterator[str]:
+        """Yield a sentence for each flag that is given although no picture is held out."""
+        names = (f.name for f in fields(self))
+        return self.without_effect(
+            names,
+            "no pictures are held out (--validation_split, --validation_count, or a dataset with "
+            "validation = true)",
+        )

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from library.data.items import PRESERVED
 from library.data.loader import BatchLoader, Sources
+from library.nn.compiling import part_compiler
 from library.training.context import RunContext
-from library.training.objective import Objective
+from library.training.noising import Noising
+from library.training.objective import Objective, Uniform
 from library.training.optim.optimizer import create_optimizer
 from library.training.output.ema import Ema
 from library.training.output.saving import grid_path, metrics_path
 from library.training.output.writer import Output
+from library.training.sharding import Lockstep, check_sharding, shard
 from library.training.state.contents import (
     Part,
     RunFacts,
@@ -23,9 +27,10 @@ from library.training.state.contents import (
     tensors_part,
     weights_part,
 )
-from library.training.state.identity import dataset_digest, settings_of
+from library.training.state.identity import dataset_digest
+from library.training.state.stop import StopRequest
 from library.training.update import Updater
-from library.training.watch.gauges import SigmaBands, StepClock
+from library.training.watch.gauges import SigmaBands, StepClock, StopVote, WeightNorms
 from library.training.watch.grid import Grid
 from library.training.watch.metrics import Metrics
 from library.training.watch.trackers import make_trackers
@@ -40,6 +45,7 @@ class Assembly:
     model: nn.Module
     network: LoRANetwork
     objective: Objective
+    lockstep: Lockstep
     optimizer: torch.optim.Optimizer
     updater: Updater
     loader: BatchLoader
@@ -48,17 +54,26 @@ class Assembly:
     grid: Grid
     metrics: Metrics
     clock: StepClock
-    bands: SigmaBands
+    vote: StopVote
     states: StateSaver
 
 
-def assemble(context: RunContext) -> Assembly:
-    """Load the model, put the network on it, make what the loop needs, and go back to a resumed state."""
+def assemble(context: RunContext, stop: StopRequest) -> Assembly:
+    """Load the model, put the network on it, make what the loop needs, and go back to a resumed state.
+
+    A wish to stop keeps no one waiting for an upload.
+    """
     options, inputs = context.options, context.inputs
     model = _load_model(context)
     network = _install_network(context, model)
-    bands = SigmaBands(context.processes)
-    objective = Objective(context.trainer, model, network, inputs, seed=context.seed, on_losses=bands.add)
+    uniform = _shard(context, model)
+    bands = SigmaBands(context.device)
+    vote = StopVote(stop.reason, context.device)
+    noising = Noising(options, context.trainer.family, context.seed)
+    objective = Objective(
+        context.trainer, model, network, inputs, noising, on_losses=bands.add, uniform=uniform
+    )
+    lockstep = Lockstep(model, context.processes, objective.idle, uniform)
     groups = network.parameter_groups(options.optimizer.network_lr)
     optimizer = create_optimizer(groups, options.optimizer)
     updater = Updater(
@@ -70,10 +85,12 @@ def assemble(context: RunContext) -> Assembly:
         max_grad_norm=options.optimizer.max_grad_norm,
         scale_gradients=context.dtype == torch.float16,
         on_nan=options.state.on_nan,
+        idle=lockstep.idle_step,
+        gauges=[bands, WeightNorms(network), *([vote] if context.processes.world > 1 else [])],
     )
     sources = Sources(inputs.latent_source, inputs.text_source)
     ema = Ema(network.named_parameters(), options.ema) if options.ema.ema else None
-    output = Output(context, network, optimizer, ema)
+    output = Output(context, network, optimizer, ema, hurried=lambda: stop.reason() is not None)
     grid = Grid(grid_path(options.saving), options.saving.output_dir / "sample")
     metrics = _metrics(context)
     changing: dict[str, Part] = {
@@ -92,26 +109,49 @@ def assemble(context: RunContext) -> Assembly:
         model=model,
         network=network,
         objective=objective,
+        lockstep=lockstep,
         optimizer=optimizer,
         updater=updater,
-        loader=BatchLoader(context.prepared.manifest, context.plan, sources, context.loader_settings()),
+        loader=BatchLoader(
+            context.prepared.manifest,
+            context.plan,
+            sources,
+            context.loader_settings(),
+            complete=noising.add_to,
+        ),
         ema=ema,
         output=output,
         grid=grid,
         metrics=metrics,
         clock=StepClock(),
-        bands=bands,
+        vote=vote,
         states=_states(context, changing),
     )
 
 
 def _load_model(context: RunContext) -> nn.Module:
-    training = context.options.training
-    model = context.trainer.load_transformer(context.device, context.dtype)
-    model.gradient_checkpointing = training.gradient_checkpointing
-    model.offload_checkpoints = training.cpu_offload_checkpointing
+    compute = context.options.compute
+    sharding = context.processes.sharding
+    if sharding is not None:
+        check_sharding(context.options)
+    model = context.trainer.load_transformer(
+        context.device, context.dtype, weights_on=None if sharding is None else torch.device("cpu")
+    )
+    model.runner.keep(compute.keeps, every=compute.checkpoint_every_n_blocks)
+    if compute.compiles:
+        model.runner.compile(part_compiler(compute))
     apply_base_weights(context.options.network, model)
     return model
+
+
+def _shard(context: RunContext, model: nn.Module) -> Uniform | None:
+    """Spread the model over the processes if they were started so; return what every batch must do then."""
+    processes = context.processes
+    if processes.sharding is None:
+        return None
+    shard(model, processes.sharding, processes)
+    items = context.prepared.manifest.items
+    return Uniform(preserves=any(item.subset.custom_attributes.get(PRESERVED) for item in items))
 
 
 def _install_network(context: RunContext, model: nn.Module) -> LoRANetwork:
@@ -119,7 +159,7 @@ def _install_network(context: RunContext, model: nn.Module) -> LoRANetwork:
 
     def encoder_to_train() -> nn.Module:
         encoder = context.inputs.encoders.get()
-        encoder.gradient_checkpointing = options.training.gradient_checkpointing
+        encoder.gradient_checkpointing = options.compute.gradient_checkpointing
         return encoder
 
     network = install_network(
@@ -128,11 +168,13 @@ def _install_network(context: RunContext, model: nn.Module) -> LoRANetwork:
         encoder_to_train,
         seed=context.seed,
         learning_rate=options.optimizer.learning_rate,
+        device=context.device,  # a layer that it is made for may lie elsewhere, with block swap
     )
     network.train()
     if options.training.full_bf16:
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+        for name, parameter in network.named_parameters():
+            if not name.endswith("dora_scale"):  # its steps are below what bf16 can tell from 1
+                parameter.data = parameter.data.to(torch.bfloat16)
     return network
 
 
@@ -157,11 +199,12 @@ def _states(context: RunContext, changing: dict[str, Part]) -> StateSaver:
     """Return the keeper of states, after putting everything back as a resumed state says."""
     options, prepared = context.options, context.prepared
     facts = RunFacts(
+        run=prepared.resumed.record.run if prepared.resumed else context.session_id,
         seed=context.seed,
         world=context.processes.world,
         steps_per_epoch=context.plan.steps_per_epoch,
         dataset=dataset_digest(prepared.manifest),
-        settings=settings_of(options, prepared.files.described, prepared.manifest),
+        settings=prepared.settings,
         history=context.start.history,
     )
     states = StateSaver(options.state, options.saving, facts, changing, total_epochs=context.total_epochs)

@@ -3,6 +3,9 @@
 A pass finds out what is missing, and only then has the model loaded. Three things happen at once: threads
 decode the pictures of the next batches, this thread runs the encoder, and another thread writes what came
 out. Entries appear one by one and complete, so a pass that is killed goes on where it was.
+
+The largest pictures and the longest texts come first: what does not fit into memory shows at once, and memory
+that was got for them does for the rest.
 """
 
 from __future__ import annotations
@@ -10,19 +13,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
 from typing import TypeVar
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from library.core.ahead import Behind, map_ahead
 from library.core.errors import NonFiniteError
 from library.core.log import logger
+from library.core.stopwatch import Stopwatch
 from library.data.batch import Condition
 from library.data.cache import CacheStore
 from library.data.captions import caption_variants
@@ -35,6 +40,8 @@ EncodePictures = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) in [-1, 1] ->
 EncodeTexts = Callable[[list[str]], list[Condition]]
 Thing = TypeVar("Thing")
 
+SHARED_AT_ONCE = 32  # entries that a process hands to the others in one exchange: some tens of MB
+
 _log = logger("caching")
 
 
@@ -42,29 +49,42 @@ def _go_on() -> None:
     """The barrier of a run with one process."""
 
 
+def _keep_to_itself(mine: bytes) -> list[bytes]:
+    """The exchange of a run with one process."""
+    return [mine]
+
+
 @dataclass(frozen=True)
 class PassRun:
     """How a pass is carried out.
 
-    `rank` and `world` share the work out: with entries on disk each process makes its own part, then all meet
-    at `barrier`. Entries in memory cannot be shared, so there each process makes them all. Without `check`
-    an entry on disk counts as good if its file is there.
+    `rank` and `world` share the work out: each process makes its own part, then all meet at `barrier`.
+    Entries in memory are handed round by `exchange`, which returns every process's bytes, so that in the end
+    each has all of them. Without `check` an entry on disk counts as good if its file is there. With `pinned`,
+    pixels lie where a GPU can fetch them fastest.
     """
 
     batch_size: int
     rank: int = 0
     world: int = 1
     barrier: Callable[[], None] = _go_on
+    exchange: Callable[[bytes], list[bytes]] = _keep_to_itself
     threads: int = min(8, os.cpu_count() or 1)
     check: bool = True
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What this process's part of a pass found, and what it encoded."""
+    """What this process's part of a pass found, what it encoded, and how long each stage of that took.
+
+    The stages in `watch`: "all", and in it "load", "encode" and "wait" (for pictures, for the disk), which
+    follow each other; "decode" and "write" are done by other threads meanwhile.
+    """
 
     cached: int
     encoded: int
+    watch: Stopwatch = field(default_factory=Stopwatch, compare=False)
 
 
 @dataclass(frozen=True)
@@ -94,10 +114,12 @@ def cache_latents(
         StorageError: an entry cannot be written.
     """
     jobs = [_Job(source.key(item), source.entries.store(item), str(item.path), item) for item in items]
-    jobs.sort(key=_bucket)
+    jobs.sort(key=_largest_first)
 
-    def outputs(missing: list[_Job]) -> Outputs:
-        return _encode_pictures(missing, load_encoder(), source.entries.place.torch_dtype, run)
+    def outputs(missing: list[_Job], watch: Stopwatch) -> Outputs:
+        with watch.time("load"):
+            encode = load_encoder()
+        return _encode_pictures(missing, encode, source.entries.place.torch_dtype, (run, watch))
 
     return _fill("latents", source.entries, jobs, outputs, run)
 
@@ -107,7 +129,9 @@ def cache_texts(
     items: Iterable[Item],
     load_encoder: Callable[[], EncodeTexts],
     run: PassRun,
+    *,
     prompts: Sequence[str] = (),
+    length: Callable[[str], int] = len,
 ) -> Counts:
     """Make sure that `source` has the features of every text that the captions of `items` can become.
 
@@ -115,6 +139,7 @@ def cache_texts(
         load_encoder: loads the text encoder; called only if an entry is missing or damaged.
         prompts: further texts, as the encoder is given them (for previews). They are kept with the first
             item's entries, and in memory.
+        length: how long the encoder finds a text; texts of about the same length go through it together.
 
     Raises:
         NonFiniteError: a text's features contain NaN or infinity; they are not kept.
@@ -126,10 +151,13 @@ def cache_texts(
     texts = [(source.prompt_of(c), item) for item, cs in zip(items, variants, strict=True) for c in cs]
     texts += [(prompt, items[0]) for prompt in prompts]
     jobs = [_Job(source.key(text), source.entries.store(item), text, item) for text, item in texts]
-    jobs.sort(key=_text_length)  # texts of about the same length go through the encoder together
+    jobs.sort(key=lambda job: len(job.about))  # so that processes get as much to do as each other
 
-    def outputs(missing: list[_Job]) -> Outputs:
-        return _encode_texts(missing, load_encoder(), source.entries.place.torch_dtype, run)
+    def outputs(missing: list[_Job], watch: Stopwatch) -> Outputs:
+        with watch.time("load"):
+            encode = load_encoder()
+        longest_first = sorted(missing, key=lambda job: -length(job.about))
+        return _encode_texts(longest_first, encode, source.entries.place.torch_dtype, (run, watch))
 
     counts = _fill("texts", source.entries, jobs, outputs, run)
     for key in map(source.key, prompts):
@@ -138,23 +166,49 @@ def cache_texts(
 
 
 def _fill(
-    what: str, entries: Entries, jobs: list[_Job], outputs: Callable[[list[_Job]], Outputs], run: PassRun
+    what: str,
+    entries: Entries,
+    jobs: list[_Job],
+    outputs: Callable[[list[_Job], Stopwatch], Outputs],
+    run: PassRun,
 ) -> Counts:
     """Have what is missing encoded and kept, and wait for the processes that do the other parts."""
-    jobs = _unique(jobs)
-    if entries.place.to_disk:
-        jobs = jobs[run.rank :: run.world]
+    all_jobs = _unique(jobs)
+    jobs = all_jobs[run.rank :: run.world]
     found = map_ahead(partial(_find, entries, run.check), jobs, threads=run.threads, ahead=16 * run.threads)
     missing = [job for job, is_there in zip(jobs, found, strict=True) if not is_there]
     _log.info("%s: %d in the cache, %d to encode", what, len(jobs) - len(missing), len(missing))
+    counts = Counts(len(jobs) - len(missing), len(missing))
     try:
         if missing:
-            with tqdm(total=len(missing), desc=f"encoding {what}", disable=run.rank != 0) as bar:
-                _keep(outputs(missing), entries, run, bar)
+            bar = tqdm(total=len(missing), desc=f"encoding {what}", disable=run.rank != 0)
+            with bar, counts.watch.time("all"):
+                _keep(outputs(missing, counts.watch), entries, run, (bar, counts.watch))
+            _log.info("%s: %s", what, _pace(counts))
     finally:
         entries.remember()
+    if not entries.place.to_disk:
+        _hand_round(entries, [job.key for job in jobs], len(all_jobs), run)
     run.barrier()
-    return Counts(len(jobs) - len(missing), len(missing))
+    return counts
+
+
+def _pace(counts: Counts) -> str:
+    """Say how fast a pass was, and what of its time each stage had."""
+    seconds = counts.watch.seconds
+    loading = seconds("load")
+    busy = seconds("all") - loading
+    shares = {
+        "in the encoder": seconds("encode"),
+        "waiting for other threads": seconds("wait"),
+        "decoding": seconds("decode"),
+        "writing": seconds("write"),
+    }
+    told = ", ".join(f"{spent / busy:.1%} {what}" for what, spent in shares.items() if spent)
+    return (
+        f"{counts.encoded} encoded in {busy:.1f} s, {counts.encoded / busy:.2f} a second, after "
+        f"{loading:.1f} s of loading; {told}"
+    )
 
 
 def _find(entries: Entries, check: bool, job: _Job) -> bool:
@@ -167,16 +221,43 @@ def _find(entries: Entries, check: bool, job: _Job) -> bool:
     return tensors is not None
 
 
-def _keep(outputs: Outputs, entries: Entries, run: PassRun, bar: tqdm) -> None:
+def _keep(outputs: Outputs, entries: Entries, run: PassRun, told: tuple[tqdm, Stopwatch]) -> None:
     """Store outputs as they come, while the next ones are computed."""
+    bar, watch = told
     with closing(outputs), Behind(limit=4 * run.batch_size) as writer:
         for job, tensors in outputs:
             _require_finite(job, tensors)
             if entries.place.to_disk:
-                writer.submit(partial(job.store.write, job.key, tensors, job.about))
+                with watch.time("wait"):
+                    writer.submit(partial(_write, job, tensors, watch))
             else:
                 entries.memory[job.key] = tensors
             bar.update()
+
+
+def _write(job: _Job, tensors: Tensors, watch: Stopwatch) -> None:
+    with watch.time("write"):
+        job.store.write(job.key, tensors, job.about)
+
+
+def _hand_round(entries: Entries, mine: list[str], total: int, run: PassRun) -> None:
+    """Give the entries that this process has in memory to the others, and take theirs.
+
+    All processes exchange equally often, also those whose part of the `total` is one entry smaller.
+    """
+    if run.world == 1:
+        return
+    for start in range(0, -(-total // run.world), SHARED_AT_ONCE):
+        part = {
+            f"{key}/{name}": tensor.contiguous()
+            for key in mine[start : start + SHARED_AT_ONCE]
+            for name, tensor in entries.memory[key].items()
+        }
+        contents = run.exchange(save(part))
+        for content in (*contents[: run.rank], *contents[run.rank + 1 :]):
+            for path, tensor in load(content).items():
+                key, _, name = path.partition("/")
+                entries.memory.setdefault(key, {})[name] = tensor
 
 
 def _require_finite(job: _Job, tensors: Tensors) -> None:
@@ -209,8 +290,9 @@ def _bucket(job: _Job) -> tuple[int, int]:
     return job.item.geometry.bucket
 
 
-def _text_length(job: _Job) -> int:
-    return len(job.about)
+def _largest_first(job: _Job) -> tuple[int, tuple[int, int]]:
+    width, height = _bucket(job)
+    return -width * height, (width, height)
 
 
 def _batches(things: Iterable[Thing], size: int) -> Iterator[list[Thing]]:
@@ -231,30 +313,57 @@ class _Decoded:
     mask_HW: np.ndarray | None
 
 
-def _decode(job: _Job) -> _Decoded:
-    pixels, mask = load_pixels(job.item, None, flip=False)
-    return _Decoded(job, pixels_to_tensor(pixels), mask)
+@dataclass(frozen=True)
+class _PictureBatch:
+    """Pictures of one bucket, together as the encoder takes them."""
+
+    pictures: list[_Decoded]
+    pixels_B3HW: Tensor
 
 
-def _encode_pictures(jobs: list[_Job], encode: EncodePictures, dtype: torch.dtype, run: PassRun) -> Outputs:
+def _decode(watch: Stopwatch, job: _Job) -> _Decoded:
+    with watch.time("decode"):
+        pixels, mask = load_pixels(job.item, None, flip=False)
+        return _Decoded(job, pixels_to_tensor(pixels), mask)
+
+
+def _put_together(pinned: bool, pictures: list[_Decoded]) -> _PictureBatch:
+    pixels_B3HW = torch.stack([picture.pixels_3HW for picture in pictures])
+    return _PictureBatch(pictures, pixels_B3HW.pin_memory() if pinned else pixels_B3HW)
+
+
+def _encode_pictures(
+    jobs: list[_Job], encode: EncodePictures, dtype: torch.dtype, how: tuple[PassRun, Stopwatch]
+) -> Outputs:
     """Yield each job with its entry. `jobs` are sorted by bucket; a batch is of one bucket."""
+    run, watch = how
     ahead = 2 * run.batch_size + run.threads
-    with closing(map_ahead(_decode, jobs, threads=run.threads, ahead=ahead)) as decoded:
-        for _, pictures in groupby(decoded, key=lambda picture: _bucket(picture.job)):
-            for batch in _batches(pictures, run.batch_size):
-                yield from zip((p.job for p in batch), _encode_batch(batch, encode, dtype), strict=True)
+    decoded = map_ahead(partial(_decode, watch), jobs, threads=run.threads, ahead=ahead)
+    groups = groupby(decoded, key=lambda picture: _bucket(picture.job))
+    lists = (batch for _, pictures in groups for batch in _batches(pictures, run.batch_size))
+    one_thread = min(1, run.threads)
+    batches = map_ahead(partial(_put_together, run.pinned), lists, threads=one_thread, ahead=1)
+    with closing(decoded), closing(batches):
+        while True:
+            with watch.time("wait"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            with watch.time("encode"):
+                entries = _encode_batch(batch, encode, dtype)
+            yield from zip((picture.job for picture in batch.pictures), entries, strict=True)
 
 
 @torch.no_grad()
-def _encode_batch(batch: list[_Decoded], encode: EncodePictures, dtype: torch.dtype) -> list[Tensors]:
-    pixels_B3HW = torch.stack([picture.pixels_3HW for picture in batch])
+def _encode_batch(batch: _PictureBatch, encode: EncodePictures, dtype: torch.dtype) -> list[Tensors]:
+    pixels_B3HW = batch.pixels_B3HW
     entries = [{"latents": latents_Chw} for latents_Chw in encode(pixels_B3HW).to(dtype).cpu()]
-    flipped = [index for index, p in enumerate(batch) if p.job.item.subset.images.flip_aug]
+    flipped = [index for index, p in enumerate(batch.pictures) if p.job.item.subset.images.flip_aug]
     if flipped:
         latents_BChw = encode(pixels_B3HW[flipped].flip(-1)).to(dtype).cpu()
         for index, latents_Chw in zip(flipped, latents_BChw, strict=True):
             entries[index]["latents" + FLIPPED] = latents_Chw
-    for picture, entry in zip(batch, entries, strict=True):
+    for picture, entry in zip(batch.pictures, entries, strict=True):
         if picture.mask_HW is not None:
             stride = picture.pixels_3HW.shape[-1] // entry["latents"].shape[-1]
             entry["mask"] = mask_to_latent_size(picture.mask_HW, stride)
@@ -266,10 +375,13 @@ def _encode_batch(batch: list[_Decoded], encode: EncodePictures, dtype: torch.dt
 # --- texts ---
 
 
-def _encode_texts(jobs: list[_Job], encode: EncodeTexts, dtype: torch.dtype, run: PassRun) -> Outputs:
+def _encode_texts(
+    jobs: list[_Job], encode: EncodeTexts, dtype: torch.dtype, how: tuple[PassRun, Stopwatch]
+) -> Outputs:
     """Yield each job with its entry."""
+    run, watch = how
     for batch in _batches(jobs, run.batch_size):
-        with torch.no_grad():
+        with torch.no_grad(), watch.time("encode"):
             conditions = encode([job.about for job in batch])
         for job, condition in zip(batch, conditions, strict=True):
             tensors = condition.to_tensors()

@@ -18,7 +18,7 @@ from library.options.train import TrainOptions
 from library.training.events import Moment
 from library.training.inputs import Inputs
 from library.training.prepare import Prepared
-from library.training.state.resume import Start, plan_start
+from library.training.state.resume import Start, plan_start, require_one_start
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
@@ -53,9 +53,16 @@ class RunContext:
             file=logging.console_log_file,
             simple=logging.console_log_simple,
         )
+        require_one_start(processes, resumed)
         seed = resumed.record.seed if resumed else run_seed(options.training.seed, processes)
         accumulation = options.training.gradient_accumulation_steps
-        plan = Plan(prepared.manifest, seed=seed, world=processes.world, accumulation=accumulation)
+        plan = Plan(
+            prepared.manifest,
+            seed=seed,
+            world=processes.world,
+            accumulation=accumulation,
+            budget=trainer.token_budget,
+        )
         epochs = options.training.max_train_epochs
         steps = options.training.max_train_steps if epochs is None else epochs * plan.steps_per_epoch
         dtype = dtype_named(options.training.mixed_precision)
@@ -114,11 +121,10 @@ class RunContext:
             seed=self.seed,
             total_steps=self.total_steps,
             rank=self.processes.rank,
-            world=self.processes.world,
             workers=training.max_data_loader_n_workers,
             latent_stride=self.trainer.family.latent_stride,
             prior_loss_weight=training.prior_loss_weight,
-            pin_memory=self.device.type == "cuda",
+            device=self.device,
         )
 
     def announce(self) -> None:
@@ -131,6 +137,6 @@ class RunContext:
         )
         for sentence in manifest.skipped:
             _log.warning("left out: %s", sentence)
-        for sentence in (*manifest.notes, *self.start.sentences):
+        for sentence in (*self.prepared.adjustments, *manifest.notes, *self.start.sentences):
             _log.info("%s", sentence)
         _log.info("%s, %d process(es), model in %s", self.device, self.processes.world, self.dtype)

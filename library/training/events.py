@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,12 @@ class Moment:
 
 
 class Event(Protocol):
-    """Something that may happen at a moment, and must not touch the randomness of training."""
+    """Something that may happen at a moment, and must not touch the randomness of training.
+
+    `shared`: every process runs it at the same time; otherwise the main one does, and the others wait.
+    """
+
+    shared: ClassVar[bool]
 
     def due(self, moment: Moment) -> bool:
         """Whether to run now."""

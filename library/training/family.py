@@ -32,8 +32,13 @@ class ModelFiles:
     `latent_identity` and `text_identity` name everything that a cached latent or text feature depends on
     besides the picture or text itself; a changed file or setting changes them. `described` goes into the
     metadata of the saved network (key without `ss_` -> value).
+
+    `trained_on` and `read_by` are digests of the files' content, by flag: of the models that the network is
+    trained on, and of those that only read pictures and texts for it.
     """
 
     latent_identity: str
     text_identity: str
     described: dict[str, str] = field(default_factory=dict)
+    trained_on: dict[str, str] = field(default_factory=dict)
+    read_by: dict[str, str] = field(default_factory=dict)

@@ -53,11 +53,13 @@ def memory_explained(doing: str, device: torch.device, advice: list[str]) -> Ite
 def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
     """Return what makes training itself smaller, the most effective first, as far as it is not in use."""
     advice = []
-    if not options.training.gradient_checkpointing:
+    if not options.compute.gradient_checkpointing:
         advice.append("--gradient_checkpointing, which keeps one activation a block")
     advice += _precision_advice(options)
-    batch_size = max(dataset.batch_size for dataset in manifest.datasets)
-    if batch_size > 1:
+    batch_size = max(dataset.batch_size for dataset in manifest.trained_datasets)
+    if options.training.max_batch_tokens is not None:
+        advice.append(f"a lower --max_batch_tokens than {options.training.max_batch_tokens}")
+    elif batch_size > 1:
         accumulation = options.training.gradient_accumulation_steps * batch_size
         advice.append(
             f"batch_size 1 instead of {batch_size}, with --gradient_accumulation_steps {accumulation} for as "
@@ -67,6 +69,7 @@ def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
         advice.append("--cache_text_encoder_outputs_to_disk, so that the text encoder is not in memory")
     if not options.caching.latents:
         advice.append("--cache_latents_to_disk, so that the autoencoder is not in memory")
+    advice += _swap_advice(options)
     width, height = max((item.geometry.bucket for item in manifest.items), key=lambda size: size[0] * size[1])
     advice.append(f"a lower resolution in the dataset (the largest pictures are now {width}x{height})")
     return advice
@@ -91,6 +94,7 @@ def loading_advice(options: TrainOptions) -> list[str]:
             "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, so that no encoder is loaded "
             "beside it"
         )
+    advice += _swap_advice(options)
     return [*advice, "other programs on the device ended"]
 
 
@@ -105,6 +109,11 @@ def _precision_advice(options: TrainOptions) -> list[str]:
     if options.training.mixed_precision != "no":
         return []
     return ["--mixed_precision bf16, which halves the frozen models and the activations"]
+
+
+def _swap_advice(options: TrainOptions) -> list[str]:
+    more = f"above {options.swap.count}" if options.swap.count else "8 or more"
+    return [f"--blocks_to_swap {more}, which keeps the weights of so many blocks in the computer's memory"]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +41,11 @@ class Inputs:
         self.text_source = _text_source(trainer, files)
         self._prompts: dict[str, Condition] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where latents and conditions go."""
+        return self._processes.device
+
     def fill_caches(self, manifest: Manifest) -> None:
         """Encode what the caches lack, text first, and let the encoders go."""
         items = [manifest.items[i] for i in (*manifest.train, *manifest.validation)]
@@ -49,14 +54,12 @@ class Inputs:
         if self.latent_source is not None:
             self._fill_latents(self.latent_source, items)
 
-    def latents(self, batch: Batch) -> Tensor:
-        """Return a batch's scaled latents (B, C, h, w) on this process's device."""
-        if batch.latents_BCHW is not None:
-            return batch.latents_BCHW.to(self._processes.device, non_blocking=True)
-        assert batch.pixels_BCHW is not None
-        with torch.no_grad():
-            pixels = batch.pixels_BCHW.to(self._processes.device, non_blocking=True)
-            return self._trainer.encode_images(self.vae.get(), pixels)
+    def latents(self, batch: Batch) -> Sequence[Tensor]:
+        """Return a batch's scaled latents, (C, h, w) a picture, on this process's device."""
+        if batch.latents is not None:
+            return [latent.to(self._processes.device, non_blocking=True) for latent in batch.latents]
+        assert batch.pixels is not None
+        return self._encode_pictures(batch.pixels)
 
     def conditions(self, batch: Batch) -> list[Condition]:
         """Return a batch's conditions on this process's device."""
@@ -91,19 +94,38 @@ class Inputs:
         if self.latent_source is not None:
             self.vae.release()
 
+    def _encode_pictures(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Encode pictures, those of one size together."""
+        device = self._processes.device
+        latents: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for shape in dict.fromkeys(picture.shape for picture in pixels):
+                places = [place for place, picture in enumerate(pixels) if picture.shape == shape]
+                batch_BCHW = torch.stack([pixels[place].to(device, non_blocking=True) for place in places])
+                latents_BCHW = self._trainer.encode_images(self.vae.get(), batch_BCHW)
+                latents |= zip(places, latents_BCHW.unbind(0), strict=True)
+        return [latents[place] for place in range(len(pixels))]
+
     def _encode(self, texts: Sequence[str]) -> list[Condition]:
         with torch.no_grad():
             return self._trainer.encode_prompts(self.encoders.get(), list(texts))
 
+    def _load_text_encoder(self) -> Callable[[Sequence[str]], list[Condition]]:
+        self.encoders.get()
+        return self._encode
+
+    def _tokens(self, text: str) -> int:
+        return min(self._trainer.count_tokens(text))  # the text's, or as many as the encoder takes
+
     def _fill_texts(self, source: TextSource, items: Sequence[Item]) -> None:
         size = self._options.caching.text_encoder_batch_size
-        cache_texts(source, items, lambda: self._encode, self._pass_run(size))
+        cache_texts(source, items, self._load_text_encoder, self._pass_run(size), length=self._tokens)
         self.encoders.release()
 
     def _fill_latents(self, source: LatentSource, items: Sequence[Item]) -> None:
         def load_encoder():
             vae, device = self.vae.get(), self._processes.device
-            return lambda pixels: self._trainer.encode_images(vae, pixels.to(device))
+            return lambda pixels: self._trainer.encode_images(vae, pixels.to(device, non_blocking=True))
 
         cache_latents(source, items, load_encoder, self._pass_run(self._options.caching.vae_batch_size))
         self.vae.release()
@@ -111,7 +133,15 @@ class Inputs:
     def _pass_run(self, batch_size: int) -> PassRun:
         processes = self._processes
         check = not self._options.caching.skip_cache_check
-        return PassRun(batch_size, processes.rank, processes.world, processes.barrier, check=check)
+        return PassRun(
+            batch_size,
+            processes.rank,
+            processes.world,
+            processes.barrier,
+            processes.gather,
+            check=check,
+            pinned=processes.device.type == "cuda",
+        )
 
     def _on_device(self, condition: Condition) -> Condition:
         device = self._processes.device

@@ -1,6 +1,6 @@
 """From a batch to losses: what is not cached is encoded, noise is added, the model is asked.
 
-Everything random is keyed by the draw it is for, so it depends on nothing that happened before.
+Pictures of a batch may differ in size: latents, noise and velocities are sequences, (C, h, w) a picture.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from library.data.batch import Batch, Condition
-from library.data.items import Draw
-from library.flow import loss, noise, path, timesteps
+from library.flow import loss, path
 from library.training.inputs import Inputs
+from library.training.noising import Noising
 from networks.lora import LoRANetwork
 
 if TYPE_CHECKING:
@@ -24,11 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoisyLatents:
-    """Latents at a place on the path to noise, and the velocity that the model should predict there."""
+    """Latents at a place on the path to noise, and the velocity that the model should predict there.
 
-    x_BCHW: Tensor
-    target_BCHW: Tensor
+    `x` and `target` are (C, h, w) a picture, fp32.
+    """
+
+    x: Sequence[Tensor]
+    target: Sequence[Tensor]
     sigma_B: Tensor
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """What is done for every batch of a sharded model: it goes backward through all blocks, and if
+    `preserves`, it asks the untrained model first."""
+
+    preserves: bool
 
 
 class Objective:
@@ -40,115 +51,137 @@ class Objective:
         model: nn.Module,
         network: LoRANetwork,
         inputs: Inputs,
+        noising: Noising,
         *,
-        seed: int,
-        on_losses: Callable[[Tensor, Tensor], None] | None = None,
+        on_losses: Callable[[Sequence[float], Tensor], None] | None = None,
+        uniform: Uniform | None = None,
     ) -> None:
-        """`on_losses` is called with sigma_B (on the CPU) and losses_B of every training batch."""
+        """`on_losses` is called with the sigmas and losses_B of every training batch.
+
+        `uniform`: what every batch must do, whatever is in it, so that processes with a sharded model keep
+        step.
+        """
         self._trainer = trainer
         self._timesteps, self._loss = trainer.options.timesteps, trainer.options.loss
-        self._noise_options = trainer.options.noise
         self._model = model
         self._network = network
         self._inputs = inputs
-        self._seed = seed
+        self._noising = noising
         self._on_losses = on_losses
+        self._uniform = uniform
 
     def training_losses(self, batch: Batch) -> Tensor:
-        """Return the weighted training loss of each picture of a batch, fp32 (B,)."""
-        latents_BCHW, conditions = self._inputs.latents(batch), self.conditions(batch)
-        sigma_B = self.sigmas(batch)
-        noisy = add_noise(latents_BCHW, self._noise(batch.draws, latents_BCHW), sigma_B)
-        noisy = self._perturb(batch.draws, noisy)
+        """Return the weighted training loss of each picture of a batch, fp32 (B,).
+
+        The batch has its sigmas, and its noise unless that hangs on latents that are encoded here.
+        """
+        assert batch.sigma_B is not None
+        latents, conditions = self._inputs.latents(batch), self.conditions(batch)
+        noise = self._noising.noise(batch, latents) if batch.noise is None else batch.noise
+        noisy = self._perturb(batch, add_noise(latents, noise, batch.sigma_B))
         noisy = self._preserve(batch, noisy, conditions)
-        weights_B = batch.weights_B.to(latents_BCHW.device, non_blocking=True)
+        weights_B = batch.weights_B.to(noisy.sigma_B.device, non_blocking=True)
         weights_B = weights_B * loss.sigma_weight(self._timesteps.weighting_scheme, noisy.sigma_B)
-        losses_B = self.losses_at(batch, noisy, conditions, weights_B)
+        losses_B = self.losses_at(batch, noisy, conditions) * weights_B
         if self._on_losses is not None:
-            self._on_losses(sigma_B, losses_B)
+            self._on_losses(batch.sigmas, losses_B)
         return losses_B
 
     def conditions(self, batch: Batch) -> list[Condition]:
         """Return a batch's conditions, as the network makes them if it is on the text encoder too."""
-        self._network.multiplier = batch.network_multiplier
+        self._set_multiplier(batch.network_multiplier)
         return self._inputs.conditions(batch)
 
     def sigmas(self, batch: Batch) -> Tensor:
         """Return the sigma at which each picture of a batch is trained, fp32 (B,) on the CPU."""
-        family = self._trainer.family
-        if batch.latents_BCHW is not None:
-            tokens = batch.latents_BCHW[0, 0].numel() // family.patch**2
-        else:
-            tokens = batch.pixels_BCHW[0, 0].numel() // family.pixel_stride**2
-        drawn = [
-            timesteps.draw_sigma(self._timesteps, tokens, self._seed, d.step, d.micro, d.slot)
-            for d in batch.draws
-        ]
-        return torch.tensor(drawn, dtype=torch.float32)
+        return self._noising.sigmas(batch)
 
-    def losses_at(
-        self,
-        batch: Batch,
-        noisy: NoisyLatents,
-        conditions: Sequence[Condition],
-        weights_B: Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss of each picture at given noise, fp32 (B,)."""
-        self._network.multiplier = batch.network_multiplier
-        predicted_BCHW = self.velocity(noisy.x_BCHW, noisy.sigma_B, conditions)
-        mask = batch.masks_B1HW
-        mask = None if mask is None else mask.to(predicted_BCHW.device, non_blocking=True)
-        return loss.velocity_loss(
-            predicted_BCHW, noisy.target_BCHW, noisy.sigma_B, self._loss, mask, weights_B
-        )
+    def losses_at(self, batch: Batch, noisy: NoisyLatents, conditions: Sequence[Condition]) -> Tensor:
+        """Return the loss of each picture at given noise, before weights, fp32 (B,)."""
+        self._set_multiplier(batch.network_multiplier)
+        predicted = self.velocities(noisy.x, noisy.sigma_B, conditions)
+        masks = [None] * len(predicted) if batch.masks is None else batch.masks
+        losses = [
+            loss.velocity_loss(
+                x[None],
+                target[None],
+                sigma,
+                self._loss,
+                None if mask is None else mask.to(x.device, non_blocking=True)[None, None],
+            )
+            for x, target, sigma, mask in zip(
+                predicted, noisy.target, noisy.sigma_B.split(1), masks, strict=True
+            )
+        ]
+        return torch.cat(losses)
+
+    def velocities(
+        self, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+    ) -> list[Tensor]:
+        """Return the model's velocities in the house convention, (C, h, w) a picture."""
+        if self._uniform is not None and torch.is_grad_enabled():
+            x, conditions = _wanting_gradients(x, conditions)
+        return self._trainer.velocities(self._model, x, sigma_B, conditions)
 
     def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        """Return the model's velocity in the house convention."""
-        return self._trainer.velocity(self._model, x_BCHW, sigma_B, conditions)
+        """Return the velocities of pictures of one size."""
+        return torch.stack(self.velocities(x_BCHW.unbind(0), sigma_B, conditions))
 
-    def _noise(self, draws: Sequence[Draw], latents_BCHW: Tensor) -> Tensor:
-        """Return fp32 noise like the latents, on the CPU."""
-        options, shape = self._noise_options, latents_BCHW.shape[1:]
-        means = [None] * len(draws)
-        if options.adaptive_noise_scale:
-            means = latents_BCHW.float().mean((2, 3)).cpu()
-        return torch.stack(
-            [
-                noise.training_noise(options, shape, mean_C, self._seed, d.step, d.micro, d.slot)
-                for d, mean_C in zip(draws, means, strict=True)
-            ]
+    def idle(self) -> Tensor:
+        """Run the model on as little as it takes, with the network on it, and return its output."""
+        family, device = self._trainer.family, self._inputs.device
+        x_BCHW = torch.zeros(1, family.latent_channels, family.patch, family.patch, device=device)
+        blank = self._trainer.blank_condition(1, device)
+        self._network.multiplier = 1.0
+        return self.velocity(
+            x_BCHW, torch.full((1,), 0.5, device=device), [replace(blank, tokens_LD=blank.tokens_LD.zero_())]
         )
 
-    def _perturb(self, draws: Sequence[Draw], noisy: NoisyLatents) -> NoisyLatents:
+    def _set_multiplier(self, multiplier: float) -> None:
+        if self._network.multiplier != multiplier:  # every LoRA is told, which takes longer than to look
+            self._network.multiplier = multiplier
+
+    def _perturb(self, batch: Batch, noisy: NoisyLatents) -> NoisyLatents:
         """Mix noise into the input that the target does not know of, where --ip_noise_gamma asks for it."""
-        if not self._noise_options.ip_noise_gamma:
+        if batch.perturbation is None:
             return noisy
-        shape, device = noisy.x_BCHW.shape[1:], noisy.x_BCHW.device
-        extra = [
-            noise.perturbation(self._noise_options, shape, self._seed, d.step, d.micro, d.slot) for d in draws
-        ]
-        extra_BCHW = torch.stack(extra).to(device, non_blocking=True)
-        return replace(noisy, x_BCHW=noisy.x_BCHW + noisy.sigma_B[:, None, None, None] * extra_BCHW)
+        extra = [each.to(noisy.sigma_B.device, non_blocking=True) for each in batch.perturbation]
+        triples = zip(noisy.x, extra, noisy.sigma_B, strict=True)
+        return replace(noisy, x=[x + sigma * more for x, more, sigma in triples])
 
     def _preserve(self, batch: Batch, noisy: NoisyLatents, conditions: Sequence[Condition]) -> NoisyLatents:
         """Where a subset says diff_output_preservation, make the untrained model's own output the target."""
-        if not any(batch.preserved):
+        always = self._uniform is not None and self._uniform.preserves
+        if not always and not any(batch.preserved):
             return noisy
         self._network.enabled = False
         with torch.no_grad():
             if self._trainer.options.network.trains_text_encoder:
                 conditions = self._inputs.conditions(batch)
-            base_BCHW = self.velocity(noisy.x_BCHW, noisy.sigma_B, conditions)
+            base = self.velocities(noisy.x, noisy.sigma_B, conditions)
         self._network.enabled = True
-        preserved_B = torch.tensor(batch.preserved).to(base_BCHW.device, non_blocking=True)
-        return replace(
-            noisy, target_BCHW=torch.where(preserved_B[:, None, None, None], base_BCHW, noisy.target_BCHW)
-        )
+        triples = zip(base, noisy.target, batch.preserved, strict=True)
+        return replace(noisy, target=[own if preserved else target for own, target, preserved in triples])
 
 
-def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> NoisyLatents:
+def add_noise(latents: Sequence[Tensor], noise: Sequence[Tensor], sigma_B: Tensor) -> NoisyLatents:
     """Mix noise into latents, in fp32 on the latents' device."""
-    device = latents_BCHW.device
-    noise_BCHW, sigma_B = noise_BCHW.to(device, non_blocking=True), sigma_B.to(device, non_blocking=True)
-    x_BCHW = path.mix(latents_BCHW, noise_BCHW, sigma_B)
-    return NoisyLatents(x_BCHW, path.velocity_target(latents_BCHW, noise_BCHW), sigma_B)
+    device = latents[0].device
+    sigma_B = sigma_B.to(device, non_blocking=True)
+    x, target = [], []
+    for latent, one, sigma in zip(latents, noise, sigma_B.split(1), strict=True):
+        one = one.to(device, non_blocking=True)
+        x.append(path.mix(latent, one, sigma).squeeze(0))
+        target.append(path.velocity_target(latent, one))
+    return NoisyLatents(x, target, sigma_B)
+
+
+def _wanting_gradients(
+    x: Sequence[Tensor], conditions: Sequence[Condition]
+) -> tuple[list[Tensor], list[Condition]]:
+    """Return the model's inputs so that backward goes through every block, wherever the first LoRA is."""
+
+    def wanting(tensor: Tensor) -> Tensor:
+        return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+    return [wanting(each) for each in x], [replace(c, tokens_LD=wanting(c.tokens_LD)) for c in conditions]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.core.files import require_writable_directory
+from library.core.files import require_name_fits, require_writable_directory
 from library.core.hashing import HashLedger
 from library.core.log import setup_logging
 from library.data.cache_keys import check_latents_cacheable
@@ -14,9 +16,10 @@ from library.data.prompts import load_sample_prompts
 from library.data.scan import scan
 from library.data.schema import load_datasets
 from library.options.request import ImageRequest
+from library.options.saving import SavingOptions
 from library.training.family import ModelFiles
 from library.training.output.hub import check_uploads, fetch_state
-from library.training.state.checkpoint import SavedState, find_resumed
+from library.training.state.checkpoint import SavedState, check_state_folders, find_resumed
 from library.training.state.identity import check_resumed, dataset_digest, settings_of
 from library.training.watch.trackers import check_trackers
 from networks.module import check_network
@@ -29,14 +32,18 @@ if TYPE_CHECKING:
 class Prepared:
     """A checked run: its dataset, its weight files, and the ledger of file digests.
 
-    resumed: the state to go on from. changes: a sentence for each setting that is not what it was there.
+    settings: what a state records of the run. resumed: the state to go on from. changes: a sentence for each
+    setting that is not what it was there. adjustments: a sentence for each flag or option of a prompt that
+    has no effect.
     """
 
     manifest: Manifest
     files: ModelFiles
     ledger: HashLedger
+    settings: Mapping[str, object]
     resumed: SavedState | None = None
     changes: tuple[str, ...] = ()
+    adjustments: tuple[str, ...] = ()
 
 
 def prepare(trainer: NetworkTrainer) -> Prepared:
@@ -48,6 +55,8 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     logging = options.logging
     setup_logging(logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)
     require_writable_directory(options.saving.output_dir, "--output_dir")
+    require_name_fits(options.saving.output_dir, _longest_name(options.saving), "--output_name")
+    check_state_folders(options.state, options.saving)
     check_trackers(options.logging)
     check_uploads(options.hub, options.state)
     options.ema.check_samples(options.sampling)
@@ -60,12 +69,24 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
         check_latents_cacheable(datasets)
     ledger = HashLedger()
     manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
+    if trainer.token_budget is not None:
+        trainer.token_budget.check(manifest)
     files = trainer.model_files(ledger)
-    if options.sampling.sample_prompts is not None:
-        load_sample_prompts(options.sampling.sample_prompts, ImageRequest(seed=0))
+    adjustments = list(options.adjustments())
+    if not manifest.validation:
+        adjustments += options.validation.without_pictures()
+    if options.sampling.prompts is not None:
+        load_sample_prompts(options.sampling.prompts, ImageRequest(seed=0), adjustments.append)
+    settings = settings_of(options, files, manifest, ledger)
     ledger.save()
     changes: list[str] = []
     if resumed is not None:
-        settings = settings_of(options, files.described, manifest)
+        if options.budget.vram_budget is not None and options.quant.transformer is None:
+            settings["base_quant"] = resumed.record.settings.get("base_quant")  # goes on as it was planned
         changes = check_resumed(resumed, settings, options.training.seed, dataset_digest(manifest))
-    return Prepared(manifest, files, ledger, resumed, tuple(changes))
+    return Prepared(manifest, files, ledger, settings, resumed, tuple(changes), tuple(adjustments))
+
+
+def _longest_name(saving: SavingOptions) -> str:
+    """Return a name as long as the longest that files of a run have, which are sample pictures."""
+    return f"{saving.output_name}-base_e000001_00_{os.getpid():014d}_2147483647-000.png"

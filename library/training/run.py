@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import groupby
 from pathlib import Path
 
 from library.core.device import peak_memory_bytes
-from library.core.errors import NonFiniteError, Stopped
+from library.core.errors import NonFiniteError, Stopped, StorageError
 from library.core.files import sweep_leftovers, write_text
 from library.core.log import logger
 from library.data.batch import Batch
+from library.nn.compiling import check_compiler
 from library.training.assembly import Assembly, assemble
 from library.training.context import RunContext
 from library.training.events import Event, Moment
@@ -21,7 +22,6 @@ from library.training.optim.optimizer import check_optimizer, evaluating, learni
 from library.training.output.saving import config_path, final_path
 from library.training.state.stop import StopRequest, StopSignals
 from library.training.update import Share, StepResult
-from library.training.watch.gauges import weight_norms
 from library.training.watchers import encode_sample_prompts, events_of
 
 _log = logger("run")
@@ -40,6 +40,7 @@ class TrainingRun:
         self.stop = StopRequest(signals, stop_file, options.state.max_train_minutes)
         self.broken_off = False  # whether events of this moment are left for the resumed run
         check_optimizer(options.optimizer, context.device)
+        check_compiler(options.compute, context.device)
         self.schedule = learning_rate_schedule(options.optimizer, context.total_steps)
 
     def run(self) -> Path:
@@ -55,7 +56,7 @@ class TrainingRun:
             context.inputs.fill_caches(context.prepared.manifest)
             encode_sample_prompts(context)
         with memory_explained("loading the model", device, loading_advice(options)):
-            self.parts = assemble(context)
+            self.parts = assemble(context, self.stop)
         try:
             with memory_explained("training", device, training_advice(options, context.prepared.manifest)):
                 self._loop()
@@ -102,18 +103,33 @@ class TrainingRun:
             yield step, [Share(batch, total) for (_, _, batch), total in zip(group, totals, strict=True)]
 
     def _update(self, step: int, shares: Sequence[Share]) -> StepResult:
+        """Run a step. One that fails, or is broken off, leaves a state of the moment before it."""
+        # Several processes end their step first, because they stop together.
+        between = self.stop.check if self.context.processes.world == 1 else None
         try:
-            return self.parts.updater.step(step, shares)
+            return self.parts.updater.step(step, shares, between=between)
         except NonFiniteError as error:
-            if step == self.context.start.step:
-                raise
-            self._on_main(lambda: self.parts.states.save(self.context.moment(step)))
-            raise NonFiniteError(f"{error} A state of the moment before it is saved.") from error
+            try:
+                kept = self._keep_moment_before(step)
+            except StorageError as refused:  # the cause of the end stays the first thing that went wrong
+                kept = str(refused)
+            raise NonFiniteError(f"{error} {kept}") from error
+        except Stopped as wish:
+            kept = self._keep_moment_before(step)
+            self.stop.stop_file.unlink(missing_ok=True)
+            raise Stopped(f"Stopped by {wish} in step {step + 1}. {kept}") from wish
+
+    def _keep_moment_before(self, step: int) -> str:
+        """Save a state of the moment before a step, unless the run began there; return what to say of it."""
+        if step == self.context.start.step:
+            return "It was the first one, so there is nothing new to keep."
+        self._on_main(lambda: self._save_state(self.context.moment(step)))
+        return "A state of the moment before it is saved; --resume latest goes on from there."
 
     def _limit_norms(self) -> dict[str, float]:
         """Apply --scale_weight_norms; return its numbers under the names of the reference tool."""
         limit = self.options.network.scale_weight_norms
-        if limit is None:
+        if not limit:
             return {}
         done = self.parts.network.apply_max_norm(limit)
         return {
@@ -123,31 +139,38 @@ class TrainingRun:
         }
 
     def _numbers(self, step: int, result: StepResult) -> dict[str, float]:
-        """Return what is recorded of a step beside its loss. Every process has to ask."""
+        """Return what is recorded of a step beside its loss."""
         parts = self.parts
-        bands, norms = parts.bands.read(), weight_norms(parts.network)
         pictures = sum(len(micro.draws) for micro in self.context.plan.step(step))
         grad_norm = {"grad_norm": result.grad_norm}
-        return grad_norm | learning_rates(parts.optimizer) | bands | norms | parts.clock.read(pictures)
+        return grad_norm | learning_rates(parts.optimizer) | result.gauged | parts.clock.read(pictures)
 
     # --- between steps ---
 
     def _happen(self, events: Sequence[Event], moment: Moment) -> None:
-        """Run the events that are due, on the main process while the others wait; then keep the state."""
+        """Run the events that are due; then keep the state."""
         due = [event for event in events if event.due(moment)]
         if due:
-            self._on_main(lambda: self._run_events(due, moment))
+            self._run_events(due, moment)
             self.context.inputs.release_vae()
         self._keep_state(moment)
 
     def _run_events(self, due: Sequence[Event], moment: Moment) -> None:
-        try:
-            with evaluating(self.parts.optimizer):
-                for event in due:
-                    self.parts.network.multiplier = 1.0  # not what the last batch's dataset said
-                    event.run(moment)
-        except Stopped:
-            self.broken_off = True  # a preview or validation: done again when the run is resumed
+        """Run events: shared ones on all processes, the others on the main one, while the rest wait."""
+        processes = self.context.processes
+        with evaluating(self.parts.optimizer):
+            for event in due:
+                self.parts.network.multiplier = 1.0  # not what the last batch's dataset said
+                broken_off = False
+                with nullcontext() if event.shared else self.parts.lockstep.free():
+                    if event.shared or processes.is_main:
+                        try:
+                            event.run(moment)
+                        except Stopped:
+                            broken_off = True
+                if processes.any(broken_off):
+                    self.broken_off = True  # a preview or validation: done again when the run is resumed
+                    return
 
     def _keep_state(self, moment: Moment) -> None:
         """Save the state if that is due. If the run should stop, save it in any case, and leave.
@@ -156,18 +179,31 @@ class TrainingRun:
             Stopped: the run should stop; on every process, if one of them was asked to.
         """
         reason = self.stop.reason()
-        wished = self.broken_off or (reason is not None and not moment.run_ended)
-        leaving = self.context.processes.any(wished)
-        if leaving or self.parts.states.due(moment):
+        asked = reason is not None if self.context.processes.world == 1 else self.parts.vote.wished
+        leaving = self.broken_off or (asked and not moment.run_ended)  # the same on every process
+        states = self.parts.states
+        if leaving:
             self._on_main(lambda: self._save_state(moment))
+        elif states.due(moment):
+            self._on_main(lambda: self._try_to_save(lambda: self._save_state(moment)))
+        elif states.overdue() and self.context.processes.is_main and not moment.run_ended:
+            # The clocks of the other processes may differ: they go on, and wait in their next exchange.
+            self._try_to_save(lambda: states.save(moment))
         if leaving:
             self._on_main(lambda: self.stop.stop_file.unlink(missing_ok=True))
-            by = reason or "a wish of another process"
+            by = next(filter(None, self.context.processes.gather(reason)), "a wish to stop")
             raise Stopped(f"Stopped by {by} after step {moment.step}; --resume latest goes on from there.")
 
     def _save_state(self, moment: Moment) -> None:
         parts = self.parts
         parts.output.take_states(parts.states.save(moment, events_done=not self.broken_off))
+
+    def _try_to_save(self, save: Callable[[], object]) -> None:
+        """Save a state; without room for it training goes on, as a later one may find room."""
+        try:
+            save()
+        except StorageError as error:
+            _log.warning("%s Training goes on, and the next state is tried when it is due.", error)
 
     def _save_result(self, path: Path) -> None:
         parts, total_steps = self.parts, self.context.total_steps

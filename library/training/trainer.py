@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Self, final
 
 from library.core.hashing import HashLedger
+from library.data.token_batches import TokenBudget
 from library.options.group import OptionGroup
 from library.options.train import TrainOptions
 from library.training.family import FamilySpec, ModelFiles
@@ -54,8 +56,13 @@ class NetworkTrainer(ABC):
         """Load what `encode_prompts` needs."""
 
     @abstractmethod
-    def load_transformer(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Load the frozen model that the network is trained on."""
+    def load_transformer(
+        self, device: torch.device, dtype: torch.dtype, *, weights_on: torch.device | None = None
+    ) -> nn.Module:
+        """Load the frozen model that the network is trained on, to run on `device`.
+
+        Its weights go to `weights_on` first, where that is given: they are spread from there.
+        """
 
     @abstractmethod
     def encode_images(self, vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
@@ -70,10 +77,13 @@ class NetworkTrainer(ABC):
         """Encode formatted texts, one unpadded condition each."""
 
     @abstractmethod
-    def velocity(
-        self, model: nn.Module, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]
-    ) -> Tensor:
-        """Return the model's velocity in the house convention."""
+    def velocities(
+        self, model: nn.Module, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+    ) -> list[Tensor]:
+        """Return the model's velocities in the house convention; `x` and they are (C, h, w) a picture, fp32.
+
+        Pictures may differ in size.
+        """
 
     @abstractmethod
     def count_tokens(self, text: str) -> tuple[int, int]:
@@ -82,6 +92,10 @@ class NetworkTrainer(ABC):
     @abstractmethod
     def blank_condition(self, tokens: int, device: torch.device) -> Condition:
         """Return a condition of so many tokens with nothing in it, of which only the shape counts."""
+
+    @abstractmethod
+    def encode_blank(self, encoders: object, tokens: int, count: int) -> list[Condition]:
+        """Encode `count` texts of so many tokens with nothing in them, of which only the shapes count."""
 
     # --- what a family may write ---
 
@@ -95,6 +109,7 @@ class NetworkTrainer(ABC):
         return (
             options.caching,
             options.training,
+            options.compute,
             options.optimizer,
             options.timesteps,
             options.noise,
@@ -105,16 +120,32 @@ class NetworkTrainer(ABC):
 
     # --- the same for every family ---
 
+    @property
+    def token_budget(self) -> TokenBudget | None:
+        """What --max_batch_tokens says."""
+        limit = self.options.training.max_batch_tokens
+        return None if limit is None else TokenBudget(limit, self.family.pixel_stride)
+
+    @final
+    def with_options(self, options: TrainOptions) -> Self:
+        """Return the same trainer with other options."""
+        other = copy(self)
+        other.options = options
+        return other
+
     @final
     def train(self) -> Path:
         """Check everything that can be checked cheaply, then train. Returns the saved network's path.
 
-        With --dry_run or --debug_dataset it only looks, and returns the path of what it drew.
+        With --dry_run or --debug_dataset it only looks, and returns the path of what it drew; with
+        --plan_memory it measures, and returns the path of the figures.
         """
         # Imported as they are needed: --help need not wait for the dataset code, nor a mistake for torch.
+        from library.core.launch import complete_launch
         from library.training.prepare import prepare
         from library.training.state.stop import StopSignals
 
+        complete_launch()
         with StopSignals().caught() as signals:
             prepared = prepare(self)
             if self.options.training.only_looks:
@@ -122,6 +153,13 @@ class NetworkTrainer(ABC):
 
                 return look(self, prepared)
             from library.training.context import RunContext
+            from library.training.look.planner import planned
             from library.training.run import TrainingRun
 
-            return TrainingRun(RunContext.decide(self, prepared), signals).run()
+            if self.options.budget.plan_memory:
+                from library.training.look.measure import measure
+
+                return measure(RunContext.decide(self, prepared))
+            context = planned(RunContext.decide(self, prepared))
+            with context.processes.tied():
+                return TrainingRun(context, signals).run()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,7 +15,9 @@ from library.core.errors import NonFiniteError
 from library.core.log import logger
 from library.core.seeds import derive
 from library.data.batch import Batch
+from library.training.watch.gauges import norms_of
 
+_TINY = 1e-6  # as torch's own clipping has it
 MAX_SKIPPED = 25  # steps in a row without an update (fp16 overflow, --on_nan skip) before a run is given up
 
 _log = logger("update")
@@ -31,11 +33,29 @@ class Share:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. `loss` is the mean over all its pictures and processes, before the update."""
+    """What a step did. `loss` is the mean over all its pictures and processes, before the update; what the
+    gauges found is of the same moment.
+    """
 
     loss: float
     grad_norm: float
     updated: bool
+    gauged: dict[str, float] = field(default_factory=dict)
+
+
+class Gauge(Protocol):
+    """Measures each step. The numbers stay on the device until they are read together with the loss.
+
+    `shared`: the numbers of all processes are added up.
+    """
+
+    shared: bool
+
+    def measure(self) -> Tensor:
+        """Return the step's numbers (N,), fp32; nothing waits for the device."""
+
+    def named(self, numbers: Sequence[float]) -> dict[str, float]:
+        """Return what these numbers are called in the log."""
 
 
 class Losses(Protocol):
@@ -66,7 +86,10 @@ class Updater:
         max_grad_norm: float,
         scale_gradients: bool,
         on_nan: str = "stop",
+        idle: Callable[[], None] = lambda: None,
+        gauges: Sequence[Gauge] = (),
     ) -> None:
+        """`idle` is called for a micro-batch of which this process has no picture."""
         self._objective = objective
         self._parameters = list(parameters)
         self._optimizer = optimizer
@@ -77,6 +100,8 @@ class Updater:
         # The scale comes with the first use, and this process may have no picture in its first steps.
         self._scaler.scale(torch.zeros((), device=processes.device))
         self._on_nan = on_nan
+        self._idle = idle
+        self._gauges = sorted(gauges, key=lambda gauge: not gauge.shared)
         self._skipped = 0  # steps in a row without an update
         self._losses: list[Tensor] = []  # of each picture of the step, by micro-batch
 
@@ -90,36 +115,54 @@ class Updater:
             self._scaler.load_state_dict(state["scaler"])
         self._skipped = int(state["skipped"])
 
-    def step(self, step: int, shares: Sequence[Share]) -> StepResult:
+    def step(
+        self, step: int, shares: Sequence[Share], *, between: Callable[[], None] | None = None
+    ) -> StepResult:
         """Run optimizer step number `step` (from 0). The parameters do not move on a loss or gradient that is
         NaN or infinite: an fp16 overflow and, with on_nan "skip", any such step is left out.
+
+        Args:
+            between: called between two micro-batches; what it raises breaks the step off.
 
         Raises:
             NonFiniteError: loss or gradient is NaN or infinite; the parameters are as they were.
         """
-        loss = self._backward(step, shares)
+        loss = self._backward(step, shares, between)
         self._processes.sum_gradients(self._parameters)
         self._scaler.unscale_(self._optimizer)
-        norm = self._clip()
-        loss_value, norm_value = torch.stack(
-            [self._processes.sum(loss), norm]
-        ).tolist()  # the step's one wait
+        loss_value, norm_value, gauged = self._read(loss, self._clip())
         updated = self._check(step, shares, loss_value, norm_value)
         if updated:
-            self._scaler.step(self._optimizer)
+            self._optimizer.step()  # not the scaler's `step`, which would wait to learn what the norm told
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_value, norm_value, updated)
+        for parameter in self._parameters:
+            parameter.grad = None
+        return StepResult(loss_value, norm_value, updated, gauged)
 
-    def _backward(self, step: int, shares: Sequence[Share]) -> Tensor:
+    def _read(self, loss: Tensor, norm: Tensor) -> tuple[float, float, dict[str, float]]:
+        """Bring the numbers of the step over from the device: the only time that a step waits for it."""
+        measured = [gauge.measure() for gauge in self._gauges]
+        shared = sum(gauge.shared for gauge in self._gauges)
+        summed = self._processes.sum(torch.cat([loss.view(1), *measured[:shared]]))
+        loss_value, *numbers = torch.cat([summed, *measured[shared:], norm.view(1)]).tolist()
+        norm_value, gauged = numbers.pop(), {}
+        for gauge, tensor in zip(self._gauges, measured, strict=True):
+            gauged |= gauge.named(numbers[: len(tensor)])
+            numbers = numbers[len(tensor) :]
+        return loss_value, norm_value, gauged
+
+    def _backward(self, step: int, shares: Sequence[Share], between: Callable[[], None] | None) -> Tensor:
         """Add up gradients and return this process's part of the mean loss."""
         total = torch.zeros((), device=self._processes.device)
         self._losses = []
         for micro, share in enumerate(shares):
+            if micro > 0 and between is not None:
+                between()
             if not share.batch.draws:
+                self._idle()
                 continue  # this process has no picture in the last batch of a bucket
             # Dropout in the network draws from the global generator: seeded here, it has no history either.
-            torch.manual_seed(derive(self._seed, "dropout", step, micro, self._processes.rank))
+            _seed_globally(derive(self._seed, "dropout", step, micro, self._processes.rank), total.device)
             losses_B = self._objective.training_losses(share.batch)
             self._losses.append(losses_B.detach())
             loss = losses_B.sum() / (share.total * len(shares))
@@ -130,10 +173,10 @@ class Updater:
     def _clip(self) -> Tensor:
         """Return the gradient's norm; scale the gradient down to --max_grad_norm unless that is 0."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = torch.linalg.vector_norm(norms_of(gradients))
         if self._max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
-        return norm.to(self._processes.device)
+            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + _TINY)).clamp_max(1.0))
+        return norm
 
     def _check(self, step: int, shares: Sequence[Share], loss: float, norm: float) -> bool:
         """Return whether the update will happen; raise before weights move on anything that is not finite."""
@@ -166,3 +209,11 @@ class Updater:
         told = [f"{name} (sigma {sigma:.3f})" for name, sigma in zip(names, sigmas, strict=True)]
         bad = [text for text, good in zip(told, finite, strict=True) if not good]
         return f"It comes from {', '.join(bad)}." if bad else f"Pictures of this step: {', '.join(told)}."
+
+
+def _seed_globally(seed: int, device: torch.device) -> None:
+    """Seed the generators that modules draw from. torch.manual_seed asks after every kind of device first."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)

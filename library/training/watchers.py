@@ -10,10 +10,10 @@ from library.flow.generate import ImageModel
 from library.options.request import ImageRequest
 from library.training.assembly import Assembly
 from library.training.context import RunContext
-from library.training.events import Event, Interval
+from library.training.events import Event
 from library.training.guards import drawing_advice, memory_explained
 from library.training.state.stop import StopRequest
-from library.training.validation import Validation
+from library.training.validation import Validation, measured
 from library.training.watch.preview import Look, Previews, switched_off
 
 Encoded = tuple[Sequence[Condition], Sequence[Condition]]
@@ -31,27 +31,26 @@ def events_of(context: RunContext, parts: Assembly, stop: StopRequest) -> list[E
 def encode_sample_prompts(context: RunContext) -> None:
     """Encode the sample prompts ahead, while the text encoder has the memory to itself."""
     options = context.options
-    if options.sampling.sample_prompts is None or not context.processes.is_main:
+    if options.sampling.prompts is None or not context.processes.is_main:
         return
     if not options.network.trains_text_encoder:
-        requests = load_sample_prompts(options.sampling.sample_prompts, _defaults(context))
+        requests = load_sample_prompts(options.sampling.prompts, _defaults(context))
         _encode(context, requests)
 
 
 def _validation(context: RunContext, parts: Assembly, stop: StopRequest) -> Validation:
     options, manifest = context.options.validation, context.prepared.manifest
-    epochs, steps = options.validate_every_n_epochs, options.validate_every_n_steps
-    if epochs is None and steps is None:
-        epochs = 1
+    items = [manifest.items[index] for index in manifest.validation]
     return Validation(
-        interval=Interval(steps, epochs),
-        items=[manifest.items[i] for i in manifest.validation],
-        max_batches=options.max_validation_steps,
-        batch=stop.interruptible(parts.loader.batch),
+        options=options,
+        items=measured(items, options.max_validation_steps),
+        batches=parts.loader.held_out,
         inputs=context.inputs,
         objective=parts.objective,
         report=parts.metrics.log,
         modules=[parts.network, parts.model],
+        processes=context.processes,
+        stop=stop,
     )
 
 
@@ -71,7 +70,7 @@ def _previews(context: RunContext, parts: Assembly, stop: StopRequest) -> Previe
         name=options.saving.output_name,
         defaults=_defaults(context),
         model=model,
-        encode=lambda requests: _encode(context, requests),
+        encode=explained(lambda requests: _encode(context, requests)),
         modules=[parts.network, parts.model],
         grid=parts.grid,
         looks=_looks(context, parts),
@@ -97,7 +96,7 @@ def _defaults(context: RunContext) -> ImageRequest:
     return ImageRequest(
         seed=context.seed,
         discrete_flow_shift=options.timesteps.discrete_flow_shift,
-        sampler=options.sampling.sample_sampler,
+        sampler=options.sampling.sampler,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,46 @@ def test_kept_tags_stay_and_none_is_lost_by_shuffling(tags: list[str], keep: int
     drawn = draw(item, epoch).split(", ")
     assert drawn[:keep] == tags[:keep]
     assert sorted(drawn) == sorted(tags)
+
+
+# --- held-out pictures ---
+
+
+drawn = {
+    "shuffle_caption": True,
+    "caption_dropout_rate": 1.0,
+    "caption_dropout_every_n_epochs": 1,
+    "caption_tag_dropout_rate": 0.9,
+    "token_warmup_step": 50.0,
+}
+
+
+def held(text: str, index: int = 0, **options: object) -> Item:
+    return replace(make_item(text, index, **options), held_out=True)
+
+
+def test_a_held_out_picture_has_all_its_tags_in_order() -> None:
+    item = held("a,b,  c ||| d", keep_tokens_separator="|||", caption_prefix="x,", **drawn)
+    assert draws(item, 3) == ["x, a, b, c, d"] * 3
+    assert caption_variants(item, 5) == ("x, a, b, c, d",)
+
+
+def test_a_held_out_caption_is_written_as_in_training() -> None:
+    """Tags are joined anew where training does so, and the text is left alone where training leaves it."""
+    for options in ({}, {"shuffle_caption": True}):
+        (trained,) = {draw(make_item("one,two", **options), epoch=e) for e in range(40)} - {"two, one"}
+        assert draw(held("one,two", **options)) == trained
+
+
+def test_a_held_out_caption_is_drawn_once_and_for_all() -> None:
+    """Whatever the seed, the epoch, the other pictures, and how many variants are cached."""
+    text = "{red|blue|green|black|white} {cat|dog|bird}, {day|night}\nsecond line"
+    item, options = held(text, 0, enable_wildcard=True, **drawn), {"enable_wildcard": True}
+    texts = {
+        draw(item, epoch=e, seed=s, max_variants=m) for e in (0, 1) for s in (0, 1) for m in (None, 2, 99)
+    }
+    texts |= {draw(held(text, 7, **options)), *caption_variants(item, 1), *caption_variants(item, 99)}
+    assert len(texts) == 1
+    assert texts <= set(caption_variants(make_item(text, **options), 1000))
+    others = {draw(held(f"{text} {n}", **options)).split()[0] for n in range(40)}
+    assert len(others) > 3

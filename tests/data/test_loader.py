@@ -2,12 +2,13 @@
 
 import threading
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import library.data.loader as loader_module
 from library.core.errors import DataError
 from library.data.batch import Batch
 from library.data.captions import caption_variants
@@ -17,6 +18,7 @@ from library.data.plan import Plan
 from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
 from library.training.caching import PassRun, cache_latents, cache_texts
+from tests.data.test_delivery import Carrier
 from tests.picture_sets import STRIDE, Encoders, manifest_of, write_picture, write_pictures
 
 SEED, STEPS = 5, 12
@@ -38,6 +40,7 @@ def manifest(folder):
 def loader_of(manifest, sources=None, **settings):
     plan = Plan(manifest, seed=SEED, world=settings.get("world", 1), accumulation=2)
     settings = {"seed": SEED, "total_steps": STEPS} | settings
+    settings.pop("world", None)
     return BatchLoader(manifest, plan, sources or Sources(), LoaderSettings(**settings))
 
 
@@ -69,6 +72,8 @@ def assert_same(this: Batch, that: Batch):
         a, b = getattr(this, field.name), getattr(that, field.name)
         if isinstance(a, Tensor):
             assert torch.equal(a, b), field.name
+        elif field.name in ("latents", "pixels", "masks") and a is not None:
+            assert all(torch.equal(*pair) for pair in zip(a, b, strict=True)), field.name
         elif field.name == "conditions" and a is not None:
             assert all(torch.equal(c.tokens_LD, d.tokens_LD) for c, d in zip(a, b, strict=True))
         else:
@@ -127,7 +132,7 @@ def test_a_process_without_pictures_gets_a_batch_without_draws(manifest):
     batch = loader_of(manifest).batch([])
     assert (batch.draws, batch.names, batch.captions) == ((), (), ())
     assert batch.weights_B.shape == (0,)
-    assert batch.latents_BCHW is batch.pixels_BCHW is batch.conditions is batch.masks_B1HW is None
+    assert batch.latents is batch.pixels is batch.conditions is batch.masks is None
 
 
 @pytest.mark.parametrize("place", [MEMORY, DISK])
@@ -139,10 +144,12 @@ def test_caches_give_what_encoding_on_the_way_gives(folder, place):
     encoders = Encoders()
     flips = 0
     for (*_, batch), (*_, made) in zip(take(loader_of(manifest, sources)), online, strict=True):
-        assert made.latents_BCHW is None and batch.pixels_BCHW is None
+        assert made.latents is None and batch.pixels is None
         assert batch.names == made.names
-        assert torch.equal(batch.latents_BCHW, encoders.encode_pictures(made.pixels_BCHW))
-        assert torch.equal(batch.masks_B1HW, made.masks_B1HW)
+        expected = encoders.encode_pictures(torch.stack(made.pixels))
+        assert torch.equal(torch.stack(batch.latents), expected)
+        assert (batch.masks is None) == (made.masks is None)
+        assert all(map(torch.equal, batch.masks or (), made.masks or ()))
         assert batch.captions == made.captions
         for condition, expected in zip(
             batch.conditions, encoders.encode_texts(list(batch.captions)), strict=True
@@ -155,7 +162,7 @@ def test_caches_give_what_encoding_on_the_way_gives(folder, place):
 
 def test_flipped_draws_show_the_mirrored_picture(manifest):
     for *_, batch in take(loader_of(manifest)):
-        for draw, pixels in zip(batch.draws, batch.pixels_BCHW, strict=True):
+        for draw, pixels in zip(batch.draws, batch.pixels, strict=True):
             item = manifest.items[draw.item]
             plain = pixels_to_tensor(load_pixels(item, None, flip=False)[0])
             expected = plain.flip(-1) if is_flipped(item, draw.key(SEED)) else plain
@@ -166,8 +173,9 @@ def test_flipped_draws_show_the_mirrored_picture(manifest):
 def test_latents_are_fp32_whatever_the_cache_holds(manifest):
     sources = cached(manifest, CachePlace(False, dtype="bf16"))
     *_, batch = take(loader_of(manifest, sources), 0, 1)[0]
-    assert batch.latents_BCHW.dtype == torch.float32
-    assert torch.equal(batch.latents_BCHW, batch.latents_BCHW.bfloat16().float())
+    for latents in batch.latents:
+        assert latents.dtype == torch.float32
+        assert torch.equal(latents, latents.bfloat16().float())
 
 
 def test_captions_are_unlimited_on_the_way_and_variants_from_the_cache(folder):
@@ -199,8 +207,7 @@ def test_weights_masks_and_multiplier(tmp_path):
     weights = dict(zip(batch.names, batch.weights_B.tolist(), strict=True))
     assert weights == {str(train / "a.png"): 1.0, str(regularisation / "r.png"): 0.25}
     assert batch.network_multiplier == 0.5
-    assert batch.masks_B1HW.shape == (2, 1, 8, 8)
-    masks = dict(zip(batch.names, batch.masks_B1HW[:, 0], strict=True))
+    masks = dict(zip(batch.names, batch.masks, strict=True))
     assert torch.equal(masks[str(train / "a.png")], torch.ones(8, 8))
     (item,) = [i for i in manifest.items if i.subset.is_reg]
     expected = mask_to_latent_size(load_pixels(item, None, flip=False)[1], STRIDE)
@@ -243,7 +250,7 @@ def test_stopping_early_ends_the_threads(manifest):
 
 
 def test_pinning_moves_every_tensor_and_changes_no_value(folder, monkeypatch):
-    """Without a GPU nothing can be pinned, so a copy stands for it."""
+    """Without a GPU nothing can be pinned or carried, so copies stand for both."""
     pinned = []
 
     def copy(tensor):
@@ -251,15 +258,60 @@ def test_pinning_moves_every_tensor_and_changes_no_value(folder, monkeypatch):
         return pinned[-1]
 
     monkeypatch.setattr(Tensor, "pin_memory", copy)
+    monkeypatch.setattr(loader_module, "carrier_for", lambda device: Carrier())
     manifest = manifest_of(folder, dataset="batch_size = 2", subset="alpha_mask = true")
     sources = cached(manifest, MEMORY)
     (*_, plain), *_ = take(loader_of(manifest, sources), 0, 1)
-    (*_, batch), *_ = take(loader_of(manifest, sources, pin_memory=True), 0, 1)
+    loader = loader_of(manifest, sources, device=torch.device("cuda"))
+    (*_, batch), *_ = take(loader, 0, 1)
     assert_same(batch, plain)
-    tensors = [
-        batch.latents_BCHW,
-        batch.weights_B,
-        batch.masks_B1HW,
-        *(c.tokens_LD for c in batch.conditions),
-    ]
-    assert all(any(tensor is other for other in pinned) for tensor in tensors)
+    tensors = [*batch.latents, batch.weights_B, *batch.masks, *(c.tokens_LD for c in batch.conditions)]
+    assert all(any(torch.equal(tensor, other) for other in pinned) for tensor in tensors)
+    held_out = [item for item in manifest.items if item.index == 0]
+    pinned.clear()
+    (alone,) = loader.held_out(held_out)
+    assert any(tensor is alone.latents[0] for tensor in pinned)
+
+
+def test_what_else_a_batch_needs_is_added_where_there_are_pictures(manifest):
+    """By the threads that load, and not for pictures that are held out."""
+    plan = Plan(manifest, seed=SEED, world=6)
+    names = []
+
+    def complete(batch):
+        names.append(threading.current_thread().name)
+        return replace(batch, sigmas=(0.5,) * len(batch.draws))
+
+    settings = LoaderSettings(seed=SEED, total_steps=STEPS, rank=5, workers=2)
+    loader = BatchLoader(manifest, plan, Sources(), settings, complete=complete)
+    batches = [batch for *_, batch in take(loader)]
+    assert all(batch.sigmas == (0.5,) * len(batch.draws) for batch in batches)
+    assert not all(batch.draws for batch in batches)
+    assert names and all(name.startswith("ahead") for name in names)
+    (held_out,) = loader.held_out(manifest.items[:1])
+    assert held_out.sigmas == ()
+
+
+# --- held-out pictures ---
+
+
+@pytest.mark.parametrize("source", ["pixels", "cache"])
+def test_held_out_pictures_come_one_by_one_and_are_always_the_same(folder, source):
+    subset = "flip_aug = true\nshuffle_caption = true\ncaption_dropout_rate = 0.9"
+    if source == "pixels":
+        subset += "\nrandom_crop = true\ncolor_aug = true"
+    manifest = manifest_of(folder, dataset="batch_size = 2\nvalidation_count = 3", subset=subset)
+    items = [manifest.items[index] for index in manifest.validation]
+    sources = cached(manifest, MEMORY) if source == "cache" else Sources()
+    seen = []
+    for seed, workers in ((1, 0), (2, 3)):
+        loader = loader_of(manifest, sources, seed=seed, workers=workers)
+        seen.append(list(loader.held_out(items)))
+    for item, this, that in zip(items, *seen, strict=True):
+        assert_same(this, that)
+        assert this.names == (str(item.path),) and this.captions == (item.text,)
+        pixels, _ = load_pixels(item, None, flip=False)
+        expected = pixels_to_tensor(pixels)
+        if source == "cache":
+            (expected,) = Encoders().encode_pictures(expected[None])
+        assert torch.equal(*(this.latents if source == "cache" else this.pixels), expected)

@@ -82,7 +82,7 @@ def test_batches_hold_one_bucket_and_are_split_over_the_processes(plan: Plan, st
         items = [plan.manifest.items[draw.item] for draw in micro.draws]
         assert len({(item.dataset_index, item.geometry.bucket) for item in items}) == 1
         assert len(items) <= items[0].dataset.batch_size * plan.world
-        parts = [micro.of_rank(rank, plan.world) for rank in range(plan.world)]
+        parts = micro.parts
         assert sorted(d.slot for part in parts for d in part) == list(range(len(items)))
         assert max(map(len, parts)) <= items[0].dataset.batch_size
         for slot, draw in enumerate(micro.draws):
@@ -110,7 +110,8 @@ def test_two_processes_share_the_same_batches_as_one_with_twice_the_size(
         [(i.dataset_index, BUCKETS.index(i.geometry.bucket), i.repeats) for i in manifest.items],
         len(manifest.validation),
     )
-    assert Plan(manifest, seed=3, world=2).step(step) == Plan(doubled, seed=3, world=1).step(step)
+    two, one = Plan(manifest, seed=3, world=2).step(step), Plan(doubled, seed=3, world=1).step(step)
+    assert [micro.draws for micro in two] == [micro.draws for micro in one]
 
 
 def test_order_changes_with_epoch_and_seed() -> None:

@@ -334,9 +334,45 @@ def test_a_subset_may_have_its_own_validation_split_and_the_seed_chooses() -> No
     assert one.validation != other.validation
 
 
-def test_a_split_that_holds_out_none_or_all_is_refused() -> None:
+def test_a_dataset_for_validation_does_not_touch_the_numbers_of_the_others() -> None:
+    """Wherever it stands: what training draws hangs on them."""
+    for number in range(6):
+        picture(f"{'pqv'[number // 2]}/{number}.png", colour=number, caption="x")
+    one, other, held = (f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{name}'\n" for name in "pqv")
+    held = held.replace("[[datasets]]", "[[datasets]]\nvalidation = true")
+    plain = look(one + other)
+    for config in (held + one + other, one + held + other, one + other + held):
+        manifest = look(config)
+        assert [manifest.items[index].path.name for index in manifest.validation] == ["4.png", "5.png"]
+        assert manifest.items[: len(plain.items)] == plain.items
+        assert manifest.train == plain.train and manifest.trained_datasets == plain.datasets
+        assert [item.index for item in manifest.items] == list(range(6))
+        assert all(manifest.datasets[item.dataset_index] == item.dataset for item in manifest.items)
+
+
+def test_pictures_that_are_also_in_a_dataset_for_validation_are_not_trained_on() -> None:
+    for number in range(4):
+        picture(f"p/{number}.png", colour=number, caption="x")
+    picture("v/again.png", colour=2, caption="y")
+    config = "[[datasets]]\nvalidation = true\n[[datasets.subsets]]\nimage_dir = 'v'\n"
+    manifest = look(config + "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'p'\nnum_repeats = 2\n")
+    assert [manifest.items[index].path.name for index in manifest.train] == ["0.png", "1.png", "3.png"]
+    assert [str(manifest.items[index].path) for index in manifest.validation] == ["v/again.png"]
+    assert any("datasets[1] has copies" in note and "2.png" in note for note in manifest.notes)
+
+
+def test_a_number_of_pictures_is_held_out() -> None:
+    for number in range(8):
+        picture(f"{'pq'[number % 2]}/{number}.png", colour=number, caption="x")
+    subsets = "[[datasets.subsets]]\nimage_dir = 'p'\n[[datasets.subsets]]\nimage_dir = 'q'\n"
+    assert len(look(f"[[datasets]]\nvalidation_count = 3\n{subsets}").validation) == 3
+    assert len(look(f"[[datasets]]\n{subsets}", validation_count=5).validation) == 5
+    with pytest.raises(UserError, match="validation_count of datasets.0. is 9, but it has only 8"):
+        look(f"[[datasets]]\n{subsets}", validation_count=9)
+
+
+def test_a_split_that_holds_out_all_is_refused() -> None:
     picture("p/a.png", caption="x")
-    assert "holds out none of the 1 pictures" in complaint("image_dir = 'p'\nvalidation_split = 0.0001")
     assert "holds out all pictures" in complaint("image_dir = 'p'\nvalidation_split = 1")
 
 

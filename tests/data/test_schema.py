@@ -14,7 +14,7 @@ import pytest
 
 from library.core.errors import ConfigError
 from library.data.config_report import lines_of_toml
-from library.data.config_tables import GeneralTable, SubsetKeys, SubsetTable
+from library.data.config_tables import DatasetTable, SubsetKeys, SubsetTable
 from library.data.items import CaptionOptions, ImageOptions
 from library.data.schema import load_datasets
 from library.options.dataset import DatasetOptions
@@ -143,7 +143,7 @@ def test_no_key_is_accepted_and_then_forgotten() -> None:
 
     built = (BucketOptions, Dataset, Subset, CaptionOptions, ImageOptions)
     known = {f.name for made in built for f in fields(made)}
-    keys = GeneralTable.model_fields.keys() | SubsetTable.model_fields.keys() | SubsetKeys.model_fields.keys()
+    keys = DatasetTable.model_fields.keys() | SubsetTable.model_fields.keys() | SubsetKeys.model_fields.keys()
     assert keys - known == {"cache_info"}  # what it asks for is always done
 
 
@@ -207,6 +207,23 @@ batch_size = 0
         ("resolution = 512\nbatch_size = 1.5", ["must be a whole number, not 1.5"]),
         ("resolution = 512\nimage_dir = 'a'", ["belongs in [[datasets.subsets]], not here"]),
         ("resolution = 512\nvalidation_split = 2", ["it must be 1 or less"]),
+        ("resolution = 512\nvalidation_count = -1", ["validation_count: is -1; it must be 0 or more"]),
+        (
+            "resolution = 512\nvalidation_count = 2\nvalidation_split = 0.1",
+            ["line 3, datasets[0].validation_count: and validation_split cannot both say", "to 0"],
+        ),
+        (
+            "resolution = 512\nvalidation = true",
+            ["datasets: all have validation = true; add one to train on"],
+        ),
+        ("resolution = 512\nvalidation = 1", ["validation: must be true or false, not 1"]),
+        (
+            "resolution = 512\nvalidation = true\nvalidation_split = 0.2\nflip_aug = true",
+            [
+                "datasets[0].validation_split: has no effect in a dataset with validation = true; remove it",
+                "datasets[0].flip_aug: has no effect",
+            ],
+        ),
     ],
 )
 def test_mistakes_of_a_dataset(dataset: str, words: list[str]) -> None:
@@ -223,6 +240,8 @@ def test_mistakes_of_a_dataset(dataset: str, words: list[str]) -> None:
         ),
         ("image_dir = 'meta.json'", ["the folder meta.json is not a folder"]),
         ("num_repeats = 2", ["image_dir: is required"]),
+        ("image_dir = 'a'\nvalidation = true", ["subsets[0].validation: belongs in [[datasets]], not here"]),
+        ("image_dir = 'a'\nvalidation_count = 2", ["belongs in [[datasets]] or [general], not here"]),
         ("image_dir = 'a'\nnum_repeats = 0", ["is 0; it must be 1 or more"]),
         ("image_dir = 'a'\nnum_repeats = true", ["must be a whole number, not True"]),
         ("image_dir = 'a'\nface_crop_aug_range = [3.0, 1.0]", ["low <= high"]),
@@ -246,6 +265,23 @@ def test_mistakes_of_a_dataset(dataset: str, words: list[str]) -> None:
 def test_mistakes_of_a_subset(subset: str, words: list[str]) -> None:
     told = mistakes(f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\n{subset}\n")
     assert all(word in told for word in words), told
+
+
+def test_a_dataset_for_validation() -> None:
+    """It takes what [general] says about pictures and captions, but not what says how much is held out."""
+    general = "[general]\nresolution = 512\nvalidation_count = 3\nvalidation_seed = 4\ncaption_prefix = 'x'\n"
+    one = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\n"
+    other = "[[datasets]]\nvalidation = true\n[[datasets.subsets]]\nimage_dir = 'b'\n"
+    trained, validated = load(general + one + other)
+    assert (trained.validation, trained.validation_count, trained.validation_seed) == (False, 3, 4)
+    assert (validated.validation, validated.validation_count, validated.validation_seed) == (True, 0, None)
+    assert validated.subsets[0].captions.caption_prefix == "x"
+    row = other.replace("image_dir = 'b'", "image_dir = 'b'\nnum_repeats = 3\nis_reg = true")
+    told = mistakes(general + one + row)
+    assert "datasets[1].subsets[0].num_repeats: has no effect in a dataset with validation = true" in told
+    assert "datasets[1].subsets[0].is_reg: has no effect" in told
+    told = mistakes(f"{general}validation = true\n{one}")
+    assert "general.validation: belongs in [[datasets]], not here" in told
 
 
 @pytest.mark.parametrize(
@@ -371,9 +407,7 @@ def test_a_metadata_file_on_the_command_line() -> None:
     ("given", "word"),
     [
         ({}, "no dataset is given"),
-        ({"dataset_config": Path("x"), "train_data_dir": Path("a")}, "cannot go together"),
         ({"in_json": Path("x"), "reg_data_dir": Path("a")}, "cannot go with --in_json"),
-        ({"train_data_dir": Path("a"), "dataset_repeats": 2}, "--dataset_repeats has no effect"),
         ({"train_data_dir": Path("a"), "conditioning_data_dir": Path("b")}, "--masked_loss"),
     ],
 )
@@ -415,7 +449,8 @@ def test_the_documentation_lists_every_key_and_no_other() -> None:
     table = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8").split("## Keys")[1].split("##")[0]
     first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     listed = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
-    assert listed == GeneralTable.model_fields.keys() | SubsetTable.model_fields.keys()
+    known = DatasetTable.model_fields.keys() - {"subsets"} | SubsetTable.model_fields.keys()
+    assert listed == known
 
 
 CONFIGS = sorted((ROOT / "dataset_configs").glob("*.toml"))

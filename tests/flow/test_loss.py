@@ -93,8 +93,6 @@ def test_cosmap_has_mean_one_over_uniform_sigma_and_the_rest_is_one() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"loss_type": "l2", "huber_c": 0.2},
-        {"loss_type": "l1", "huber_schedule": "constant"},
         {"loss_type": "huber", "huber_c": 0.0},
         {"loss_type": "huber", "huber_scale": -1.0},
     ],

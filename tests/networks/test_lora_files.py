@@ -73,12 +73,13 @@ def test_hashes_do_not_change_with_the_title(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         (["transformer.layers.0.attn.to_q.lora_A.weight"], "not complete"),
-        (["transformer.x.lora_A.weight", "transformer.x.lora_magnitude_vector.weight"], "DoRA"),
-        (["lora_unet_layers_0.lokr_w1"], "LoKr"),
-        ([f"{NAME}.lora_down.weight", f"{NAME}.lora_up.weight", f"{NAME}.dora_scale"], "DoRA"),
+        (["transformer.x.lora_A.weight", "transformer.x.lora_magnitude_vector.weight"], "not complete"),
+        (["lora_unet_layers_0.lokr_w1"], "not complete: 'lora_unet_layers_0' lacks its lokr_w2"),
+        ([f"{NAME}.lora_down.weight", f"{NAME}.lora_up.weight", f"{NAME}.dora_scale"], r"shape \(4, 4\)"),
+        ([f"{NAME}.lora_down.weight", f"{NAME}.lora_up.weight", "x.dora_scale"], "no part of a LoRA"),
         (["layers.0.attention.qkv.weight"], "not a LoRA.*layers.0.attention.qkv.weight"),
         ([f"{NAME}.lora_down.weight"], "not complete"),
-        ([f"{NAME}.lora_down.weight", f"{NAME}.lora_up.weight", "x.diff"], "no part of a LoRA: x.diff"),
+        ([f"{NAME}.lora_down.weight", f"{NAME}.lora_up.weight", "x.bias"], "no part of a LoRA: x.bias"),
     ],
 )
 def test_other_files_are_named(tmp_path: Path, keys: list[str], message: str) -> None:

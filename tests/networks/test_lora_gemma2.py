@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.core.errors import CheckpointError, ConfigError
@@ -20,7 +20,13 @@ from networks.files import inspect_lora, save_network
 from networks.layer import LoRALinear
 from networks.lora import LoRANetwork
 from networks.lora_lumina import create_network_from_file, create_text_network_from_file
-from networks.module import check_network, install_network
+from networks.module import (
+    apply_base_text_weights,
+    apply_base_weights,
+    base_text_identity,
+    check_network,
+    install_network,
+)
 
 PARAMS = Gemma2Params(
     vocab=64,
@@ -182,6 +188,91 @@ def test_loras_of_the_last_layer_have_no_effect_and_are_left_out(
     assert inspect_lora(tmp_path / "lora.safetensors").has_text_encoder
 
 
+def test_base_weights_are_merged_into_both_models(
+    lumina_like: Make, inputs: tuple[Tensor, ...], randomise: Callable, tmp_path: Path
+) -> None:
+    encoder, model = make_encoder(), lumina_like()
+    before = features(encoder)
+    network = install(encoder, model, network_args=("dora_wd=True",))
+    randomise(network)
+    expected = features(encoder).detach(), model(*inputs).detach()
+    save_network(tmp_path / "both.safetensors", network.export_state(), {})
+    for name in ("dit", "text"):
+        part = {
+            k: v for k, v in network.export_state().items() if k.startswith("lora_te_") == (name == "text")
+        }
+        save_network(tmp_path / f"{name}.safetensors", part, {})
+    network.remove()
+    for names in (("both",), ("dit", "text"), ("text", "dit")):
+        encoder, model = make_encoder(), lumina_like()
+        files = tuple(tmp_path / f"{name}.safetensors" for name in names)
+        options = NetworkOptions(network_module="networks.lora_lumina", base_weights=files)
+        check_network(options)
+        apply_base_weights(options, model)
+        apply_base_text_weights(options, encoder)
+        assert torch.allclose(model(*inputs), expected[1], atol=1e-4)
+        assert torch.allclose(features(encoder), expected[0], atol=1e-4)
+    assert not torch.allclose(expected[0], before, atol=1e-2)
+
+
+def test_what_changes_the_text_encoder_is_told_to_the_caches(
+    lumina_like: Make, randomise: Callable, tmp_path: Path
+) -> None:
+    def identity(*names: str, **changes: object) -> str:
+        files = tuple(tmp_path / f"{name}.safetensors" for name in names)
+        options = NetworkOptions(network_module="networks.lora_lumina", base_weights=files, **changes)
+        return base_text_identity(options, lambda path: str(path.read_bytes()))
+
+    network = install(make_encoder(), lumina_like())
+    for seed, name in enumerate(("first", "second")):
+        randomise(network, seed)
+        save_network(tmp_path / f"{name}.safetensors", network.export_state(), {})
+    dit = {k: v for k, v in network.export_state().items() if k.startswith("lora_unet_")}
+    save_network(tmp_path / "dit.safetensors", dit, {})
+    assert identity() == identity("dit") == identity("first", base_weights_multiplier=(0.0,)) == ""
+    assert identity("first", "dit") == identity("dit", "first") == identity("first") != ""
+    others = (
+        identity("second"),
+        identity("first", base_weights_multiplier=(0.5,)),
+        identity("first", "second"),
+    )
+    assert len({identity("first"), *others}) == 4
+
+
+def test_a_file_with_the_last_layer_can_be_trained_on(
+    lumina_like: Make, randomise: Callable, tmp_path: Path
+) -> None:
+    network = install(make_encoder(), lumina_like())
+    randomise(network)
+    state, path = network.export_state(), tmp_path / "both.safetensors"
+    last = {
+        k.replace("te_layers_2", "te_layers_3"): t.clone() for k, t in state.items() if "te_layers_2" in k
+    }
+    save_network(path, state | last, {})
+    for changes in ({}, {"dim_from_weights": True}):
+        again = install(make_encoder(), lumina_like(), network_weights=path, **changes)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in again.export_state().items())
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["text_encoder.model.", "text_encoder.", "text_encoders.gemma2_2b.transformer.model.", "lora_te1_"],
+)
+def test_other_names_of_the_text_encoder(
+    lumina_like: Make, randomise: Callable, tmp_path: Path, prefix: str
+) -> None:
+    network = install(make_encoder(), lumina_like(), network_train_text_encoder_only=True)
+    randomise(network)
+    state = {}
+    for name, path in network.paths.items():
+        module = prefix + (path if prefix.endswith(".") else path.replace(".", "_"))
+        state[f"{module}.lora_A.weight"] = network.loras[name].down.detach()
+        state[f"{module}.lora_B.weight"] = network.loras[name].up.detach()
+    save_file(state, tmp_path / "lora.safetensors")
+    file = inspect_lora(tmp_path / "lora.safetensors")
+    assert file.has_text_encoder and set(file.ranks) == set(network.loras)
+
+
 def test_the_text_encoder_is_trained_only_on_request(lumina_like: Make, tmp_path: Path) -> None:
     def never() -> nn.Module:
         raise AssertionError("the text encoder was loaded")
@@ -203,12 +294,10 @@ def test_parts_of_files_that_would_be_lost_are_refused(
     for changes, message in (
         ({"network_weights": path}, "train that too, with --network_train_text_encoder"),
         ({"network_weights": path, "network_train_text_encoder_only": True}, "is for the DiT too"),
-        ({"base_weights": (path,)}, "--base_weights .*both.safetensors is for the text encoder too"),
     ):
         with pytest.raises(CheckpointError, match=message):
             check_network(NetworkOptions(network_module="networks.lora_lumina", **changes))
     for changes, message in (
-        ({"network_args": ("loraplus_text_encoder_lr_ratio=2",)}, "the text encoder is not trained"),
         (
             {"network_args": ("attn_dim=2",), "network_train_text_encoder_only": True},
             "attn_dim is for the DiT",

@@ -73,7 +73,7 @@ def test_multiplies_as_its_base_layer_does(dtype: torch.dtype) -> None:
         assert torch.equal(layer(x), base(x))
     nn.init.normal_(lora.up)
     x = torch.randn(200, 96, dtype=dtype, requires_grad=True)
-    exact = F.linear(x.double(), (base.weight + lora.delta()).double(), base.bias.double())
+    exact = F.linear(x.double(), (base.weight + lora.delta(base.weight)).double(), base.bias.double())
     assert relative(layer(x), exact) < TOLERANCE[dtype] / 5
     ours = torch.autograd.grad(layer(x).square().sum(), (x, lora.down, lora.up))
     plain = torch.autograd.grad(plainly(layer, x).square().sum(), (x, lora.down, lora.up))
@@ -90,7 +90,7 @@ def test_gradients_are_the_derivatives(masked: bool) -> None:
     weight, bias = leaf(5, 4).detach(), leaf(5).detach()
     factor = (leaf(6, 2).detach() > 0).double() * 2 if masked else 0.7
     assert torch.autograd.gradcheck(
-        lambda x, down, up: _LoRALinearOp.apply(x, weight, bias, down, up, factor, torch.float64),
+        lambda x, down, up: _LoRALinearOp.apply(x, bias, down, up, factor, torch.float64, None, weight),
         (leaf(6, 4), leaf(2, 4), leaf(5, 2)),
     )
 
@@ -139,7 +139,7 @@ def test_gradient_reaches_the_input_through_a_frozen_lora() -> None:
     lora.requires_grad_(False)
     x = torch.randn(7, 12, requires_grad=True)
     layer(x).sum().backward()
-    merged = layer.base.weight + lora.delta()
+    merged = layer.base.weight + lora.delta(layer.base.weight)
     assert torch.allclose(x.grad, merged.sum(dim=0).expand(7, -1), atol=1e-5)
     assert lora.down.grad is None and lora.up.grad is None
 

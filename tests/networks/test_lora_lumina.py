@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from library.core.errors import CheckpointError, ConfigError
+from library.options.network import NetworkOptions
 from networks.files import save_network
 from networks.lora import LoRANetwork
 from networks.lora_lumina import (
-    check_args,
+    check_options,
     create_network,
     create_network_from_file,
     create_text_network_from_file,
@@ -27,6 +28,11 @@ Make = Callable[..., nn.Module]
 def full_size_names(lumina_like: Make) -> nn.Module:
     """A model with all the linear layers of the 2B model by name, small ones."""
     return lumina_like(layers=26, refiners=2)
+
+
+def options(args: dict[str, str], **changes: object) -> NetworkOptions:
+    words = tuple(f"{key}={value}" for key, value in args.items())
+    return NetworkOptions(network_module="networks.lora_lumina", network_args=words, **changes)
 
 
 def ranks(model: nn.Module, **args: str) -> dict[str, int]:
@@ -98,7 +104,9 @@ def test_dropouts_and_loraplus_reach_the_network(lumina_like: Make) -> None:
     dropouts = next(iter(network.loras.values())).dropouts
     assert (dropouts.neuron, dropouts.rank, dropouts.module) == (0.3, 0.1, 0.2)
     assert [group["lr"] for group in network.parameter_groups(1.0)] == [1.0, 4.0]
-    assert check_args({"loraplus_lr_ratio": "4", "loraplus_unet_lr_ratio": "8"}).lr_ratio == 8
+    args = {"loraplus_lr_ratio": "4", "loraplus_unet_lr_ratio": "8"}
+    network = create_network(lumina_like(), dim=4, alpha=1, args=args)
+    assert [group["lr"] for group in network.parameter_groups(1.0)] == [1.0, 8.0]
 
 
 @pytest.mark.parametrize(
@@ -124,14 +132,16 @@ def test_dropouts_and_loraplus_reach_the_network(lumina_like: Make) -> None:
         ({"network_reg_lrs": ".*=1e-4,,x"}, "pattern=value"),
         ({"block_dims": "4,4,x"}, "whole number"),
         ({"block_lrs": "1e-4,-1"}, "above 0"),
-        ({"conv_dim": "4"}, "no convolutions"),
-        ({"weight_decompose": "True"}, "there is no DoRA here"),
-        ({"init_lora_weights": "pissa"}, "leave it out"),
+        ({"weight_decompose": "maybe"}, "weight_decompose=maybe: it must be True or False"),
+        ({"dora_wd": "True", "use_dora": "True"}, "use_dora is another name of dora_wd"),
+        ({"wd_on_output": "True"}, "add dora_wd=True"),
+        ({"init_lora_weights": "pizza"}, "one of kaiming, gaussian, pissa, pissa_niter_16, olora"),
+        ({"init": "pissa_niter_0"}, "another number of rounds"),
     ],
 )
 def test_bad_arguments_are_answered_with_what_they_must_be(args: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_args(args)
+        check_options(options(args))
 
 
 def test_leaving_every_layer_out_is_an_error(lumina_like: Make) -> None:
@@ -286,9 +296,10 @@ def split_network(model: nn.Module, randomise: Callable, **args: str) -> LoRANet
 
 
 def test_split_qkv_acts_on_q_k_and_v_apart(lumina_like: Make, randomise: Callable) -> None:
-    network = split_network(lumina_like(), randomise)
+    model = lumina_like()
+    network = split_network(model, randomise)
     lora = network.loras["lora_unet_layers_0_attention_qkv"]
-    delta = lora.delta()
+    delta = lora.delta(model.get_submodule("layers.0.attention.qkv").weight)
     starts = {"q": 0, "k": 12, "v": 16}
     for n, (first, width) in enumerate(zip(starts.values(), (12, 4, 4), strict=True)):
         own_up, own_down = lora.up[first : first + width], lora.down[4 * n : 4 * n + 4]
@@ -325,7 +336,7 @@ def test_split_qkv_can_be_continued_from_its_file(lumina_like: Make, randomise: 
     randomise(fused)
     state = second.export_state() | {k: v for k, v in fused.export_state().items() if "qkv" in k}
     before = second.export_state()
-    with pytest.raises(CheckpointError, match="other.safetensors: the parts of '.*qkv' .*trained together"):
+    with pytest.raises(CheckpointError, match="other.safetensors, '.*qkv': its parts .*trained together"):
         second.load_state(state, "other.safetensors")
     assert all(torch.equal(tensor, before[key]) for key, tensor in second.export_state().items())
 

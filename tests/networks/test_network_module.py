@@ -56,7 +56,9 @@ def test_training_can_start_from_a_file(lumina_like: Make, randomise: Callable, 
     second = make_network(options(network_weights=path), lumina_like(), seed=2)
     mine, theirs = first.export_state(), second.export_state()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    with pytest.raises(CheckpointError, match=r"first.safetensors: .*shape \(4, .*needs \(8, "):
+    with pytest.raises(
+        CheckpointError, match=r"first.safetensors: .*shape \(4, .*needs \(8, .*--dim_from_weights takes them"
+    ):
         make_network(options(network_weights=path, network_dim=8), lumina_like(), seed=2)
     with pytest.raises(CheckpointError, match="first.safetensors: .*is 1, but this network has alpha 2"):
         make_network(options(network_weights=path, network_alpha=2.0), lumina_like(), seed=2)
@@ -118,15 +120,11 @@ def test_sizes_are_said_once(lumina_like: Make, randomise: Callable, tmp_path: P
         )
     for words, message in (
         ({"dim_from_weights": True}, "needs --network_weights"),
-        ({"dim_from_weights": True, "network_weights": path, "network_dim": 8}, "and --network_dim both"),
-        ({"dim_from_weights": True, "network_weights": path, "network_alpha": 8.0}, "--network_alpha both"),
         ({"base_weights_multiplier": (1.0,)}, "gives 1 strengths, but --base_weights names 0 files"),
         ({"base_weights": (path,), "base_weights_multiplier": (math.nan,)}, "finite"),
-        ({"scale_weight_norms": 0.0}, "scale_weight_norms is 0.0; it must be above 0"),
-        ({"text_encoder_lr": (1e-4, 1e-5)}, "gives 2 rates, but there is one text encoder"),
+        ({"scale_weight_norms": -1.0}, "scale_weight_norms is -1.0; it must be 0 or more"),
         ({"text_encoder_lr": (-1.0,)}, "text_encoder_lr is -1.0"),
         ({"text_encoder_lr": (0.0,), "network_train_text_encoder": True}, "contradict"),
-        ({"text_encoder_lr": (1e-4,), "network_train_unet_only": True}, "text_encoder_lr above 0 contradict"),
         (
             {"network_train_text_encoder_only": True, "network_train_unet_only": True},
             "--network_train_text_encoder_only contradict",

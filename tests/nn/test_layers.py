@@ -19,9 +19,11 @@ from library.nn.layers import (
     scaled_rms_norm,
     swiglu,
 )
+from library.nn.packing import Packing
 
 LENGTHS = (5, 1, 7)
 TOKENS = sum(LENGTHS)
+PACKING = Packing.of(LENGTHS, torch.device("cpu"))
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
@@ -58,14 +60,14 @@ def assert_agree(fast, plain, inputs):
 class TestNorms:
     def test_scaled_rms_norm(self, dtype, rows):
         def call(function):
-            return lambda x, gain: function(x, gain, LENGTHS, 1e-5)
+            return lambda x, gain: function(x, gain, PACKING, 1e-5)
 
         inputs = draw(TOKENS, 16, dtype=dtype), draw(rows, 16)
         assert_agree(call(scaled_rms_norm), call(plain_scaled_rms_norm), inputs)
 
     def test_normed_residual(self, dtype, rows):
         def call(function):
-            return lambda stream, x, gain: function(stream, x, gain, LENGTHS, 1e-5)
+            return lambda stream, x, gain: function(stream, x, gain, PACKING, 1e-5)
 
         inputs = draw(TOKENS, 16, dtype=dtype, seed=1), draw(TOKENS, 16, dtype=dtype), draw(rows, 16)
         assert_agree(call(normed_residual), call(plain_normed_residual), inputs)
@@ -94,16 +96,16 @@ def test_gradients_are_derivatives():
     gain = draw(len(LENGTHS), 6, dtype=torch.float64)
     heads, head_gain = draw(TOKENS, 2, 6, dtype=torch.float64), draw(2, 6, dtype=torch.float64)
     table = draw(TOKENS, 3, 2, dtype=torch.float64).detach()
-    assert gradcheck(lambda *i: scaled_rms_norm(*i, LENGTHS, 1e-5), (x, gain))
-    assert gradcheck(lambda *i: normed_residual(*i, LENGTHS, 1e-5), (stream, x, gain))
+    assert gradcheck(lambda *i: scaled_rms_norm(*i, PACKING, 1e-5), (x, gain))
+    assert gradcheck(lambda *i: normed_residual(*i, PACKING, 1e-5), (stream, x, gain))
     assert gradcheck(swiglu, (x, stream))
     assert gradcheck(lambda *i: norm_and_rotate(*i, table, 1e-6), (heads, head_gain))
 
 
 def test_inputs_that_need_no_gradient_get_none():
     x, gain = draw(TOKENS, 16), draw(1, 16)
-    scaled_rms_norm(x.detach(), gain, LENGTHS, 1e-5).sum().backward()
-    normed_residual(x.detach(), x, gain.detach(), LENGTHS, 1e-5).sum().backward()
+    scaled_rms_norm(x.detach(), gain, PACKING, 1e-5).sum().backward()
+    normed_residual(x.detach(), x, gain.detach(), PACKING, 1e-5).sum().backward()
     assert gain.grad is not None and x.grad is not None
 
 
@@ -122,7 +124,7 @@ def kept(function):
 
 def test_only_inputs_and_a_number_a_row_are_kept():
     x, gain = draw(TOKENS, 16), draw(1, 16)
-    assert kept(lambda: scaled_rms_norm(x, gain, LENGTHS, 1e-5)) == x.numel() + gain.numel() + TOKENS
+    assert kept(lambda: scaled_rms_norm(x, gain, PACKING, 1e-5)) == x.numel() + gain.numel() + TOKENS
     assert kept(lambda: swiglu(x, x * 2)) == 2 * x.numel()
     assert kept(lambda: plain_swiglu(x, x * 2)) > 2 * x.numel()
 
@@ -143,10 +145,11 @@ def test_run_again_in_backward():
 def test_half_precision_norms_are_computed_in_fp32():
     """The result is the exact one, rounded once; torch's own bf16 norm followed by a product rounds twice."""
     x, gain = draw(64, 32, dtype=torch.bfloat16).detach(), draw(1, 32).detach()
-    exact = plain_scaled_rms_norm(x.double(), gain.double(), (64,), 1e-5)
-    differing = scaled_rms_norm(x, gain, (64,), 1e-5) != exact.float().bfloat16()
+    packing = Packing.of((64,), torch.device("cpu"))
+    exact = plain_scaled_rms_norm(x.double(), gain.double(), packing, 1e-5)
+    differing = scaled_rms_norm(x, gain, packing, 1e-5) != exact.float().bfloat16()
     assert differing.float().mean() < 0.005
-    assert (plain_scaled_rms_norm(x, gain, (64,), 1e-5) != exact.float().bfloat16()).float().mean() > 0.05
+    assert (plain_scaled_rms_norm(x, gain, packing, 1e-5) != exact.float().bfloat16()).float().mean() > 0.05
 
 
 def test_gain_joins_weight_and_factor_in_fp32():

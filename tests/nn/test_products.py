@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from library.nn import products
-from library.nn.products import Linear, layer_dtype, product_dtype
+from library.nn.products import Conv2d, Linear, layer_dtype, product_dtype
 
 ROWS = 40
 
@@ -77,3 +77,27 @@ def test_a_frozen_layer_does_not_keep_its_input(slow_half):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
         layer(x)
     assert kept == [layer.weight.shape]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "bias": False}])
+def test_convolution_rounds_once(slow_half, dtype, options):
+    torch.manual_seed(0)
+    layer = Conv2d(6, 5, 3, **options).to(dtype)
+    x = torch.randn(2, 6, 9, 8).to(dtype)
+    exact = F.conv2d(
+        x.double(),
+        layer.weight.double(),
+        None if layer.bias is None else layer.bias.double(),
+        layer.stride,
+        layer.padding,
+    )
+    out = layer(x)
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps / 2 * exact.abs().max() * 1.001
+
+
+def test_convolution_is_torchs_where_half_precision_is_fast(monkeypatch):
+    monkeypatch.setattr(products, "_cpu_is_fast_in", lambda dtype: True)
+    layer, x = Conv2d(3, 4, 3).bfloat16(), torch.randn(1, 3, 8, 8).bfloat16()
+    assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias))

@@ -39,14 +39,13 @@ def test_the_page_is_made_from_the_parser():
 
 def test_no_flag_of_sd_scripts_is_refused_that_works_there():
     """What sd-scripts does for Lumina and this version does not is known by name: it cannot grow unseen."""
-    missing = {"blocks_to_swap", "fp8_base", "fp8_base_unet", "torch_compile", "dynamo_backend", "full_fp16"}
+    missing = {"fp8_base", "fp8_base_unet", "torch_compile", "dynamo_backend", "full_fp16"}
     deepspeed = {f.name for f in REFUSED if "DeepSpeed" in f.refusal.reason}
-    wrappers = {"ddp_gradient_as_bucket_view", "ddp_static_graph"}
-    foreign = {"dataset_class", "use_sage_attn", "xformers", "mem_eff_attn", "fused_backward_pass", "vae"}
+    foreign = {"dataset_class", "use_sage_attn", "vae"}
     stable_diffusion = {"v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"}
     noise_prediction = {"min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}
     noise_prediction |= {"debiased_estimation_loss", "zero_terminal_snr"}
-    allowed = missing | deepspeed | wrappers | foreign | stable_diffusion | noise_prediction
+    allowed = missing | deepspeed | foreign | stable_diffusion | noise_prediction
     assert {f.name for f in REFUSED} <= allowed
 
 
@@ -66,18 +65,33 @@ def test_a_refused_flag_is_accepted_at_its_default_only(flag):
 
 def test_all_refused_flags_of_a_command_line_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
-        parse("--v2", "--clip_skip=2", "--xformers")
+        parse("--v2", "--clip_skip=2", "--zero_terminal_snr")
     named = [line.split()[0] for line in str(caught.value).splitlines()]
-    assert named == ["--v2", "--clip_skip", "--xformers"]
+    assert named == ["--v2", "--clip_skip", "--zero_terminal_snr"]
 
 
 def test_a_refused_flag_in_a_config_file(tmp_path):
     config = tmp_path / "gui.toml"
-    config.write_text("v2 = false\nclip_skip = 1\nmin_snr_gamma = 0\nxformers = false\n")
+    config.write_text("v2 = false\nclip_skip = 1\nmin_snr_gamma = 0\nzero_terminal_snr = false\n")
     parse(f"--config_file={config}")
     config.write_text("min_snr_gamma = 5\n")
     with pytest.raises(ConfigError, match="--min_snr_gamma cannot be used here"):
         parse(f"--config_file={config}")
+
+
+def test_why_full_fp16_is_refused():
+    import torch
+
+    def trained_in(dtype):
+        weight = torch.nn.Parameter(torch.full((4,), 0.02, dtype=dtype))
+        optimizer = torch.optim.AdamW([weight], lr=1e-4)
+        for _ in range(3):
+            weight.grad = torch.full_like(weight, 1e-3)
+            optimizer.step()
+        return weight
+
+    assert not trained_in(torch.float16).isfinite().any()
+    assert trained_in(torch.bfloat16).isfinite().all()
 
 
 def test_the_misspelt_alias():
@@ -126,10 +140,11 @@ def test_output_config_writes_a_new_file_and_leaves(tmp_path, capsys):
         parse("--output_config")
 
 
-def test_what_is_refused_is_not_in_the_file():
+def test_what_is_refused_or_has_no_effect_is_not_in_the_file():
     text = config_text(parse())
     assert "network_dim = 4" in text
-    assert not [flag.name for flag in REFUSED if f"\n{flag.name} =" in text]
+    foreign = REFUSED + [flag for flag in flags() if flag.inert]
+    assert not [flag.name for flag in foreign if f"\n{flag.name} =" in text]
 
 
 def test_a_key_in_two_sections_is_an_error(tmp_path):

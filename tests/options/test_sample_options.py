@@ -15,7 +15,7 @@ from library.options.sampling import SampleOptions
     [
         ({"sample_at_first": True}, "--sample_prompts"),
         ({"sample_every_n_steps": 5}, "--sample_prompts"),
-        ({"sample_prompts": Path("p.txt")}, "--sample_every_n_epochs"),
+        ({"sample_prompts": Path("p.txt"), "sample_compare_base": True}, "--sample_every_n_epochs"),
         ({"sample_prompts": Path("p.txt"), "sample_every_n_steps": 0}, "1 or more"),
         ({"sample_prompts": Path("p.txt"), "sample_at_first": True, "sample_batch_size": 0}, "1 or more"),
     ],

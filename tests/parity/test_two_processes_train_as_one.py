@@ -68,8 +68,11 @@ def two(
     folder = tmp_path_factory.mktemp("two")
     many = write_config(folder / "many.toml", photos, batch_size=1)
     single = write_config(folder / "single.toml", write_photos(folder / "single", ("cat",)), batch_size=1)
+    swapping = {"blocks_to_swap": 4}  # which changes nothing, and each process does for itself
     jobs = [
-        options | {"dataset_config": many, "cache_directory": folder / "cache", "output_dir": folder / "run"},
+        options
+        | swapping
+        | {"dataset_config": many, "cache_directory": folder / "cache", "output_dir": folder / "run"},
         options | {"dataset_config": single, "mixed_precision": "fp16", "output_dir": folder / "idle"},
     ]
     (folder / "jobs").write_text("".join(json.dumps(flags(job)) + "\n" for job in jobs), encoding="utf-8")

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from library.core.dist import Processes
-from library.core.errors import NonFiniteError, ResourceError, StorageError
+from library.core.errors import NonFiniteError, ResourceError
 from library.data.batch import Batch
 from library.data.items import Draw
 from library.options.group import parse_options
-from library.options.saving import SavingOptions
-from library.options.state import StateOptions
 from library.options.train import LuminaTrainOptions
-from library.training.events import Moment
 from library.training.guards import memory_explained, require_finite, training_advice
 from library.training.objective import Objective
-from library.training.state.contents import RunFacts, StateSaver, weights_part
 from library.training.update import MAX_SKIPPED, Share, Updater
+from lumina_train_network import LuminaTrainer
 from tests.reliability import legs
 from tests.reliability.legs import NAME, losses, states
 
@@ -115,7 +109,7 @@ def test_a_nan_ends_a_run_with_the_state_before_it(train, tmp_path: Path, monkey
 
     def spoilt(self: Objective, batch: Batch) -> torch.Tensor:
         bad = batch.draws[0].step == 3
-        return real(self, replace(batch, latents_BCHW=batch.latents_BCHW * float("nan")) if bad else batch)
+        return real(self, batch.map(lambda tensor: tensor * float("nan")) if bad else batch)
 
     monkeypatch.setattr(Objective, "training_losses", spoilt)
     with pytest.raises(NonFiniteError, match=r"Step 4: the loss is nan.*\.png \(sigma 0\.\d+\).*state"):
@@ -172,7 +166,7 @@ def test_other_errors_pass_unchanged() -> None:
 
 def test_advice_is_made_from_what_is_not_in_use_yet(nano, config: Path, tmp_path: Path) -> None:
     item = SimpleNamespace(geometry=SimpleNamespace(bucket=(832, 1216)))
-    manifest = SimpleNamespace(datasets=[SimpleNamespace(batch_size=4)], items=[item])
+    manifest = SimpleNamespace(trained_datasets=[SimpleNamespace(batch_size=4)], items=[item])
     command = [word for word in legs.words(nano, config, tmp_path) if "cache_" not in word]
     plain = " ".join(training_advice(parse_options(LuminaTrainOptions, command), manifest))
     for words in (
@@ -184,9 +178,10 @@ def test_advice_is_made_from_what_is_not_in_use_yet(nano, config: Path, tmp_path
     ):
         assert words in plain
     command += ["--gradient_checkpointing", "--mixed_precision=bf16", "--cache_latents"]
-    manifest.datasets[0].batch_size = 1
+    manifest.trained_datasets[0].batch_size = 1
     thrifty = training_advice(parse_options(LuminaTrainOptions, command), manifest)
-    assert [advice.split()[0] for advice in thrifty] == ["--cache_text_encoder_outputs_to_disk,", "a"]
+    wanted = ["--cache_text_encoder_outputs_to_disk,", "--blocks_to_swap", "a"]
+    assert [advice.split()[0] for advice in thrifty] == wanted
 
 
 def test_a_preview_without_memory_costs_only_the_preview(train, tmp_path: Path, monkeypatch, capfd) -> None:
@@ -216,43 +211,41 @@ def test_a_training_step_without_memory_ends_with_advice(train, tmp_path: Path, 
         train(tmp_path)
 
 
-# --- disk ---
+def refuse(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_full_disk_ends_the_run_with_the_last_state_intact(train, tmp_path: Path, monkeypatch) -> None:
-    real, calls = StateSaver._commit, []
-
-    def commit(self: StateSaver, *args: object, **named: object) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            monkeypatch.setattr("library.training.state.contents.save_file", fail)
-        real(self, *args, **named)
-
-    def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save_file(tensors, path)
-        path.write_bytes(path.read_bytes()[:100])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(StateSaver, "_commit", commit)
-    with pytest.raises(StorageError, match="step00000002-state: the disk is full"):
-        train(tmp_path, "--save_state", "--save_every_n_steps=1")
-    assert states(tmp_path) == ["-step00000001-state"]
-    assert not list(tmp_path.glob(".folder*"))
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ("load_transformer", "while loading the model: .*--mixed_precision bf16, .*other programs"),
+        ("encode_images", "while encoding the dataset: .*--mixed_precision bf16, .*other programs"),
+        ("encode_prompts", "while encoding the dataset: .*--text_encoder_batch_size 1 instead of 8"),
+    ],
+)
+def test_loading_and_encoding_without_memory_end_with_advice(
+    train, tmp_path: Path, monkeypatch, hook: str, message: str
+) -> None:
+    monkeypatch.setattr(LuminaTrainer, hook, refuse)
+    with pytest.raises(ResourceError, match=message):
+        train(tmp_path, f"--cache_directory={tmp_path / 'cache'}")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on file sizes")
-def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
-    import resource
+def test_a_prompt_that_cannot_be_encoded_costs_only_its_picture(
+    train, whole, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    """The text encoder is loaded beside the model for a prompt that was added during the run."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 2\n")
+    real = Objective.training_losses
 
-    module = nn.Linear(100, 100)
-    saving = SavingOptions(output_dir=tmp_path, output_name="kiwi")
-    facts = RunFacts(seed=1, world=1, steps_per_epoch=3, dataset="", settings={})
-    saver = StateSaver(StateOptions(), saving, facts, {"network": weights_part(module)}, total_epochs=1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(StorageError, match="kiwi-step00000001-state: file too large"):
-            saver.save(Moment(step=1, epoch=1, epoch_ended=False, run_ended=False))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.iterdir())
+    def training_losses(self: Objective, batch: Batch) -> torch.Tensor:
+        prompts.write_text("a cat --w 64 --h 64 --s 2\na dog --w 64 --h 64 --s 2\n")
+        monkeypatch.setattr(LuminaTrainer, "load_text_encoders", refuse)
+        return real(self, batch)
+
+    monkeypatch.setattr(Objective, "training_losses", training_losses)
+    output = train(tmp_path, "--ema", f"--sample_prompts={prompts}", "--sample_every_n_steps=4")
+    assert "Out of memory while drawing a sample picture" in capfd.readouterr().err
+    assert [path.name.split("_")[2] for path in (output / "sample").iterdir()] == ["00"]
+    assert losses(output) == losses(whole)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from library.core.errors import ConfigError
+from library.core.hashing import HashLedger
 from library.options.group import group_classes, parse_options
 from library.options.train import LuminaTrainOptions
+from library.training.family import ModelFiles
 from library.training.state.checkpoint import SavedState, StateRecord
 from library.training.state.identity import (
+    CANNOT_BEGIN,
+    JUDGED,
+    JUDGED_GROUPS,
     MUST_STAY,
     SILENT,
     SILENT_GROUPS,
@@ -19,30 +25,44 @@ from library.training.state.identity import (
     check_resumed,
     settings_of,
 )
+from lumina_train_network import LuminaTrainer
+from tests.reliability import legs
 
-HASHES = {
-    "sd_model_name": "x",
-    "sd_model_hash": "1234",
-    "new_sd_model_hash": "a" * 64,
-    "new_vae_hash": "b" * 64,
-}
+FILES = ModelFiles(
+    "",
+    "",
+    trained_on={"pretrained_model_name_or_path": "a" * 64},
+    read_by={"ae": "b" * 64, "gemma2": "c" * 64},
+)
+MANIFEST = SimpleNamespace(trained_datasets=[SimpleNamespace(batch_size=2)])
+
+
+def options(*more: str) -> LuminaTrainOptions:
+    words = [
+        *("--pretrained_model_name_or_path=a", "--gemma2=b", "--ae=c", "--output_dir=d"),
+        *("--dataset_config=e", "--network_module=networks.lora_lumina", *more),
+    ]
+    return parse_options(LuminaTrainOptions, words)
 
 
 @pytest.fixture
-def settings() -> dict[str, object]:
-    words = [
-        *("--pretrained_model_name_or_path=a", "--gemma2=b", "--ae=c", "--output_dir=d"),
-        *("--dataset_config=e", "--network_module=networks.lora_lumina"),
-    ]
-    manifest = SimpleNamespace(datasets=[SimpleNamespace(batch_size=2)])
-    return settings_of(parse_options(LuminaTrainOptions, words), HASHES, manifest)
+def ledger(tmp_path: Path) -> HashLedger:
+    return HashLedger(tmp_path / "hashes.json")
+
+
+@pytest.fixture
+def settings(ledger: HashLedger) -> dict[str, object]:
+    return settings_of(options(), FILES, MANIFEST, ledger)
 
 
 def resumed(settings: dict[str, object]) -> SavedState:
     record = StateRecord(
+        name="kiwi",
+        run="r",
+        serial=1,
+        interim=False,
         step=5,
         events_done=True,
-        serial=1,
         seed=7,
         world=1,
         steps_per_epoch=10,
@@ -52,13 +72,20 @@ def resumed(settings: dict[str, object]) -> SavedState:
     return SavedState(Path("kiwi-state"), record)
 
 
-def test_every_flag_in_the_tables_is_one(settings) -> None:
-    flags = {
-        name for group in group_classes(LuminaTrainOptions).values() for name in group.__dataclass_fields__
-    }
-    assert SILENT | TOLD <= flags
-    assert MUST_STAY.keys() <= settings.keys()
-    assert SILENT_GROUPS - group_classes(LuminaTrainOptions).keys() <= {"hub"}
+def test_every_flag_is_in_one_table() -> None:
+    """A new flag is an addition to one of them: library/training/state/identity.py says what each means."""
+    tables = [set(MUST_STAY), set(CANNOT_BEGIN), TOLD, SILENT, JUDGED]
+    found, known = [], set()
+    for group_name, group in group_classes(LuminaTrainOptions).items():
+        for name, f in group.__dataclass_fields__.items():
+            known.add(name)
+            places = sum(name in table for table in tables) + (group_name in SILENT_GROUPS | JUDGED_GROUPS)
+            elsewhere = f.metadata["refusal"] is not None or f.metadata["inert"] is not None
+            if places != 1 and not (elsewhere and places == 0):
+                found.append(f"--{name} of '{group_name}' is in {places} tables")
+    assert found == []
+    assert set().union(*tables) <= known
+    assert SILENT_GROUPS | JUDGED_GROUPS <= group_classes(LuminaTrainOptions).keys()
 
 
 def test_nothing_changed_is_nothing_said(settings) -> None:
@@ -67,15 +94,88 @@ def test_nothing_changed_is_nothing_said(settings) -> None:
 
 
 def test_every_setting_that_changes_is_refused_or_told_by_name(settings) -> None:
+    refused = MUST_STAY.keys() | CANNOT_BEGIN.keys() | {"trained on --pretrained_model_name_or_path"}
+    assert refused <= settings.keys()
     for name in settings:
         changed = settings | {name: "something else"}
-        if name in MUST_STAY:
-            with pytest.raises(ConfigError, match=MUST_STAY[name]):
+        if name in refused:
+            with pytest.raises(ConfigError, match=r"is something else, but was .* in kiwi-state, and the "):
                 check_resumed(resumed(settings), changed, None, "digest")
             continue
         (sentence,) = check_resumed(resumed(settings), changed, None, "digest")
-        flag = {"new_vae_hash": "--ae (the file's content)"}.get(name, f"--{name}")
+        flag = f"{name.removeprefix('content of ')} (the file's content)" if "--" in name else f"--{name}"
         assert sentence.startswith(f"{flag} is something else from here on; it was ")
+
+
+# Flags that say the same, and such that say something else, though the flag of the setting is what it was.
+SAME = [
+    (("--use_8bit_adam",), ("--optimizer_type=AdamW8bit",)),
+    (("--text_encoder_lr=1e-4",), ("--network_train_text_encoder", "--text_encoder_lr=1e-4")),
+    (("--cache_latents",), ("--cache_latents_to_disk",)),
+    ((), ("--network_train_unet_only",)),
+    (("--network_args", "a=1", "b=2"), ("--network_args", "b=2", "a=1")),
+]
+DIFFERENT = [
+    ((), ("--use_8bit_adam",), "optimizer_type"),
+    ((), ("--text_encoder_lr=1e-4",), "network_train_text_encoder"),
+    (("--network_train_text_encoder",), ("--network_train_text_encoder_only",), "text_encoder_only"),
+]
+
+
+@pytest.mark.parametrize(("before", "now"), SAME)
+def test_the_same_in_other_words_is_the_same(ledger, before: tuple[str, ...], now: tuple[str, ...]) -> None:
+    one, two = (settings_of(options(*words), FILES, MANIFEST, ledger) for words in (before, now))
+    assert check_resumed(resumed(one), two, None, "digest") == []
+
+
+@pytest.mark.parametrize(("before", "now", "named"), DIFFERENT)
+def test_other_words_for_something_else_are_refused(ledger, before, now, named: str) -> None:
+    one, two = (settings_of(options(*words), FILES, MANIFEST, ledger) for words in (before, now))
+    with pytest.raises(ConfigError, match=f"--[a-z_]*{named} is "):
+        check_resumed(resumed(one), two, None, "digest")
+
+
+def test_an_average_may_end_but_not_begin(ledger) -> None:
+    without, kept = (settings_of(options(*words), FILES, MANIFEST, ledger) for words in ((), ("--ema",)))
+    with pytest.raises(ConfigError, match="--ema is True, but was False .* no running average"):
+        check_resumed(resumed(without), kept, None, "digest")
+    (sentence,) = check_resumed(resumed(kept), without, None, "digest")
+    assert sentence == "--ema is False from here on; it was True"
+
+
+def test_merged_in_files_are_told_apart_by_their_content(ledger, nano, tmp_path: Path) -> None:
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(nano.dit.read_bytes())
+    flags = ("--network_weights", str(moved), "--dim_from_weights")
+
+    def settings(path: Path, *more: str) -> dict[str, object]:
+        return settings_of(options("--base_weights", str(path), *more), FILES, MANIFEST, ledger)
+
+    before = settings(nano.dit, *flags)
+    assert check_resumed(resumed(before), settings(moved, *flags), None, "digest") == []
+    with pytest.raises(ConfigError, match="--base_weights is .* times 0.5, but was .* times 1"):
+        check_resumed(
+            resumed(before), settings(moved, *flags, "--base_weights_multiplier=0.5"), None, "digest"
+        )
+    moved.write_bytes(nano.ae.read_bytes())
+    with pytest.raises(ConfigError, match="--base_weights is "):
+        check_resumed(resumed(before), settings(moved, *flags), None, "digest")
+    with pytest.raises(ConfigError, match=r"--network_weights \(the file's content\) is "):
+        check_resumed(resumed(before), settings(nano.dit, *flags), None, "digest")
+
+
+def test_the_text_encoder_must_stay_where_it_is_trained(nano, config: Path, tmp_path: Path, ledger) -> None:
+    """Its file is one that the network is trained on then, else one that only reads captions for it."""
+    command = [word for word in legs.words(nano, config, tmp_path) if "cache_" not in word]
+    for more, trained in (((), False), (("--network_train_text_encoder",), True)):
+        files = LuminaTrainer(parse_options(LuminaTrainOptions, [*command, *more])).model_files(ledger)
+        assert ("gemma2" in files.trained_on) == trained
+        assert ("gemma2" in files.read_by) != trained
+    before = settings_of(options("--network_train_text_encoder"), files, MANIFEST, ledger)
+    now = replace(files, trained_on=files.trained_on | {"gemma2": "d" * 64})
+    with pytest.raises(ConfigError, match=r"--gemma2 \(the file's content\) is dddd"):
+        changed = settings_of(options("--network_train_text_encoder"), now, MANIFEST, ledger)
+        check_resumed(resumed(before), changed, None, "digest")
 
 
 def test_settings_that_one_version_does_not_know_are_passed_over(settings) -> None:

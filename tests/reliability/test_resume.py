@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from library.core.errors import CheckpointError, ConfigError, Stopped
+from library.options.saving import SavingOptions
+from library.options.state import StateOptions
+from library.training.events import Moment
+from library.training.state.checkpoint import read_state
+from library.training.state.contents import RunFacts, StateSaver
+from library.training.state.resume import require_one_start
 from tests.reliability.legs import NAME, losses, same, states, weights, write_dataset
 
 
@@ -47,10 +55,11 @@ def test_six_legs_are_one_run(train, whole: Path, tmp_path: Path) -> None:
     for step in range(6):  # the first is stopped before its first step already
         with pytest.raises(Stopped, match=f"Stopped by --max_train_minutes 1e-09 after step {step};"):
             train(tmp_path, "--ema", "--resume=latest", "--max_train_minutes=1e-9")
-    assert states(tmp_path)[-1] == "-step00000005-state"
+    assert states(tmp_path) == ["-step00000004-state", "-step00000005-state"]  # the newest two
     train(tmp_path, "--ema", "--resume=latest")
     assert same(weights(tmp_path), weights(whole))
     assert losses(tmp_path) == losses(whole)
+    assert states(tmp_path) == ["-state"]  # by which the next start sees that all is done
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW8bit", "Prodigy", "AdamWScheduleFree", "Adafactor"])
@@ -81,9 +90,13 @@ def test_a_finished_run_says_so_and_can_be_made_longer(train, saved: Path, tmp_p
     assert (output / f"{NAME}.safetensors").read_bytes() == before
     train(output, "--ema", "--resume=latest", "--max_train_epochs=3", "--save_state_on_train_end")
     assert sorted(losses(output)) == list(range(1, 10))
-    record = json.loads((output / f"{NAME}-state" / "state.json").read_text())
-    assert record["step"] == 9
-    assert any("--max_train_epochs is 3 from here on; it was 2" in line for line in record["history"])
+    record = read_state(output / f"{NAME}-state").record
+    assert record.step == 9
+    assert any("--max_train_epochs is 3 from here on; it was 2" in line for line in record.history)
+    with pytest.raises(
+        ConfigError, match=r"kiwi-state is a state after step 9, but the run ends after step 3"
+    ):
+        train(output, "--ema", "--resume=latest", "--max_train_epochs=1")
 
 
 def test_latest_without_a_state_starts_from_the_beginning(train, whole: Path, tmp_path: Path) -> None:
@@ -122,8 +135,7 @@ def test_another_dataset_batch_size_and_rate_are_allowed_and_told(train, saved, 
     train(tmp_path / "out", f"--resume={state}", *flags, dataset=dataset)
     # After the first of two epochs: the second has six steps now.
     assert sorted(losses(tmp_path / "out")) == list(range(7, 13))
-    record = json.loads((tmp_path / "out" / f"{NAME}-state" / "state.json").read_text())
-    told = " ".join(record["history"])
+    told = " ".join(read_state(tmp_path / "out" / f"{NAME}-state").record.history)
     assert "--learning_rate is 0.001 from here on; it was 0.01" in told
     assert "the dataset is not what it was" in told
     assert "an epoch has 6 steps instead of 3" in told
@@ -137,8 +149,52 @@ def test_initial_step_and_epoch_start_in_the_middle(train, whole: Path, tmp_path
     assert losses(output)[4][0] != losses(whole)[4][0]
     with pytest.raises(ConfigError, match="would start after step 6"):
         train(tmp_path, "--initial_epoch=3")
-    with pytest.raises(ConfigError, match="nothing to skip to"):
-        train(tmp_path, "--skip_until_initial_step")
+
+
+def test_states_come_by_the_clock_and_go_when_all_is_done(train, tmp_path: Path, monkeypatch) -> None:
+    """A clock that goes on four minutes whenever it is asked, so that a step takes eight."""
+    minutes, seen = itertools.count(step=4), []
+    real = StateSaver.save
+
+    def save(self: StateSaver, moment: Moment, **given: object) -> list[Path]:
+        try:
+            return real(self, moment, **given)
+        finally:
+            seen.append((moment.step, states(tmp_path)))
+
+    monkeypatch.setattr(StateSaver, "save", save)
+    monkeypatch.setattr(StateSaver.__init__, "__kwdefaults__", {"clock": lambda: 60.0 * next(minutes)})
+    flags = ("--max_train_epochs=4", "--save_state_every_n_minutes=10")
+    train(tmp_path, *flags)
+    assert len(seen) >= 3
+    assert all(later - earlier <= 3 for (earlier, _), (later, _) in pairwise([(0, []), *seen]))
+    assert all(
+        kept == [f"-step{step:08d}-state" for step, _ in seen[:n][-2:]] for n, (_, kept) in enumerate(seen, 1)
+    )
+    assert states(tmp_path) == []
+    seen.clear()
+    train(tmp_path, "--max_train_epochs=4", "--save_state_every_n_minutes=0")
+    assert seen == []
+
+
+def test_without_a_flag_there_is_a_state_every_ten_minutes(tmp_path: Path) -> None:
+    now = [0.0]
+    facts = RunFacts(run="r", seed=1, world=1, steps_per_epoch=3, dataset="", settings={})
+    saving = SavingOptions(output_dir=tmp_path, output_name=NAME)
+    saver = StateSaver(StateOptions(), saving, facts, {}, total_epochs=1, clock=lambda: now[0])
+    saved = []
+    for second in range(3600):
+        now[0] = float(second)
+        if saver.overdue():
+            saver.save(Moment(step=second, epoch=1, epoch_ended=False, run_ended=False))
+            saved.append(second)
+    assert saved == [600, 1200, 1800, 2400, 3000]
+
+
+def test_a_name_that_is_too_long_is_refused_before_anything_happens(train, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--output_name is too long for .*names of \d+ bytes"):
+        train(tmp_path, f"--output_name={'n' * 220}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_state_is_named(train, tmp_path: Path) -> None:
@@ -149,3 +205,11 @@ def test_what_is_no_state_is_named(train, tmp_path: Path) -> None:
     (foreign / "random_states_0.pkl").write_bytes(b"")
     with pytest.raises(CheckpointError, match="a state of accelerate .*--network_weights"):
         train(tmp_path, f"--resume={foreign}")
+
+
+def test_processes_that_see_different_disks_are_told(saved: Path) -> None:
+    state = read_state(saved / f"{NAME}-000001-state")
+    facts = (state.record.run, state.record.serial, state.record.step)
+    require_one_start(SimpleNamespace(rank=1, gather=lambda own: [facts, own]), state)
+    with pytest.raises(ConfigError, match=r"different states \(process 1: none\)"):
+        require_one_start(SimpleNamespace(rank=1, gather=lambda own: [facts, own]), None)

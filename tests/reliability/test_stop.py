@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.core.errors import Stopped
+from library.data.batch import Batch
+from library.training.objective import Objective
 from library.training.state.checkpoint import read_state
 from library.training.state.stop import StopRequest, StopSignals
-from tests.reliability.legs import NAME, states
+from tests.reliability.legs import NAME, losses, same, states, weights
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these signals")
 
@@ -124,3 +128,49 @@ def test_reasons_to_stop(tmp_path: Path) -> None:
         StopRequest(StopSignals(), tmp_path / "x", max_minutes=1e-9).reason() == "--max_train_minutes 1e-09"
     )
     assert StopRequest(StopSignals(), tmp_path / "x", max_minutes=60).reason() is None
+
+
+def test_a_wish_to_stop_breaks_off_a_long_step(train, tmp_path: Path, monkeypatch) -> None:
+    """Three batches a step: stopped after the second one of step 2, the run goes on from step 1."""
+    flags = ("--gradient_accumulation_steps=3", "--max_train_epochs=3")
+    train(tmp_path / "whole", *flags)
+    real, seen = Objective.training_losses, []
+
+    def training_losses(self: Objective, batch: Batch) -> torch.Tensor:
+        seen.append(batch)
+        if len(seen) == 5:
+            (tmp_path / "out" / f"{NAME}.stop").touch()
+        return real(self, batch)
+
+    monkeypatch.setattr(Objective, "training_losses", training_losses)
+    with pytest.raises(
+        Stopped, match=r"Stopped by the file kiwi.stop in step 2\. A state of the moment before"
+    ):
+        train(tmp_path / "out", *flags)
+    assert len(seen) == 5
+    assert states(tmp_path / "out") == ["-step00000001-state"]
+    train(tmp_path / "out", *flags, "--resume=latest")
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+@posix_only
+def test_asked_to_stop_at_random_moments_the_run_ends_in_order_and_goes_on(
+    start, whole, tmp_path: Path
+) -> None:
+    """Whatever it is doing, previews and saves included: it ends by itself, and nothing is done twice."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    flags = ("--ema", "--save_every_n_steps=1", f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
+    draw, output, codes = random.Random(), tmp_path / "out", []
+    while 0 not in codes:
+        process = start(output, *flags, "--resume=latest")
+        process.join(draw.uniform(0.2, 2.0) if len(codes) < 8 else 120)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
+        codes.append(process.exitcode)
+    assert set(codes) <= {0, 75, -signal.SIGTERM}  # the last before the program has begun
+    assert same(weights(output), weights(whole))
+    assert losses(output) == losses(whole)  # which asserts that each step is logged with one loss
+    assert states(output) == ["-state"]

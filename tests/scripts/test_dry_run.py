@@ -80,6 +80,30 @@ def test_the_sheet_shows_crops_masks_and_captions(rehearsed):
     assert [p.name for p in folder.iterdir()] == ["dry_run.png"]
 
 
+def test_average_and_trained_text_encoder_are_part_of_the_estimate(rehearsed, command, run_script, tmp_path):
+    def size(out, what):
+        return float(re.search(rf"{what}: ([\d.]+) MiB", out)[1])
+
+    words = [word for word in command if "text_encoder_outputs" not in word]
+    words += [f"--output_dir={tmp_path}", "--dry_run", "--ema", "--network_train_text_encoder"]
+    out = run_script("lumina_train_network.py", *words).out
+    trained = int(re.search(r"([\d,]+) trained numbers", out)[1].replace(",", ""))
+    assert size(out, r"running average \(EMA\)") == pytest.approx(4 * trained / 2**20, abs=0.06)
+    assert size(out, "activations of the text encoder") > 0.5
+    assert size(out, "  text encoder") > 0
+    assert "running average" not in rehearsed[0] and "of the text encoder" not in rehearsed[0]
+
+
+def test_a_rehearsal_says_where_a_resumed_run_goes_on(command, run_script, tmp_path):
+    words = [*command, f"--output_dir={tmp_path}", "--seed=3"]
+    assert run_script("lumina_train_network.py", *words, "--save_state").code == 0
+    words = [*command, f"--output_dir={tmp_path}", "--resume=latest", "--max_train_epochs=3", "--dry_run"]
+    out = run_script("lumina_train_network.py", *words).out
+    assert "seed 3" in out and "a random one" not in out
+    assert "last-state, after step 8 of 12" in out
+    assert out.count("--max_train_epochs is 3 from here on; it was 2") == 1
+
+
 def test_checkpointing_makes_the_estimate_smaller(rehearsed, command, run_script, tmp_path):
     def size(out):
         return float(re.search(r"activations of the largest batch: ([\d.]+) MiB", out)[1])

@@ -174,3 +174,44 @@ def test_what_is_preserved_is_what_the_untrained_text_encoder_leads_to(both, tra
 def test_cached_texts_and_a_trained_text_encoder_exclude_each_other(train):
     result, _ = train("never", "--cache_text_encoder_outputs", "--text_encoder_lr=1e-4")
     assert result.code == 2 and "would learn nothing" in result.err
+
+
+def test_doras_and_start_weights_in_real_runs(train):
+    result, path = train("dora", "--network_args", "dora_wd=True", "init=pissa_niter_2", "attn_dim=2")
+    assert result.code == 0, result.err
+    state = load_file(path)
+    name = "lora_unet_layers_0_attention_qkv"
+    assert state[f"{name}.lora_down.weight"].shape[0] == 4
+    assert state[f"{name}.dora_scale"].shape == (1, state[f"{name}.lora_down.weight"].shape[1])
+    first = metrics(path)[0]
+    assert "lr/lora_magnitude" in first and not any("start" in key for key in first)
+    result, again = train(
+        "dora2", f"--network_weights={path}", "--dim_from_weights", "--full_bf16", "--mixed_precision=bf16"
+    )
+    assert result.code == 0, result.err
+    assert load_file(again).keys() == state.keys()
+
+
+def test_a_run_with_start_weights_goes_on_from_its_state(train):
+    flags = ("--network_args", "init=pissa", "split_qkv=True", "dora_wd=True")
+    result, path = train("part", *flags, "--save_state", "--save_every_n_steps=2")
+    assert result.code == 0, result.err
+    whole = load_file(path)
+    result, path = train("part", *flags, f"--resume={next(path.parent.glob('part-step*-state'))}")
+    assert result.code == 0, result.err
+    resumed = load_file(path)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_base_weights_change_the_text_encoder_and_its_cache(both, train, tmp_path):
+    only_text = tmp_path / "text.safetensors"
+    save_file({k: v for k, v in load_file(both).items() if k.startswith("lora_te_")}, only_text)
+    cached = ("--cache_text_encoder_outputs_to_disk", f"--cache_directory={tmp_path / 'cache'}")
+    base = (f"--base_weights={only_text}",)
+    losses = []
+    for name, flags in (("plain", cached), ("stale", (*cached, *base)), ("online", base)):
+        result, path = train(name, *flags, "--max_train_steps=1")
+        assert result.code == 0, result.err
+        losses.append(metrics(path)[0]["loss/current"])
+    without, from_cache, online = losses
+    assert abs(from_cache - without) > 10 * abs(from_cache - online)

@@ -85,7 +85,7 @@ MISTAKES = {
         flag("network_dimm", "4"),
         "unknown argument '--network_dimm'; did you mean '--network_dim'?",
     ),
-    "flag of a later release": (flag("blocks_to_swap", "8"), "--blocks_to_swap cannot be used here"),
+    "more blocks than there are": (flag("blocks_to_swap", "7"), "but the model has 6 blocks"),
     "rank 0": (flag("network_dim", "0"), "--network_dim is 0"),
     "unknown sampling": (
         flag("timestep_sampling", "nextdit"),

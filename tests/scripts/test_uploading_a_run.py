@@ -56,7 +56,7 @@ def test_networks_and_states_are_uploaded_and_a_run_goes_on_from_the_hub(train, 
         }
         for name in networks:
             assert files[f"runs/1/{name}"] == (tmp_path / "first" / name).read_bytes()
-        assert json.loads(files["runs/1/lora-step00000002-state/state.json"])["step"] == 2
+        assert json.loads(files["runs/1/lora-step00000002-state/state.json"])["state"]["step"] == 2
         assert "runs/1/lora-state/state.json" in files
         written = [path for path in (tmp_path / "first").glob("lora*") if path.is_file()]
         assert not any(b"hf_secret" in path.read_bytes() for path in written)

@@ -1,6 +1,7 @@
 """The passes encode exactly what is missing, notice every change, and survive being killed."""
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from library.data.captions import draw_caption
 from library.data.images import load_pixels
 from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
+from library.training import caching
 from library.training.caching import Counts, PassRun, cache_latents, cache_texts
 from tests.picture_sets import Encoders, manifest_of, write_picture, write_pictures
 
@@ -50,7 +53,7 @@ def fill_latents(manifest, place=DISK, identity="ae 1", run=RUN):
 def fill_texts(manifest, place=DISK, identity="gemma 1", run=RUN, prompts=(), **source_options):
     encoders = Encoders()
     source = TextSource(place, identity, **({"max_variants": 16} | source_options))
-    counts = cache_texts(source, manifest.items, encoders.load_text_encoder, run, prompts)
+    counts = cache_texts(source, manifest.items, encoders.load_text_encoder, run, prompts=prompts)
     return source, encoders, counts
 
 
@@ -130,6 +133,53 @@ def test_masks_are_kept_at_latent_size_and_mirrored_with_the_picture(tmp_path, s
 def test_batches_are_of_one_bucket_and_no_larger_than_asked(folder):
     _, encoders, _ = fill_latents(manifest_of(folder), run=PassRun(batch_size=2))
     assert sorted(shape[0] for shape in encoders.picture_batches) == [1, 2, 2]  # three square, two wide
+
+
+def test_the_largest_pictures_come_first(folder):
+    write_picture(folder / "large.png", (200, 200), seed=7)
+    (folder / "large.txt").write_text("large")
+    manifest = manifest_of(folder, dataset="bucket_no_upscale = true", resolution=128)
+    _, encoders, _ = fill_latents(manifest, run=PassRun(batch_size=1))
+    areas = [shape[2] * shape[3] for shape in encoders.picture_batches]
+    assert areas == sorted(areas, reverse=True)
+    assert areas[0] > areas[-1]
+
+
+def test_the_longest_texts_come_first_by_the_encoders_measure(folder):
+    manifest = manifest_of(folder)
+    _, encoders, _ = fill_texts(manifest)
+    assert [len(text) for text in encoders.texts] == sorted(map(len, encoders.texts), reverse=True)
+    by_words, source = Encoders(), TextSource(MEMORY, "gemma 2", max_variants=16)
+    cache_texts(source, manifest.items, by_words.load_text_encoder, RUN, length=lambda t: t.count("a"))
+    counts = [text.count("a") for text in by_words.texts]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_the_log_says_where_the_time_went(folder, caplog):
+    logger = logging.getLogger("flow_scripts.caching")
+    logger.addHandler(caplog.handler)
+    caplog.set_level("INFO", logger="flow_scripts.caching")
+    encoders = Encoders()
+
+    def encode(pixels):
+        time.sleep(0.05)
+        return encoders.encode_pictures(pixels)
+
+    def load_encoder():
+        time.sleep(0.2)
+        return encode
+
+    counts = cache_latents(LatentSource(DISK, "ae"), manifest_of(folder).items, load_encoder, RUN)
+    logger.removeHandler(caplog.handler)
+    watch = counts.watch
+    assert watch.seconds("load") >= 0.2
+    assert watch.seconds("encode") >= 0.05 * len(encoders.picture_batches)
+    parts = sum(watch.seconds(stage) for stage in ("load", "encode", "wait"))
+    assert parts <= watch.seconds("all") + 1e-3, "they follow each other"
+    assert watch.seconds("decode") > 0 < watch.seconds("write")
+    busy = watch.seconds("all") - watch.seconds("load")
+    assert f"latents: 5 encoded in {busy:.1f} s, {5 / busy:.2f} a second, after 0." in caplog.text
+    assert f"{watch.seconds('encode') / busy:.1%} in the encoder, " in caplog.text
 
 
 def test_decoding_encoding_and_writing_overlap(folder, monkeypatch):
@@ -490,12 +540,61 @@ def test_processes_share_the_work_out(folder, world):
             source.get(item, flip=False)
 
 
-def test_in_memory_every_process_has_everything(folder):
-    manifest = manifest_of(folder)
-    source, _, counts = fill_latents(manifest, MEMORY, run=PassRun(2, rank=1, world=3))
-    assert counts.encoded == 5
-    for item in manifest.items:
-        source.get(item, flip=False)
+class Meeting:
+    """Processes, as threads, that hand each other bytes."""
+
+    def __init__(self, world):
+        self.exchanges = 0
+        self._barrier = threading.Barrier(world, timeout=30)
+        self._parts = [b""] * world
+
+    def exchange(self, rank):
+        def hand_round(mine):
+            self._parts[rank] = mine
+            self._barrier.wait()
+            parts = list(self._parts)
+            if self._barrier.wait() == 0:
+                self.exchanges += 1
+            return parts
+
+        return hand_round
+
+
+def in_threads(world, work):
+    """Run work(rank) in a thread for each rank; return the results."""
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(work, range(world)))
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_in_memory_each_process_makes_its_part_and_gets_the_others(folder, world, monkeypatch):
+    monkeypatch.setattr(caching, "SHARED_AT_ONCE", 2)
+    write_picture(folder / "a.png", (64, 64), seed=0, alpha=True)
+    manifest = manifest_of(folder, subset="flip_aug = true\nalpha_mask = true")
+    exact, _, _ = fill_latents(manifest, MEMORY)
+    exact_texts, _, _ = fill_texts(manifest, MEMORY)
+    meeting = Meeting(world)
+
+    def one_process(rank):
+        run = PassRun(1, rank, world, exchange=meeting.exchange(rank))
+        latents, texts = fill_latents(manifest, MEMORY, run=run), fill_texts(manifest, MEMORY, run=run)
+        return latents, texts
+
+    results = in_threads(world, one_process)
+    for which in (0, 1):
+        parts = [result[which][2].encoded for result in results]
+        assert sum(parts) == 5 and max(parts) - min(parts) <= 1
+    assert meeting.exchanges == 2 * math.ceil(math.ceil(5 / world) / 2)
+    for (latents, _, _), (texts, _, _) in results:
+        for item in manifest.items:
+            for flip in (False, True):
+                for ours, theirs in zip(
+                    latents.get(item, flip=flip), exact.get(item, flip=flip), strict=True
+                ):
+                    assert theirs is None if ours is None else torch.equal(ours, theirs)
+            tokens_LD = texts.condition(item, item.text).tokens_LD
+            assert torch.equal(tokens_LD, exact_texts.condition(item, item.text).tokens_LD)
+    assert not files_in(folder)
 
 
 SLOW_PASS = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,26 @@ def test_a_slow_upload_does_not_hold_up_training_and_outlives_its_file(hub: Stan
     assert hub.repositories[REPO].files == {"lora.safetensors": b"weights"}
 
 
+def test_nobody_waits_for_an_upload_in_a_hurry(hub: StandIn, tmp_path: Path) -> None:
+    """A run that is asked to stop saves its state at once; what is being sent arrives before the end."""
+    hurry: list[bool] = []
+    uploads = Uploads(options(), hub.url, hurried=lambda: bool(hurry))
+    hub.gate.clear()
+    asked = threading.Timer(0.3, hurry.append, [True])
+    asked.start()
+    uploads.files([network(tmp_path)])  # would wait for the gate
+    assert hurry
+    hub.gate.set()
+    uploads.close()
+    assert hub.repositories[REPO].files == {"lora.safetensors": b"weights"}
+
+
+def test_a_file_that_has_gone_costs_a_warning(hub: StandIn, tmp_path: Path, caplog) -> None:
+    Uploads(options(), hub.url).files([tmp_path / "gone.safetensors", network(tmp_path)])
+    assert "gone.safetensors was not uploaded" in caplog.text
+    assert list(hub.repositories[REPO].files) == ["lora.safetensors"]
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_failures_cost_a_warning_and_the_next_upload_is_tried(
     hub: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture, asynchronous: bool
@@ -154,8 +175,6 @@ def test_what_is_no_place_on_the_hub(text: str) -> None:
     ("given", "message"),
     [
         ({"huggingface_repo_id": "my lora"}, "is not the name of a repository"),
-        ({"async_upload": True}, "--async_upload has nowhere to upload to"),
-        ({"huggingface_path_in_repo": "x"}, "--huggingface_path_in_repo has nowhere"),
         ({"huggingface_repo_id": "a/b", "huggingface_path_in_repo": "../x"}, "leads out of the repository"),
     ],
 )
@@ -167,7 +186,6 @@ def test_mistakes(given: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("hub_options", "state_options", "message"),
     [
-        ({"save_state_to_huggingface": True}, {}, "add --save_state"),
         ({"resume_from_huggingface": True}, {}, "needs the place"),
         ({"resume_from_huggingface": True}, {"resume": "latest"}, "needs the place"),
     ],

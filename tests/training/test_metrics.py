@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from library.core.dist import Processes
 from library.core.errors import ConfigError, MissingPackageError
 from library.options.saving import LoggingOptions
-from library.training.watch.gauges import SigmaBands, StepClock, weight_norms
+from library.training.watch.gauges import SigmaBands, StepClock, WeightNorms
 from library.training.watch.metrics import AverageLoss, Metrics, SmoothedLoss
 from library.training.watch.trackers import check_trackers, make_trackers
 
@@ -76,17 +75,24 @@ def test_the_averages_go_on_from_a_state_exactly() -> None:
 
 
 def test_loss_by_band_of_sigma() -> None:
-    bands = SigmaBands(Processes.start())
-    bands.add(torch.tensor([0.05, 0.15, 0.2]), torch.tensor([1.0, 2.0, 8.0], requires_grad=True))
-    bands.add(torch.tensor([1.0, 0.05]), torch.tensor([5.0, 6.0]))
-    assert bands.read() == {"loss/sigma_0.0_0.2": 3.0, "loss/sigma_0.2_0.4": 8.0, "loss/sigma_0.8_1.0": 5.0}
-    assert bands.read() == {}
+    def read(bands: SigmaBands) -> dict[str, float]:
+        return bands.named(bands.measure().tolist())
+
+    bands = SigmaBands(torch.device("cpu"))
+    bands.add((0.05, 0.15, 0.2), torch.tensor([1.0, 2.0, 8.0], requires_grad=True))
+    bands.add((1.0, 0.05), torch.tensor([5.0, 6.0]))
+    assert read(bands) == {"loss/sigma_0.0_0.2": 3.0, "loss/sigma_0.2_0.4": 8.0, "loss/sigma_0.8_1.0": 5.0}
+    assert read(bands) == {}
+    bands.add((0.5, 0.9), torch.tensor([float("nan"), 4.0]))
+    found = read(bands)
+    assert found["loss/sigma_0.4_0.6"] != found["loss/sigma_0.4_0.6"] and found["loss/sigma_0.8_1.0"] == 4.0
 
 
 def test_norms_of_all_weights_of_a_kind() -> None:
     network = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("a", "b")})
     weights = torch.cat([network[name].weight.flatten() for name in ("a", "b")])
-    norms = weight_norms(network)
+    gauge = WeightNorms(network)
+    norms = gauge.named(gauge.measure().tolist())
     assert norms["norm/weight"] == pytest.approx(weights.norm().item())
     assert norms.keys() == {"norm/weight", "norm/bias"}
 
@@ -248,9 +254,7 @@ def test_which_trackers(options: dict[str, object], trackers: tuple[str, ...]) -
     ("options", "message"),
     [
         ({"log_with": "all"}, "--log_with all needs --logging_dir"),
-        ({"wandb_api_key": "k"}, "add --log_with wandb"),
-        ({"wandb_run_name": "r", "logging_dir": Path("x")}, "add --log_with wandb"),
-        ({"log_tracker_config": Path("x.toml")}, "no tracker to configure"),
+        ({"log_with": "tensorboard"}, "--log_with tensorboard needs --logging_dir"),
     ],
 )
 def test_mistakes(options: dict[str, object], message: str) -> None:

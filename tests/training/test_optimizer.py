@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.core.errors import ConfigError, MissingPackageError
+from library.core.errors import ConfigError
 from library.options.group import parse_options
 from library.options.optimizer import ADAMW_SETTINGS, OptimizerOptions
 from library.training.optim.optimizer import create_optimizer, describe_optimizer, set_learning_rates
@@ -83,8 +83,6 @@ def test_the_settings_are_torchs() -> None:
         (["--use_lion_optimizer", "--use_8bit_adam"], "name different optimizers"),
         (["--unet_lr=0"], "--unet_lr is 0.0; it must be above 0"),
         (["--optimizer_type=Lion", "--optimizer_args", "lr=1"], "set by --learning_rate"),
-        (["--optimizer_type=Adafactor", "--lr_scheduler=cosine"], "cannot set the rate of Adafactor"),
-        (["--optimizer_type=Adafactor", "--lr_scheduler_type=StepLR"], "StepLR cannot set the rate"),
         (["--lr_scheduler=adafactor"], "needs --optimizer_type Adafactor"),
         (
             [
@@ -99,12 +97,7 @@ def test_the_settings_are_torchs() -> None:
             "warmup_init=True is a form of Adafactor's relative steps",
         ),
         (["--optimizer_type=Adafactor", "--optimizer_args", "relative_step=1"], "must be True or False"),
-        (["--lr_scheduler_type=StepLR", "--lr_scheduler=cosine"], "are two schedulers"),
-        (
-            ["--lr_scheduler_type=StepLR", "--lr_warmup_steps=3"],
-            "means nothing to --lr_scheduler_type StepLR",
-        ),
-        (["--lr_scheduler=cosine", "--lr_scheduler_args", "T_max=3"], "it is for piecewise_constant"),
+        (["--lr_scheduler=cosine", "--lr_scheduler_args", "T_max=3"], "and for --lr_scheduler piecewise"),
         (["--lr_scheduler=piecewise_constant"], "needs --lr_scheduler_args step_rules="),
         (["--learning_rate=0"], "above 0"),
         (["--learning_rate=nan"], "above 0"),
@@ -117,9 +110,7 @@ def test_the_settings_are_torchs() -> None:
         (["--optimizer_args", "amsgrad=1"], "True or False"),
         (["--optimizer_args", "lr=1"], "set by --learning_rate"),
         (["--lr_scheduler=cosin"], "invalid choice"),
-        (["--lr_warmup_steps=10"], "means nothing to --lr_scheduler constant"),
-        (["--lr_scheduler=linear", "--lr_decay_steps=10"], "it is for warmup_stable_decay"),
-        (["--lr_scheduler=linear", "--lr_scheduler_power=2"], "it is for polynomial"),
+        (["--lr_warmup_steps=10"], "nothing to --lr_scheduler constant; use constant_with_warmup"),
         (["--lr_scheduler=cosine_with_min_lr"], "needs --lr_scheduler_min_lr_ratio"),
         (["--lr_scheduler=cosine_with_min_lr", "--lr_scheduler_min_lr_ratio=2"], "from 0 to 1"),
         (["--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=0"], "1 or more"),
@@ -138,7 +129,7 @@ def test_mistakes_are_named(words: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("flag", ["--optimizer_type", "--lr_scheduler_type"])
 def test_a_class_of_a_package_that_is_not_there(flag: str) -> None:
-    with pytest.raises(MissingPackageError, match=f"{flag} no_such_package.X needs .*pip install no_such"):
+    with pytest.raises(ConfigError, match=f"{flag} no_such_package.X: no package 'no_such_package' is"):
         parse(f"{flag}=no_such_package.X")
 
 

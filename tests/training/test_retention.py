@@ -117,8 +117,6 @@ def test_a_ratio_spreads_the_files_over_the_epochs(tmp_path: Path, ratio: int, k
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"save_last_n_epochs": 2}, "add --save_every_n_epochs"),
-        ({"save_last_n_steps": 2, "save_every_n_epochs": 1}, "add --save_every_n_steps"),
         ({"save_last_n_files": 2}, "add --save_every_n_epochs or"),
         ({"save_last_n_files": 0, "save_every_n_steps": 1}, "--save_last_n_files is 0"),
         ({"save_n_epoch_ratio": 0}, "--save_n_epoch_ratio is 0"),

@@ -1,78 +1,222 @@
-"""What a run will need of the GPU's memory, found out on the meta device, where tensors have no content.
-
-The model is built and asked for a velocity as in training; what autograd keeps for backward is counted. Room
-for the gradients of activations, kernels' own work space and fragmentation comes on top: real use is higher.
-"""
+"""What a run takes of the GPU's memory, part by part, for the options it has or for others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from library.data.prompts import load_sample_prompts
+from library.nn.block_swap import chosen_blocks, spared_bytes
 from library.options.optimizer import OptimizerOptions
+from library.options.request import ImageRequest
+from library.options.swap import SwapOptions
+from library.options.train import TrainOptions
+from library.training.look.meter import Speeds
+from library.training.look.simulate import META, Simulation, Step, Work, peak_of, weight_bytes
 from library.training.optim.optimizer import create_optimizer, export_state
+from networks.lora import LoRANetwork
+from networks.module import install_new_network
+
+if TYPE_CHECKING:
+    from library.training.context import RunContext
+    from library.training.trainer import NetworkTrainer
 
 _SAMPLE = 256  # rows and columns of the matrix that tells an optimizer's memory; constants hardly count
 
+Parts = dict[str, int]  # bytes of what is in memory at the same time
 
-@dataclass
-class Kept:
-    """Bytes that a forward pass keeps for backward: in all, and with gradient checkpointing."""
 
-    everything: int = 0
-    inputs_of_blocks: int = 0
-    outside_of_blocks: int = 0
-    largest_block: int = 0
-    _seen: set[int] = field(default_factory=set, repr=False)
-    _storages: list[object] = field(default_factory=list, repr=False)  # alive: no address comes twice
+@dataclass(frozen=True)
+class Manner:
+    """How a step is made: scheme of the quantised model, what blocks keep, and in every which block."""
+
+    quant: str | None = None
+    mode: str = "none"
+    every: int = 1
+
+    @classmethod
+    def of(cls, options: TrainOptions) -> Manner:
+        """Return what options ask for."""
+        compute = options.compute
+        return cls(options.quant.transformer, compute.keeps, compute.checkpoint_every_n_blocks)
+
+
+class MemoryEstimate:
+    """Finds out what a run takes by going through it on the meta device. What was found out is remembered."""
+
+    def __init__(
+        self,
+        trainer: NetworkTrainer,
+        context: RunContext,
+        *,
+        tokens: int | None = None,
+        kind: str = "cuda",
+        speeds: Speeds | None = None,
+    ) -> None:
+        """`tokens`: of the longest caption; None: as many as the text encoder takes. `kind`: of device."""
+        options = trainer.options
+        limit = trainer.count_tokens("")[1]
+        self.work = Work(context.plan.largest_batch, min(limit, tokens or limit))
+        self.trains_text = options.network.trains_text_encoder
+        self._trainer, self._context, self._kind, self._speeds = trainer, context, kind, speeds
+        self._simulations: dict[str | None, Simulation] = {}
+        self._steps: dict[Manner, Step] = {}
+        self._encoders: nn.Module | None = None
+        self._vae: nn.Module | None = None
+
+    def training(self, manner: Manner, swap: SwapOptions) -> Parts:
+        """Return what training takes."""
+        options, network = self._trainer.options, self.network
+        gradients = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+        per_number = optimizer_bytes(options.optimizer, self._context.device)
+        count = network.parameter_count()
+        parts = {
+            "transformer": self.weights(manner.quant, swap),
+            "network, gradients, optimizer": round(weight_bytes(network) + gradients + count * per_number),
+            "activations of the largest batch": self.step(manner).peak - gradients,
+        }
+        if options.ema.ema:
+            parts["running average (EMA)"] = 4 * count
+        if self.trains_text:
+            parts["activations of the text encoder"] = self._kept_of_texts()
+        if not options.caching.texts:
+            parts["text encoder"] = weight_bytes(self.encoders)
+        if not options.caching.latents:
+            parts["autoencoder"] = weight_bytes(self.vae)
+        return parts
+
+    def other_phases(self, manner: Manner, swap: SwapOptions) -> dict[str, Parts]:
+        """Return what is in memory at other times: while caches are filled, and pictures are drawn."""
+        caching, phases = self._trainer.options.caching, {}
+        if caching.texts:
+            phases["filling the text cache"] = {
+                "text encoder": weight_bytes(self.encoders),
+                "its work": self._encoding_texts(caching.text_encoder_batch_size, trained=False)[0],
+            }
+        if caching.latents:
+            phases["filling the latent cache"] = {
+                "autoencoder": weight_bytes(self.vae),
+                "its work": self._encoding_pictures(caching.vae_batch_size),
+            }
+        drawing = self._drawing(manner)
+        if drawing:
+            training = self.training(manner, swap)
+            staying = {name: size for name, size in training.items() if "activations" not in name}
+            phases["drawing sample pictures"] = staying | {
+                "autoencoder": weight_bytes(self.vae),
+                "its work, or the model's": drawing,
+            }
+        return phases
+
+    def weights(self, quant: str | None, swap: SwapOptions) -> int:
+        """Return what the model's weights take of the device."""
+        model = self.simulation(quant).model
+        swapped = chosen_blocks(model.runner.blocks, swap)
+        return weight_bytes(model) - spared_bytes(swapped, swap.block_swap_ring_size)
+
+    def swapped_bytes(self, quant: str | None, swap: SwapOptions) -> int:
+        """Return what is copied to the device in a pass through the model."""
+        blocks = chosen_blocks(self.simulation(quant).model.runner.blocks, swap)
+        return spared_bytes(blocks, 0)
 
     @property
-    def checkpointed(self) -> int:
-        """With checkpointing: each block's input, and one block's insides at a time."""
-        return self.inputs_of_blocks + self.outside_of_blocks + self.largest_block
+    def blocks(self) -> int:
+        """How many blocks the model has."""
+        return len(self.simulation(self._given_quant).model.runner.blocks)
 
     @property
-    def offloaded(self) -> int:
-        """The same with the inputs of blocks in the computer's memory."""
-        return self.outside_of_blocks + self.largest_block
+    def network(self) -> LoRANetwork:
+        """What is trained, without content."""
+        return self.simulation(self._given_quant).network
 
-    def add(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that autograd keeps, once."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen and not _is_scores(tensor):
-            self.ignore([tensor])
-            self.everything += storage.nbytes()
-        return tensor
+    def step(self, manner: Manner) -> Step:
+        """Return what a step on the largest batch takes."""
+        if manner not in self._steps:
+            simulation = self.simulation(manner.quant)
+            simulation.model.runner.keep(manner.mode, every=manner.every)
+            several = self._trainer.options.training.gradient_accumulation_steps > 1
+            self._steps[manner] = simulation.step(self.work, gradients_there=several, speeds=self._speeds)
+        return self._steps[manner]
 
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these: weights are there anyway."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._seen.add(storage._cdata)
-            self._storages.append(storage)
+    def simulation(self, quant: str | None) -> Simulation:
+        """Return the model in a precision, with the network on it."""
+        if quant not in self._simulations:
+            options = self._trainer.options
+            trainer = self._trainer.with_options(
+                replace(options, quant=replace(options.quant, **quant_flags(quant)))
+            )
+            with _unsaid():
+                model = trainer.load_transformer(META, self._context.dtype)
+                network = install_new_network(
+                    options.network,
+                    model,
+                    lambda: self.encoders,
+                    seed=self._context.seed,
+                    learning_rate=options.optimizer.learning_rate,
+                )
+            network.train()
+            if options.training.full_bf16:
+                network.to(torch.bfloat16)
+            self._simulations[quant] = Simulation(trainer, model, network, kind=self._kind)
+        return self._simulations[quant]
 
+    @property
+    def encoders(self) -> nn.Module:
+        """The text encoder, without content."""
+        if self._encoders is None:
+            with _unsaid():
+                self._encoders = self._trainer.load_text_encoders(META, self._context.dtype)
+        return self._encoders
 
-def weight_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    @property
+    def vae(self) -> nn.Module:
+        """The autoencoder, without content."""
+        if self._vae is None:
+            self._vae = self._trainer.load_vae(META, self._context.dtype)
+        return self._vae
 
+    @property
+    def _given_quant(self) -> str | None:
+        return self._trainer.options.quant.transformer
 
-def kept_for_backward(
-    model: nn.Module, trained: Iterable[nn.Parameter], forward: Callable[[], Tensor]
-) -> Kept:
-    """Run `forward` of a model on the meta device, without checkpointing, and count what it keeps.
+    def _kept_of_texts(self) -> int:
+        self.simulation(self._given_quant)  # puts the network on the text encoder
+        return self._encoding_texts(len(self.work.sizes), trained=True)[1]
 
-    Weights of the model and those `trained` on it are not counted.
-    """
-    kept = Kept()
-    kept.ignore([*model.parameters(), *trained])
-    with _blocks_measured(model, kept), torch.autograd.graph.saved_tensors_hooks(kept.add, lambda t: t):
-        forward()
-    return kept
+    def _encoding_texts(self, count: int, *, trained: bool) -> tuple[int, int]:
+        checkpointed = self._trainer.options.compute.gradient_checkpointing and trained
+        self.encoders.gradient_checkpointing = checkpointed
+
+        def encode() -> object:
+            with torch.set_grad_enabled(trained):
+                return self._trainer.encode_blank(self.encoders, self.work.tokens, count)
+
+        networks = (self.network,) if trained else ()
+        return peak_of(encode, self.encoders, *networks)
+
+    def _encoding_pictures(self, count: int) -> int:
+        width, height = max(self.work.sizes, key=lambda size: size[0] * size[1])
+        pixels_BCHW = torch.zeros(count, 3, height, width, device=META)
+        return peak_of(lambda: self._trainer.encode_images(self.vae, pixels_BCHW), self.vae)[0]
+
+    def _drawing(self, manner: Manner) -> int:
+        """What the largest sample picture takes beside weights; 0 if none are drawn."""
+        sampling, family = self._trainer.options.sampling, self._trainer.family
+        if sampling.prompts is None:
+            return 0
+        requests = load_sample_prompts(sampling.prompts, ImageRequest(seed=0))
+        width, height = max(((r.width, r.height) for r in requests), key=lambda size: size[0] * size[1])
+        grid = (height // family.latent_stride, width // family.latent_stride)
+        latents_BCHW = torch.zeros(1, family.latent_channels, *grid, device=META)
+        decoding = peak_of(lambda: self._trainer.decode_latents(self.vae, latents_BCHW), self.vae)[0]
+        both = Work(((width, height),) * 2 * sampling.sample_batch_size, self.work.tokens)  # and unguided
+        return max(decoding, self.simulation(manner.quant).forward(both))
 
 
 def optimizer_bytes(options: OptimizerOptions, device: torch.device) -> float:
@@ -86,31 +230,20 @@ def optimizer_bytes(options: OptimizerOptions, device: torch.device) -> float:
 
 
 @contextmanager
-def _blocks_measured(model: nn.Module, kept: Kept) -> Iterator[None]:
-    """Count the blocks (members of the model's own lists of modules) one by one."""
-    inside: list[int] = []
-
-    def before(block: nn.Module, arguments: tuple[object, ...]) -> None:
-        x = arguments[0]
-        assert isinstance(x, Tensor)
-        kept.inputs_of_blocks += x.numel() * x.element_size()
-        inside.append(-kept.everything)
-
-    def after(block: nn.Module, arguments: tuple[object, ...], output: object) -> None:
-        inside[-1] += kept.everything
-
-    lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
-    hooks = [block.register_forward_pre_hook(before) for blocks in lists for block in blocks]
-    hooks += [block.register_forward_hook(after) for blocks in lists for block in blocks]
+def _unsaid() -> Iterator[None]:
+    """Keep from the log what is said of models that are only looked at."""
+    logging.disable(logging.INFO)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        kept.outside_of_blocks = kept.everything - sum(inside)
-        kept.largest_block = max(inside, default=0)
+        logging.disable(logging.NOTSET)
 
 
-def _is_scores(tensor: Tensor) -> bool:
-    """Whether this is attention's square table of scores, which only the meta device's kernel keeps."""
-    return tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2]
+def quant_flags(scheme: str | None) -> dict[str, object]:
+    """Return the options of `QuantOptions` that mean a scheme, whatever was said before."""
+    return {"base_quant": scheme, "fp8_base": False, "fp8_base_unet": False, "fp8_scaled": False}
+
+
+def shown(size: float) -> str:
+    """Return an amount of memory as people read it."""
+    return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -23,6 +23,7 @@ def learning_rate_schedule(options: OptimizerOptions, total_steps: int) -> Sched
     Raises:
         ConfigError: warm-up and decay are longer than the run, or `--lr_scheduler_type` cannot be used.
     """
+    options = options.in_effect()
     if options.lr_scheduler_type:
         from library.training.optim.lr_class import (
             ClassSchedule,
@@ -39,6 +40,7 @@ def lr_multiplier(options: OptimizerOptions, total_steps: int) -> Multiplier:
     Raises:
         ConfigError: warm-up and decay together are longer than the run.
     """
+    options = options.in_effect()
     warmup = _steps(options.lr_warmup_steps, total_steps)
     decay = _steps(options.lr_decay_steps, total_steps)
     if warmup + decay > total_steps:

@@ -6,16 +6,20 @@ Torch-free, and the hub's package is imported only where it is used: most runs u
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 
 from library.core.errors import CheckpointError, ConfigError
+from library.core.files import explain
 from library.core.log import logger
 from library.options.hub import HubFolder, HubOptions
 from library.options.state import LATEST, StateOptions
 
 _log = logger("hub")
+
+_LOOK_SECONDS = 0.2  # between two looks at whether somebody is in a hurry
 
 
 class Uploads:
@@ -24,14 +28,23 @@ class Uploads:
     Whatever goes wrong with an upload costs a warning: the files are safe in --output_dir.
     """
 
-    def __init__(self, options: HubOptions, endpoint: str | None = None) -> None:
-        """`endpoint`: address of the hub, for a mirror; None for the usual one."""
+    def __init__(
+        self,
+        options: HubOptions,
+        endpoint: str | None = None,
+        *,
+        hurried: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`endpoint`: address of the hub, for a mirror; None for the usual one. `hurried`: whether nobody has
+        time to wait for an upload any more; it then goes on in the background, and ends before the program.
+        """
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars
 
         assert options.huggingface_repo_id is not None
         disable_progress_bars()  # they would break into the line of the run's own progress
         self._options = options
+        self._hurried = hurried
         self._repo_id = options.huggingface_repo_id
         self._api = HfApi(endpoint=endpoint, token=options.huggingface_token)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
@@ -41,10 +54,13 @@ class Uploads:
     def files(self, paths: Sequence[Path]) -> None:
         """Upload files into the folder of the repository."""
         for path in paths:
-            # Read now if it is sent later: by then it may have been removed as an older save.
-            content = path.read_bytes() if self._options.async_upload else path
+            try:
+                content = path.read_bytes()  # now: until it is sent it may be removed as an older save
+            except OSError as error:
+                _log.warning("%s was not uploaded: %s", path, explain(error))
+                continue
 
-            def send(content: bytes | Path = content, name: str = path.name) -> None:
+            def send(content: bytes = content, name: str = path.name) -> None:
                 self._make_repo()
                 self._api.upload_file(
                     path_or_fileobj=content,
@@ -90,7 +106,7 @@ class Uploads:
         return f"{folder}/{name}" if folder else name
 
     def _do(self, failure: str, action: Callable[[], None]) -> None:
-        """Let the thread do it; wait unless --async_upload. `failure` begins the warning."""
+        """Let the thread do it; wait unless --async_upload or in a hurry. `failure` begins the warning."""
 
         def report(done: Future[None]) -> None:
             error = done.exception()
@@ -98,19 +114,13 @@ class Uploads:
                 _log.warning("%s: %s", failure, _shortly(error))
 
         task = self._thread.submit(action)
-        if self._options.async_upload:
-            task.add_done_callback(report)
-        else:
-            report(task)  # which waits for it
+        while not (self._options.async_upload or task.done() or self._hurried()):
+            wait([task], timeout=_LOOK_SECONDS)
+        task.add_done_callback(report)  # at once, if it is done
 
 
 def check_uploads(hub: HubOptions, state: StateOptions) -> None:
     """Raise ConfigError for flags of the two groups that do not go together."""
-    if hub.save_state_to_huggingface and not state.at_end:
-        raise ConfigError(
-            "--save_state_to_huggingface has no states to upload: add --save_state or "
-            "--save_state_on_train_end."
-        )
     if hub.resume_from_huggingface and state.resume in (None, LATEST):
         raise ConfigError(
             "--resume_from_huggingface needs the place of the state: --resume owner/name/folder. Its name on "
@@ -136,7 +146,7 @@ def fetch_state(hub: HubOptions, state: StateOptions, endpoint: str | None = Non
             place.repo_id,
             repo_type=place.repo_type,
             revision=place.revision,
-            allow_patterns=f"{place.path}/*",
+            allow_patterns=f"{escape(place.path)}/*",
         )
     except (OSError, HTTPError) as error:
         raise CheckpointError(

@@ -148,7 +148,7 @@ def _modelspec(facts: TrainingFacts, now: float) -> dict[str, str]:
         "implementation_version": "flow-scripts",
         "title": facts.output_name,
         "date": datetime.fromtimestamp(int(now), UTC).isoformat(),
-        "resolution": _resolution(facts.manifest.datasets),
+        "resolution": _resolution(facts.manifest.trained_datasets),
         "prediction_type": "flow_prediction",  # diffusers' name for the velocity of a flow
     }
     for name, value in asdict(facts.metadata).items():
@@ -175,7 +175,7 @@ def _data_url(thumbnail: str) -> str:
 
 def _dataset_values(manifest: Manifest) -> dict[str, object]:
     """Counts, and what the datasets and subsets were told to do."""
-    subsets = [subset for dataset in manifest.datasets for subset in dataset.subsets]
+    subsets = [subset for dataset in manifest.trained_datasets for subset in dataset.subsets]
     training = [manifest.items[index] for index in manifest.train]
     pictures = [subset.images for subset in subsets]
     captions = [subset.captions for subset in subsets]
@@ -189,8 +189,8 @@ def _dataset_values(manifest: Manifest) -> dict[str, object]:
         "caption_dropout_every_n_epochs": _common(c.caption_dropout_every_n_epochs for c in captions),
         "caption_tag_dropout_rate": _common(c.caption_tag_dropout_rate for c in captions),
         "validation_split": _common(subset.validation_split for subset in subsets),
-        "validation_seed": _common(dataset.validation_seed for dataset in manifest.datasets),
-        "datasets": [_dataset_table(manifest, index) for index in range(len(manifest.datasets))],
+        "validation_seed": _common(dataset.validation_seed for dataset in manifest.trained_datasets),
+        "datasets": [_dataset_table(manifest, index) for index in range(len(manifest.trained_datasets))],
         "dataset_dirs": _dataset_dirs(manifest),
         "tag_frequency": _tag_frequency(training),
     }
@@ -267,7 +267,7 @@ def _dataset_dirs(manifest: Manifest) -> dict[str, dict[str, int]]:
     """Pictures and repeats by the name of the folder (or metadata file), regularisation pictures left out."""
     training = [manifest.items[index] for index in manifest.train]
     found: dict[str, dict[str, int]] = {}
-    for dataset in manifest.datasets:
+    for dataset in manifest.trained_datasets:
         for subset in dataset.subsets:
             if subset.is_reg:
                 continue

@@ -44,7 +44,8 @@ class Retention:
         for old in self._saved:
             for file in files:
                 old.files.pop(file, None)
-        self._saved.append(Saved(by_epoch, step, {file: _identity(file) for file in files}))
+        there = {file: identity for file in files if (identity := _identity(file)) is not None}
+        self._saved.append(Saved(by_epoch, step, there))
         for old in self._outdated(step):
             for file in [file for file, identity in old.files.items() if _remove(file, identity)]:
                 del old.files[file]
@@ -70,7 +71,10 @@ class Retention:
             Saved(
                 by_epoch=saved["by_epoch"],
                 step=saved["step"],
-                files={folder / name: (size, changed) for name, (size, changed) in saved["files"].items()},
+                files={
+                    folder / Path(name).name: (size, changed)
+                    for name, (size, changed) in saved["files"].items()
+                },
             )
             for saved in state["saved"]
         ]
@@ -91,18 +95,21 @@ class Retention:
 
 def _remove(file: Path, identity: Identity) -> bool:
     """Remove a file if it is the one that was written; return False where it has to be tried again."""
-    try:
-        if _identity(file) == identity:
-            file.unlink()
-            _log.info("removed %s, an older save", file)
-    except FileNotFoundError:
+    if _identity(file) != identity:
         return True
+    try:
+        file.unlink(missing_ok=True)
+        _log.info("removed %s, an older save", file)
     except OSError as error:
         _log.warning("%s could not be removed: %s", file, explain(error))
         return False
     return True
 
 
-def _identity(file: Path) -> Identity:
-    stat = os.stat(file)
+def _identity(file: Path) -> Identity | None:
+    """Return what tells whether it is still the same file; None if it cannot be asked."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return None
     return stat.st_size, stat.st_mtime_ns

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import torch
 
 from library.core.device import dtype_named
-from library.core.files import atomic_write
+from library.core.errors import StorageError
+from library.core.files import require_room, write_bytes
 from library.core.log import logger
 from library.options.saving import SavingOptions
-from library.training.output.ema import Ema
 from library.training.events import Interval, Moment
 from library.training.guards import require_finite
+from library.training.output.ema import Ema
 from library.training.output.metadata import TrainingFacts, build_metadata
 from library.training.output.retention import Retention
 from networks.files import save_network
@@ -23,6 +25,8 @@ from networks.lora import LoRANetwork
 log = logger("saving")
 
 Write = Callable[[Path, Moment], list[Path]]
+
+_ADVICE = "Make room, or keep fewer files with --save_last_n_files."
 
 
 class NetworkFile:
@@ -52,9 +56,11 @@ class NetworkFile:
     def _write(self, path: Path, moment: Moment, *, weights: str) -> None:
         state = self._network.export_state(self._dtype)
         require_finite(state, f"the {weights} weights after step {moment.step}")
+        require_room(path, sum(tensor.nbytes for tensor in state.values()), _ADVICE)
         if path.suffix != ".safetensors":  # a pickle, as torch writes it: it has no place for metadata
-            with atomic_write(path) as handle:
-                torch.save(state, handle)
+            content = BytesIO()  # torch itself would not say what the system has against a write
+            torch.save(state, content)
+            write_bytes(path, content.getbuffer())
             return
         metadata = build_metadata(self._facts, step=moment.step, epoch=moment.epoch, now=time.time())
         save_network(path, state, metadata | {"ss_weights": weights})
@@ -66,6 +72,8 @@ class PeriodicSave:
     Names are those of the reference tool: `<name>-000003.safetensors` after epoch 3 and
     `<name>-step00000100.safetensors` after step 100.
     """
+
+    shared = False
 
     def __init__(self, options: SavingOptions, write: Write, *, total_epochs: int) -> None:
         self._options = options
@@ -79,7 +87,10 @@ class PeriodicSave:
         return not moment.run_ended and (self._by_epoch.hits(moment) or self._by_step.hits(moment))
 
     def run(self, moment: Moment) -> None:
-        """Write the files that are due, then remove those that are not kept any longer."""
+        """Write the files that are due, then remove those that are not kept any longer.
+
+        Without room for a file nothing is removed and training goes on, as a later save may find room.
+        """
         if self._by_epoch.hits(moment):
             self._save(f"-{moment.epoch:06d}", moment, by_epoch=True)
         if self._by_step.hits(moment):
@@ -87,7 +98,11 @@ class PeriodicSave:
 
     def _save(self, suffix: str, moment: Moment, *, by_epoch: bool) -> None:
         path = _path(self._options, suffix)
-        files = self._write(path, moment)
+        try:
+            files = self._write(path, moment)
+        except StorageError as error:
+            log.warning("%s Training goes on, and the next file is tried when it is due.", error)
+            return
         log.info("saved %s", path)
         self.retention.add(files, by_epoch=by_epoch, step=moment.step)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from library.training.context import RunContext
-from library.training.output.ema import Ema
 from library.training.events import Moment
+from library.training.optim.optimizer import describe_optimizer
+from library.training.output.ema import Ema
 from library.training.output.hub import Uploads
 from library.training.output.metadata import TrainingFacts
-from library.training.optim.optimizer import describe_optimizer
 from library.training.output.saving import NetworkFile, PeriodicSave
 from networks.lora import LoRANetwork
 from networks.module import network_facts
@@ -27,13 +27,15 @@ class Output:
         network: LoRANetwork,
         optimizer: torch.optim.Optimizer,
         ema: Ema | None,
+        hurried: Callable[[], bool],
     ) -> None:
+        """`hurried`: whether the run should stop, so that nothing waits for an upload any more."""
         options = context.options
         facts = _facts(context, network, optimizer)
         self._file = NetworkFile(network, facts, options.saving.save_precision, ema)
         self._hub = options.hub
         uploading = options.hub.huggingface_repo_id is not None and context.processes.is_main
-        self._uploads = Uploads(options.hub) if uploading else None
+        self._uploads = Uploads(options.hub, hurried=hurried) if uploading else None
         self.periodic_save = PeriodicSave(
             options.saving, self.write_network, total_epochs=context.total_epochs
         )

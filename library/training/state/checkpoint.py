@@ -1,21 +1,21 @@
 """States on disk: folders that are complete or not there, found again, verified, and pruned. Torch-free.
 
-A state is a folder of safetensors files and `state.json`, which is written last and lists the size and
-SHA-256 of each. The folder appears under its name by one rename, after everything in it is on the disk.
+A state is a folder of safetensors files and `state.json`, which is written last, lists the size and SHA-256
+of each, and has a SHA-256 of its own. The folder appears under its name by one rename, after everything in it
+is on the disk.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from library.core.errors import CheckpointError, StorageError
-from library.core.files import explain, remove_directory, staged_directory
-from library.core.hashing import sha256_file
+from library.core.errors import CheckpointError, ConfigError, StorageError
+from library.core.files import explain, put_back, remove_directory, staged_directory
+from library.core.hashing import sha256_file, sha256_text
 from library.core.log import logger
 from library.options.saving import SavingOptions
 from library.options.state import LATEST, StateOptions
@@ -31,16 +31,21 @@ _log = logger("state")
 class StateRecord:
     """What `state.json` says.
 
+    name: the run's --output_name. run: the same in all legs of a run, and in no other run of that name.
+    serial: counts the states of an output name; the newest has the highest.
+    interim: it is there to go on from, and nobody has asked for it: it goes when the run is done.
     step: optimizer steps done, of which an epoch has `steps_per_epoch`.
     events_done: whether saves, previews and validation of this moment have happened.
-    serial: counts the states of an output name; the newest has the highest.
     dataset: digest of everything that orders and makes the data. settings: flags of the run by name.
     history: a sentence for each change of settings on the way here. values: numbers of each part by name.
     """
 
+    name: str
+    run: str
+    serial: int
+    interim: bool
     step: int
     events_done: bool
-    serial: int
     seed: int
     world: int
     steps_per_epoch: int
@@ -68,8 +73,11 @@ def write_state(path: Path, record: StateRecord, write_files: Callable[[Path], N
     """Commit a state. `write_files` puts the tensor files into the folder that it is given.
 
     Raises:
-        StorageError: it could not be written; what was at `path` is untouched.
+        StorageError: it could not be written, or something that is no state of this name is at `path`.
+            Whatever was there is untouched.
     """
+    if path.exists() and not _is_own(path, record.name):
+        raise StorageError(_taken(path, record.name))
     with staged_directory(path) as folder:
         write_files(folder)
         files = {
@@ -77,7 +85,7 @@ def write_state(path: Path, record: StateRecord, write_files: Callable[[Path], N
             for file in sorted(folder.iterdir())
         }
         record = replace(record, files=files)
-        (folder / RECORD).write_text(json.dumps({"format": FORMAT} | asdict(record)), encoding="utf-8")
+        (folder / RECORD).write_text(_as_text(record), encoding="utf-8")
     return SavedState(path, record)
 
 
@@ -85,35 +93,52 @@ def read_state(path: Path) -> SavedState:
     """Read a state's record.
 
     Raises:
-        CheckpointError: there is no state, or it is one of another program or version.
+        CheckpointError: there is no state, it is damaged, or it is one of another program or version.
     """
     file = Path(path) / RECORD
     if not file.is_file():
         raise CheckpointError(_no_state(Path(path)))
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {explain(error)}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: it is not JSON ({error}).") from error
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not the record of a state that this version can read.")
-    if content.keys() != {f.name for f in fields(StateRecord)}:
+    state = content.get("state")
+    if not isinstance(state, dict) or state.keys() != {f.name for f in fields(StateRecord)}:
         raise CheckpointError(f"{file} is damaged: its entries are not those of a state.")
-    return SavedState(Path(path), StateRecord(**content))
+    record = StateRecord(**state)
+    if _as_text(record) != text:
+        raise CheckpointError(f"{file} is damaged: it is not as it was written.")
+    return SavedState(Path(path), record)
+
+
+def _as_text(record: StateRecord) -> str:
+    """Return the text of RECORD. Reading and writing gives the same text, so that no changed byte passes."""
+    state = asdict(record)
+    return json.dumps({"format": FORMAT, "sha256": sha256_text(json.dumps(state)), "state": state})
 
 
 def verify_state(state: SavedState) -> None:
     """Compare every file of a state with its recorded size and digest.
 
     Raises:
-        CheckpointError: one is missing or not as it was written.
+        CheckpointError: one is missing, cannot be read, or is not as it was written.
     """
     for name, facts in state.record.files.items():
         file = state.path / name
         if not file.is_file():
             raise CheckpointError(f"The state {state.path} lacks its file {name}.")
-        if file.stat().st_size != facts["bytes"] or sha256_file(file) != facts["sha256"]:
+        try:
+            intact = file.stat().st_size == facts["bytes"] and sha256_file(file) == facts["sha256"]
+        except OSError as error:
+            raise CheckpointError(
+                f"The state {state.path}: {name} cannot be read: {explain(error)}."
+            ) from error
+        if not intact:
             raise CheckpointError(f"The state {state.path} is damaged: {name} is not as it was written.")
 
 
@@ -127,20 +152,31 @@ def find_resumed(options: StateOptions, saving: SavingOptions) -> SavedState | N
         return None
     if options.resume == LATEST:
         return _latest(saving)
-    state = read_state(Path(options.resume))
+    path = Path(options.resume)
+    put_back(path.parent)
+    state = read_state(path)
     verify_state(state)
     return state
 
 
 def saved_states(saving: SavingOptions) -> list[SavedState]:
-    """Return the committed states of an output name, oldest first; what is not a state is left out."""
+    """Return the readable states of an output name, oldest first."""
     states = []
     for path in _state_folders(saving):
         try:
-            states.append(read_state(path))
-        except CheckpointError as error:
-            _log.warning("left aside: %s", error)
+            state = read_state(path)
+        except CheckpointError:
+            continue
+        if state.record.name == saving.output_name:
+            states.append(state)
     return sorted(states, key=lambda state: state.record.serial)
+
+
+def check_state_folders(options: StateOptions, saving: SavingOptions) -> None:
+    """Raise ConfigError if states are to be saved, and a folder with a name for one is something else."""
+    for path in _state_folders(saving) if options.at_end else ():
+        if not _is_own(path, saving.output_name):
+            raise ConfigError(_taken(path, saving.output_name))
 
 
 @dataclass(frozen=True)
@@ -160,22 +196,22 @@ class Keep:
         return True
 
 
-def prune_states(saving: SavingOptions, keep: Keep, newest: SavedState) -> None:
-    """Remove states that nobody wants any more, now that `newest` is committed; two always stay."""
-    for state in saved_states(saving)[:-KEPT]:
-        if not keep.wants(*_place_in_name(saving, state.path), newest.record):
+def prune_states(saving: SavingOptions, keep: Keep, newest: SavedState, spared: Path | None = None) -> None:
+    """Remove states of the run that nobody wants any more, now that `newest` is committed.
+
+    The newest two always stay, and so does the one at `spared`.
+    """
+    for state in _states_of_run(saving, newest.record.run)[:-KEPT]:
+        unwanted = state.record.interim or not keep.wants(*_place_in_name(saving, state.path), newest.record)
+        if unwanted and state.path != spared:
             _remove(state.path)
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Raise StorageError if the disk of `folder` lacks room for `needed` bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise StorageError(
-            f"Could not save a state in {folder}: it needs {needed / 2**20:,.0f} MiB and the disk has "
-            f"{free / 2**20:,.0f} MiB free. Make room, or keep fewer states with --save_last_n_steps_state."
-        )
+def remove_interim_states(saving: SavingOptions, run: str, spared: Path | None = None) -> None:
+    """Remove the states that were there to go on from, now that the run is done; `spared` stays."""
+    for state in _states_of_run(saving, run):
+        if state.record.interim and state.path != spared:
+            _remove(state.path)
 
 
 def step_state_path(saving: SavingOptions, step: int) -> Path:
@@ -194,17 +230,32 @@ def final_state_path(saving: SavingOptions) -> Path:
 
 
 def _latest(saving: SavingOptions) -> SavedState | None:
-    states = saved_states(saving)
-    for state in reversed(states):
+    put_back(saving.output_dir)
+    damaged = False
+    for path in _state_folders(saving):
+        try:
+            read_state(path)
+        except CheckpointError as error:
+            _log.warning("left aside: %s", error)
+            damaged |= (path / RECORD).exists()
+    for state in reversed(saved_states(saving)):
         try:
             verify_state(state)
         except CheckpointError as error:
             _log.warning("%s The one before it is tried.", error)
+            damaged = True
         else:
             return state
-    if states:
-        raise CheckpointError(f"Every state of '{saving.output_name}' in {saving.output_dir} is damaged.")
+    if damaged:
+        raise CheckpointError(
+            f"Every state of '{saving.output_name}' in {saving.output_dir} is damaged. To start anew, leave "
+            f"out --resume; the last saved network can be a start with --network_weights."
+        )
     return None
+
+
+def _states_of_run(saving: SavingOptions, run: str) -> list[SavedState]:
+    return [state for state in saved_states(saving) if state.record.run == run]
 
 
 def _state_folders(saving: SavingOptions) -> Iterator[Path]:
@@ -213,6 +264,21 @@ def _state_folders(saving: SavingOptions) -> Iterator[Path]:
         for path in sorted(saving.output_dir.iterdir()):
             if path.is_dir() and pattern.fullmatch(path.name):
                 yield path
+
+
+def _is_own(path: Path, name: str) -> bool:
+    """Whether `path` is a state of this output name, as far as it can still be read."""
+    try:
+        return read_state(path).record.name == name
+    except CheckpointError:
+        return (path / RECORD).is_file()
+
+
+def _taken(path: Path, name: str) -> str:
+    return (
+        f"{path} is there already and is no state of a run named '{name}', so it is not replaced. Move it "
+        f"away, or choose another --output_name."
+    )
 
 
 def _place_in_name(saving: SavingOptions, path: Path) -> tuple[int | None, int | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
+from library.core.files import explain, require_room
 from library.core.log import logger
 from library.core.suggest import shorten
 from library.options.saving import SavingOptions
-from library.options.state import StateOptions
+from library.options.state import LATEST, StateOptions
 from library.training.events import Interval, Moment
 from library.training.guards import require_finite
 from library.training.optim.optimizer import export_state, import_state
@@ -32,7 +34,7 @@ from library.training.state.checkpoint import (
     epoch_state_path,
     final_state_path,
     prune_states,
-    require_space,
+    remove_interim_states,
     saved_states,
     step_state_path,
     write_state,
@@ -86,6 +88,7 @@ def numbers_part(take: Callable[[], Values], put: Callable[[Values], None]) -> P
 class RunFacts:
     """What a state records of its run besides the parts; see StateRecord. `history`: changes on the way."""
 
+    run: str
     seed: int
     world: int
     steps_per_epoch: int
@@ -95,7 +98,11 @@ class RunFacts:
 
 
 class StateSaver:
-    """Saves the state of a run and puts it back."""
+    """Saves the state of a run and puts it back.
+
+    States that the options ask for come at intervals of steps and epochs. In between, and when the run has to
+    stop, there are interim ones: the newest two are kept, and they go when the run is done.
+    """
 
     def __init__(
         self,
@@ -105,6 +112,7 @@ class StateSaver:
         parts: Mapping[str, Part],
         *,
         total_epochs: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options, self._saving = options, saving
         self._facts, self._parts = facts, parts
@@ -116,14 +124,22 @@ class StateSaver:
             steps=options.save_last_n_steps_state or saving.save_last_n_steps,
             epoch_interval=epoch_interval or 1,
         )
-        self._last: SavedState | None = None
+        named = options.resume not in (None, LATEST)
+        self._spared = Path(options.resume) if named else None  # another run may be meant to start from it
+        self._clock = clock
+        self._tried_at = clock()
 
     def due(self, moment: Moment) -> bool:
         """Whether a periodic state is due; for the one at the end of the run see `save_final`."""
         return self._options.save_state and not moment.run_ended and bool(self._periodic_paths(moment))
 
+    def overdue(self) -> bool:
+        """Whether the last state, or the last attempt to save one, is --save_state_every_n_minutes old."""
+        minutes = self._options.save_state_every_n_minutes
+        return minutes > 0 and self._clock() - self._tried_at >= 60 * minutes
+
     def save(self, moment: Moment, *, events_done: bool = True) -> list[Path]:
-        """Save a state under the name of each interval that ends now, else under that of the step.
+        """Save a state under the name of each interval that ends now, else an interim one.
 
         Args:
             events_done: False if saves, previews or validation of this moment were broken off; the resumed
@@ -134,24 +150,27 @@ class StateSaver:
             NonFiniteError: a weight is NaN or infinite; nothing is written.
         """
         paths = self._periodic_paths(moment) if self._options.save_state else []
-        paths = paths or [step_state_path(self._saving, moment.step)]
-        for path in paths:
-            self._commit(path, moment.step, events_done)
-        return paths
+        interim = not paths
+        for path in paths or [step_state_path(self._saving, moment.step)]:
+            self._commit(path, moment.step, interim=interim, events_done=events_done)
+        return paths or [step_state_path(self._saving, moment.step)]
 
     def save_final(self, step: int) -> list[Path]:
-        """Save the state at the end of training, if the options ask for it; return what was saved."""
-        if not self._options.at_end:
-            return []
-        path = final_state_path(self._saving)
-        self._commit(path, step, events_done=True)
-        return [path]
+        """Save the state at the end of training, if the options ask for it; return what was saved.
+
+        Interim states are removed: the run is done.
+        """
+        paths = [final_state_path(self._saving)] if self._options.at_end else []
+        for path in paths:
+            self._commit(path, step, interim=False, events_done=True)
+        remove_interim_states(self._saving, self._facts.run, self._spared)
+        return paths
 
     def restore(self, state: SavedState) -> None:
         """Put a verified state back into the parts.
 
         Raises:
-            CheckpointError: it does not fit the parts.
+            CheckpointError: it does not fit the parts, or has gone since it was verified.
         """
         for name, part in self._parts.items():
             if name not in state.record.values:
@@ -159,40 +178,43 @@ class StateSaver:
                     f"The state {state.path} has no part '{name}': it is of a run without one. Leave out "
                     f"what was added, or start anew from the LoRA file with --network_weights."
                 )
-            file = state.path / _file_name(name)
+            file = _file_name(name)
             try:
-                part.put(load_file(file) if file.is_file() else {}, state.record.values[name])
+                tensors = load_file(state.path / file) if file in state.record.files else {}
+                part.put(tensors, state.record.values[name])
             except (CheckpointError, SafetensorError) as error:
                 raise CheckpointError(f"The state {state.path} does not fit this run: {error}") from error
-        self._last = state
+            except OSError as error:
+                raise CheckpointError(
+                    f"The state {state.path}: {file} cannot be read: {explain(error)}."
+                ) from error
 
-    def _commit(self, path: Path, step: int, events_done: bool) -> None:
+    def _commit(self, path: Path, step: int, *, interim: bool, events_done: bool) -> None:
+        self._tried_at = self._clock()
         taken = {name: part.take() for name, part in self._parts.items()}
         for name, (tensors, _) in taken.items():
             require_finite(tensors, f"the {name} after step {step}")
         needed = sum(t.nbytes for tensors, _ in taken.values() for t in tensors.values())
-        require_space(self._saving.output_dir, needed)
-        record = self._record(step, events_done, {name: values for name, (_, values) in taken.items()})
-        self._last = write_state(path, record, lambda folder: _write_tensors(folder, taken))
-        _log.info("saved the state %s", path)
-        prune_states(self._saving, self._keep, self._last)
-
-    def _record(self, step: int, events_done: bool, values: dict[str, Values]) -> StateRecord:
+        require_room(path, needed, "Make room, or keep fewer states with --save_last_n_steps_state.")
         facts = self._facts
-        before = [state.record.serial for state in saved_states(self._saving)]
-        before += [self._last.record.serial] if self._last else []
-        return StateRecord(
+        record = StateRecord(
+            name=self._saving.output_name,
+            run=facts.run,
+            serial=max((state.record.serial for state in saved_states(self._saving)), default=0) + 1,
+            interim=interim,
             step=step,
             events_done=events_done,
-            serial=max(before, default=0) + 1,
             seed=facts.seed,
             world=facts.world,
             steps_per_epoch=facts.steps_per_epoch,
             dataset=facts.dataset,
             settings=dict(facts.settings),
             history=list(facts.history),
-            values=values,
+            values={name: values for name, (_, values) in taken.items()},
         )
+        state = write_state(path, record, lambda folder: _write_tensors(folder, taken))
+        _log.info("saved the state %s", path)
+        prune_states(self._saving, self._keep, state, self._spared)
 
     def _periodic_paths(self, moment: Moment) -> list[Path]:
         paths = []

@@ -1,18 +1,23 @@
 """What must be the same when a run is resumed, and what may change. Torch-free.
 
-Three kinds of settings: those that the saved tensors or the promise of the run hang on must stay; those that
-have no part in the numbers may change silently; all others may change from here on, and a line says so.
+Every flag has its place in one of these tables, which a test checks: what the saved tensors or the promise of
+the run hang on must stay; what has no part in the numbers of training may change silently; all else may
+change from here on, and a line says so. A flag that is in none of them counts as one of the latter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
+from library.core.checkpoint_files import open_checkpoint
 from library.core.errors import ConfigError
-from library.core.hashing import sha256_text
+from library.core.hashing import HashLedger, sha256_text
 from library.data.items import Item, Manifest
+from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
+from library.training.family import ModelFiles
 from library.training.state.checkpoint import SavedState
 
 # The trained tensors and the optimizer's have the shapes, meanings and start values that these gave them.
@@ -21,38 +26,96 @@ MUST_STAY = {
     "network_dim": "the state holds weights of this rank",
     "network_alpha": "the weights were trained at this strength",
     "network_args": "the state holds weights of these layers and ranks",
+    "dim_from_weights": "the state holds weights of the ranks that this led to",
+    "network_train_text_encoder": "the state holds the weights of what was trained",
+    "network_train_text_encoder_only": "the state holds the weights of what was trained",
     "base_weights": "the network was trained on the model with these merged in",
-    "base_weights_multiplier": "the network was trained on the model with its files merged in so strongly",
     "optimizer_type": "the state holds what this optimizer remembers",
     "full_bf16": "the state holds weights of this precision",
-    "new_sd_model_hash": "the network was trained on this model",
 }
-# Groups and flags that have no part in the numbers of training, or are judged by what they lead to: the data
-# by their digest, the files by their content, the start weights by the weights in the state.
+# May be left out from here on, but not begun with.
+CANNOT_BEGIN = {"ema": "the state has no running average to go on with"}
+# May change, and it is told.
+TOLD = {
+    *("network_dropout", "scale_weight_norms", "text_encoder_lr"),
+    *("max_train_steps", "max_train_epochs", "mixed_precision", "gradient_checkpointing"),
+    *("cpu_offload_checkpointing", "gradient_accumulation_steps", "prior_loss_weight"),
+    *("max_batch_tokens",),
+    *("checkpoint_mode", "checkpoint_every_n_blocks", "torch_compile", "dynamo_backend"),
+    *("activation_memory_budget", "attn_mode", "base_quant", "text_encoder_quant"),
+    *("cache_latents", "cache_text_encoder_outputs", "cache_dtype", "max_caption_variants"),
+    *("optimizer_args", "learning_rate", "unet_lr", "max_grad_norm", "lr_scheduler", "lr_scheduler_type"),
+    *("lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps", "lr_scheduler_num_cycles"),
+    *("lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio"),
+    *("timestep_sampling", "discrete_flow_shift", "sigmoid_scale", "weighting_scheme", "logit_mean"),
+    *("logit_std", "mode_scale", "min_timestep", "max_timestep", "model_prediction_type"),
+    *("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations"),
+    *("multires_noise_discount", "ip_noise_gamma", "ip_noise_gamma_random_strength"),
+    *("loss_type", "huber_c", "huber_schedule", "huber_scale"),
+    *("ema_decay", "ema_every_n_steps"),
+    *("system_prompt", "gemma2_max_token_length", "use_flash_attn", "sdpa", "no_half_vae"),
+}
+# Have no part in the numbers of training.
 SILENT_GROUPS = {
-    *("saving", "sampling", "logging", "metadata", "validation"),
-    *("dataset", "model", "state", "hub", "legacy"),
+    *("saving", "sampling", "logging", "metadata", "validation", "state", "hub", "legacy", "swap"),
+    "budget",  # what it leads to is recorded where it has a part
 }
 SILENT = {
-    *("seed", "max_data_loader_n_workers", "persistent_data_loader_workers", "ddp_timeout"),
-    *("lowram", "highvram", "dry_run", "debug_dataset", "network_weights", "vae_batch_size"),
-    *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"),
-    *("cache_text_encoder_outputs_to_disk", "cache_directory", "text_encoder_batch_size"),
+    *("max_data_loader_n_workers", "persistent_data_loader_workers", "ddp_timeout", "lowram", "highvram"),
+    *("dry_run", "debug_dataset", "ema_sample", "skip_cache_check", "cache_directory", "vae_batch_size"),
+    *("text_encoder_batch_size", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
+    *("disable_mmap_load_safetensors", "tokenizer_cache_dir", "quantize_device"),
 }
-# Of the silent group "model", what training is told apart by besides the files.
-TOLD = {"system_prompt", "gemma2_max_token_length"}
+# Are judged by what they lead to: the dataset by its digest, files by their content, flags that say the same
+# in other words under one of their names, start weights by the weights in the state, the seed by itself.
+JUDGED_GROUPS = {"dataset"}
+JUDGED = {
+    *("seed", "use_8bit_adam", "use_lion_optimizer", "network_weights", "network_train_unet_only"),
+    *("fp8_base", "fp8_base_unet", "fp8_scaled"),
+    *("base_weights_multiplier", "pretrained_model_name_or_path", "gemma2", "gemma2_tokenizer", "ae"),
+}
+_TRAINED_ON, _CONTENT = "trained on --", "content of --"  # and the flag of a file, whose digest is the value
 
 
-def settings_of(options: TrainOptions, described: Mapping[str, str], manifest: Manifest) -> dict[str, object]:
-    """Return the settings that a state records of its run: flags by name, and hashes of the weight files."""
-    settings: dict[str, object] = {"train_batch_size": [dataset.batch_size for dataset in manifest.datasets]}
+def settings_of(
+    options: TrainOptions, files: ModelFiles, manifest: Manifest, ledger: HashLedger
+) -> dict[str, object]:
+    """Return the settings that a state records of its run: by flag, and digests of files.
+
+    Raises:
+        CheckpointError: a file that is merged in or gives the ranks cannot be read.
+    """
+    settings: dict[str, object] = {}
     for group_name, group in vars(options).items():
-        for name, value in vars(group).items():
-            silent = name in SILENT or (group_name in SILENT_GROUPS and name not in TOLD)
-            secret = name.endswith(("_token", "_key"))
-            if not (silent or secret):
-                settings[name] = _plain(value)
-    return settings | {k: v for k, v in described.items() if k.startswith("new_") and k.endswith("_hash")}
+        if group_name in SILENT_GROUPS | JUDGED_GROUPS:
+            continue
+        for f in fields(group):
+            elsewhere = f.metadata["refusal"] is not None or f.metadata["inert"] is not None
+            if f.name not in SILENT | JUDGED and not elsewhere:
+                settings[f.name] = _plain(getattr(group, f.name))
+    network, caching = options.network, options.caching
+    settings["train_batch_size"] = [dataset.batch_size for dataset in manifest.trained_datasets]
+    settings["optimizer_type"] = options.optimizer.optimizer_name
+    settings["cache_latents"], settings["cache_text_encoder_outputs"] = caching.latents, caching.texts
+    settings["base_quant"] = options.quant.transformer
+    settings["network_args"] = sorted(network.network_args)
+    settings["network_train_text_encoder"] = network.trains_text_encoder
+    settings["network_train_text_encoder_only"] = not network.trains_dit
+    settings |= _network_files(network, ledger)
+    settings |= {_TRAINED_ON + flag: digest for flag, digest in files.trained_on.items()}
+    return settings | {_CONTENT + flag: digest for flag, digest in files.read_by.items()}
+
+
+def _network_files(network: NetworkOptions, ledger: HashLedger) -> dict[str, object]:
+    def digest(path: Path) -> str:
+        return sha256_text(*(ledger.sha256(file) for file in open_checkpoint(path).files))
+
+    found: dict[str, object] = {
+        "base_weights": [f"{digest(path)[:16]} times {strength:g}" for path, strength in network.bases()]
+    }
+    if network.dim_from_weights and network.network_weights is not None:
+        found[_TRAINED_ON + "network_weights"] = digest(network.network_weights)
+    return found
 
 
 def dataset_digest(manifest: Manifest) -> str:
@@ -79,17 +142,28 @@ def check_resumed(
         before, now = record.settings[name], settings[name]
         if before == now:
             continue
-        if name in MUST_STAY:
+        told = f"{_flag(name)} is {_shown(now)}"
+        reason = _reason_to_stay(name, now)
+        if reason is not None:
             raise ConfigError(
-                f"{_flag(name)} is {_shown(now)}, but was {_shown(before)} in {resumed.path}, and "
-                f"{MUST_STAY[name]}. Keep it, or start a new run from the LoRA file with --network_weights."
+                f"{told}, but was {_shown(before)} in {resumed.path}, and {reason}. Keep it, or start a new "
+                f"run from the LoRA file with --network_weights."
             )
-        changes.append(f"{_flag(name)} is {_shown(now)} from here on; it was {_shown(before)}")
+        changes.append(f"{told} from here on; it was {_shown(before)}")
     if dataset != record.dataset:
         changes.append(
             "the dataset is not what it was: from here on the order of pictures is that of the new one"
         )
     return changes
+
+
+def _reason_to_stay(name: str, now: object) -> str | None:
+    """Return why a setting that is `now` must be what it was, or None if it may change to that."""
+    if name.startswith(_TRAINED_ON):
+        return "the network was trained on what was in it"
+    if now and name in CANNOT_BEGIN:
+        return CANNOT_BEGIN[name]
+    return MUST_STAY.get(name)
 
 
 def _describe(item: Item) -> str:
@@ -112,10 +186,9 @@ def _plain(value: object) -> object:
 
 
 def _flag(name: str) -> str:
-    if name.startswith("new_"):
-        kind = name.removeprefix("new_").removesuffix("_hash")
-        flags = {"sd_model": "pretrained_model_name_or_path", "vae": "ae"}
-        return f"--{flags.get(kind, kind)} (the file's content)"
+    for kind in (_TRAINED_ON, _CONTENT):
+        if name.startswith(kind):
+            return f"--{name.removeprefix(kind)} (the file's content)"
     return f"--{name}"
 
 

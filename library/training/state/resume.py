@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError
 from library.data.plan import Plan
 from library.options.state import LATEST
 from library.options.train import TrainOptions
 from library.training.state.checkpoint import SavedState
+
+if TYPE_CHECKING:
+    from library.core.dist import Processes
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def plan_start(
         changes: sentences about settings that are not what they were in the resumed run.
 
     Raises:
-        ConfigError: `--initial_step` or `--initial_epoch` lies behind the end of the run.
+        ConfigError: `--initial_step`, `--initial_epoch` or the state lies behind the end of the run.
     """
     step = _chosen_step(options, plan)
     if step is not None and step >= total_steps:
@@ -47,6 +51,11 @@ def plan_start(
     changes += _changes_of_pace(resumed, plan)
     if step is None:
         step, events_pending = _same_place(options, resumed, plan), not record.events_done
+        if step > total_steps:
+            raise ConfigError(
+                f"{resumed.path} is a state after step {step}, but the run ends after step {total_steps}; "
+                f"raise --max_train_steps or --max_train_epochs, or go on from an earlier state."
+            )
         told = f"going on from {resumed.path}, after step {step} of {total_steps}"
     else:
         events_pending = False
@@ -55,6 +64,18 @@ def plan_start(
         )
     history = (*record.history, *(f"after step {step}: {change}" for change in changes))
     return Start(step, events_pending, (told, *changes), history)
+
+
+def require_one_start(processes: Processes, resumed: SavedState | None) -> None:
+    """Raise ConfigError unless all processes go on from the same state, or all from none."""
+    record = None if resumed is None else resumed.record
+    found = processes.gather(None if record is None else (record.run, record.serial, record.step))
+    if found.count(found[0]) < len(found):
+        own = "none" if resumed is None else str(resumed.path)
+        raise ConfigError(
+            f"--resume: the processes find different states (process {processes.rank}: {own}). All machines "
+            f"must see the same --output_dir."
+        )
 
 
 def _chosen_step(options: TrainOptions, plan: Plan) -> int | None:

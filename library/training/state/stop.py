@@ -81,13 +81,17 @@ class StopRequest:
             return f"--max_train_minutes {self._max_minutes:g}"
         return None
 
+    def check(self) -> None:
+        """Raise Stopped, with the reason, if the run should stop now."""
+        reason = self.reason()
+        if reason is not None:
+            raise Stopped(reason)
+
     def interruptible(self, call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """Return `call`, which now raises Stopped when the run should stop: for what can be done again."""
 
         def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            reason = self.reason()
-            if reason is not None:
-                raise Stopped(reason)
+            self.check()
             return call(*args, **kwargs)
 
         return checked

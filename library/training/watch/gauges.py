@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from library.core.dist import Processes
+from library.core.device import sent
 
 BANDS = 5  # of equal width, as far apart as validation's sigmas, which lie in their middles
 
@@ -45,33 +45,83 @@ class SigmaBands:
     Losses are those that are trained on: weighted, and before the update.
     """
 
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-        self._seen: list[tuple[Tensor, Tensor]] = []
+    shared = True
 
-    def add(self, sigma_B: Tensor, losses_B: Tensor) -> None:
-        """Take note of a micro-batch. The losses stay where they are until `read`, so nothing waits here."""
-        self._seen.append((sigma_B, losses_B.detach()))
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: list[tuple[Sequence[float], Tensor]] = []
 
-    def read(self) -> dict[str, float]:
-        """Return the mean loss of each band that had a picture, then forget them. A collective call."""
-        sums, counts = [0.0] * BANDS, [0.0] * BANDS
-        for sigma_B, losses_B in self._seen:
-            for sigma, loss in zip(sigma_B.tolist(), losses_B.tolist(), strict=True):
-                band = min(int(sigma * BANDS), BANDS - 1)
-                sums[band] += loss
-                counts[band] += 1
+    def add(self, sigmas: Sequence[float], losses_B: Tensor) -> None:
+        """Take note of a micro-batch."""
+        self._seen.append((sigmas, losses_B.detach()))
+
+    def measure(self) -> Tensor:
+        """Return each band's sum of losses, then each band's number of pictures; then forget them."""
+        if not self._seen:
+            return torch.zeros(2 * BANDS, device=self._device)
+        bands = [min(int(sigma * BANDS), BANDS - 1) for some, _ in self._seen for sigma in some]
+        members_NB = sent(
+            torch.tensor([[own == band for own in bands] for band in range(BANDS)]), self._device
+        )
+        losses_B = torch.cat([losses_B for _, losses_B in self._seen])
         self._seen.clear()
-        table = self._processes.sum(torch.tensor([sums, counts], device=self._processes.device))
+        # Not a product with the members: one loss that is not a number would spoil every band.
+        return torch.cat([torch.where(members_NB, losses_B, 0.0).sum(1), members_NB.sum(1)])
+
+    def named(self, numbers: Sequence[float]) -> dict[str, float]:
+        """Return the mean loss of each band that had a picture."""
         names = [f"loss/sigma_{band / BANDS:.1f}_{(band + 1) / BANDS:.1f}" for band in range(BANDS)]
-        return {name: s / n for name, s, n in zip(names, *table.tolist(), strict=True) if n}
+        sums, counts = numbers[:BANDS], numbers[BANDS:]
+        return {name: s / n for name, s, n in zip(names, sums, counts, strict=True) if n}
 
 
-@torch.no_grad()
-def weight_norms(network: nn.Module) -> dict[str, float]:
-    """Return the norm of all weights of a kind together, for instance of all `up` matrices."""
-    kinds: dict[str, list[Tensor]] = {}
-    for name, parameter in network.named_parameters():
-        kinds.setdefault(name.rpartition(".")[2], []).append(parameter)
-    norms = torch.stack([nn.utils.get_total_norm(parameters) for parameters in kinds.values()]).tolist()
-    return {f"norm/{kind}": norm for kind, norm in zip(kinds, norms, strict=True)}
+class WeightNorms:
+    """The norm of all trained weights of a kind together, for instance of all `up` matrices."""
+
+    shared = False  # it is the same on every process
+
+    def __init__(self, network: nn.Module) -> None:
+        self._kinds: dict[str, list[Tensor]] = {}
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                self._kinds.setdefault(name.rpartition(".")[2], []).append(parameter)
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """Return one norm a kind."""
+        norms_P = norms_of([weight for weights in self._kinds.values() for weight in weights])
+        kinds = norms_P.split([len(weights) for weights in self._kinds.values()])
+        return torch.stack([torch.linalg.vector_norm(norms) for norms in kinds])
+
+    def named(self, numbers: Sequence[float]) -> dict[str, float]:
+        """Name the norms after their kinds."""
+        return {f"norm/{kind}": norm for kind, norm in zip(self._kinds, numbers, strict=True)}
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each tensor, fp32."""
+    if not tensors:
+        return torch.zeros(0)
+    return torch.stack(torch._foreach_norm(tensors)).float()
+
+
+class StopVote:
+    """Whether a process of several was asked to stop: they find out together in each step, and then all know.
+
+    `reason` says why this one was asked, or None.
+    """
+
+    shared = True
+
+    def __init__(self, reason: Callable[[], str | None], device: torch.device) -> None:
+        self._reason, self._device = reason, device
+        self.wished = False  # by one of them, in the last step
+
+    def measure(self) -> Tensor:
+        """Return this process's vote."""
+        return sent(torch.tensor([float(self._reason() is not None)]), self._device)
+
+    def named(self, numbers: Sequence[float]) -> dict[str, float]:
+        """Remember the result, which is nothing for the log."""
+        self.wished = numbers[0] > 0
+        return {}

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from library.core.files import explain
+from library.core.log import logger
 from library.training.watch.trackers import Tracker
 
 if TYPE_CHECKING:
     import numpy as np
+
+_log = logger("metrics")
 
 SMOOTHING = 0.98  # share of the smoothed loss that a step keeps: it averages over about 50 steps
 
@@ -55,6 +59,7 @@ class Metrics:
     ) -> None:
         """`start`: steps that an earlier part of the run has done."""
         self._trackers = trackers
+        self._failing: set[Tracker] = set()
         self._window = window
         self._average = AverageLoss(window)
         self._smoothed = SmoothedLoss()
@@ -88,9 +93,18 @@ class Metrics:
         self._bar.set_postfix_str(f"avr_loss={average:.4g}, mem={peak_bytes / 2**30:.2f}GB", refresh=False)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record values that do not belong to the progress line."""
+        """Record values that do not belong to the progress line.
+
+        Where they cannot be written, on a full disk for instance, that is told once, and training goes on.
+        """
         for tracker in self._trackers:
-            tracker.log(step, values)
+            try:
+                tracker.log(step, values)
+                self._failing.discard(tracker)
+            except OSError as error:
+                if tracker not in self._failing:
+                    _log.warning("the numbers of step %d could not be recorded: %s", step, explain(error))
+                self._failing.add(tracker)
 
     def picture(self, step: int, name: str, pixels_HWC: np.ndarray, caption: str) -> None:
         """Show a picture (uint8, RGB) in the trackers that show pictures."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic
+from typing import ClassVar, Generic
 
 import numpy as np
 from torch import nn
@@ -63,6 +63,7 @@ class Previews(Generic[Condition]):
     mode meanwhile.
     """
 
+    shared: ClassVar[bool] = False
     options: SampleOptions
     folder: Path
     name: str
@@ -82,10 +83,10 @@ class Previews(Generic[Condition]):
 
     def run(self, moment: Moment) -> None:
         """Draw every prompt. What fails is reported and left out; training goes on."""
-        if self.options.sample_prompts is None:
+        if self.options.prompts is None:
             return
         try:
-            requests = load_sample_prompts(self.options.sample_prompts, self.defaults)
+            requests = load_sample_prompts(self.options.prompts, self.defaults)
         except UserError as error:
             _log.warning("no sample pictures this time: %s", error)
             return
@@ -106,7 +107,7 @@ class Previews(Generic[Condition]):
                 continue
             try:
                 self._draw(moment, look, places, [requests[place] for place in places])
-            except UserError as error:
+            except (UserError, OSError) as error:  # the latter from reading back for the grid
                 _log.warning("sample picture %s is left out: %s", ", ".join(map(str, places)), error)
 
     def _draw(

@@ -11,8 +11,9 @@ import math
 import time
 import tomllib
 from collections.abc import Mapping
+from os import SEEK_END
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.core.suggest import did_you_mean
@@ -21,6 +22,9 @@ from library.options.saving import LoggingOptions
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+_BLOCK = 4096  # bytes read at a time from the end of a metrics file
 
 
 class Tracker(Protocol):
@@ -44,13 +48,21 @@ class JsonLines:
 
     def __init__(self, path: Path, session: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)
+        self._file: BinaryIO = open(path, "a+b", buffering=0)
         self._session = session
+        self._unwritten = b""
+        _drop_torn_line(self._file)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line. JSON has no NaN and no infinity, so those become null."""
+        """Append one line. JSON has no NaN and no infinity, so those become null.
+
+        Raises OSError if the disk takes no more; the next call then writes what is left, too.
+        """
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"session": self._session, "step": step} | finite) + "\n")
+        line = json.dumps({"session": self._session, "step": step} | finite) + "\n"
+        self._unwritten += line.encode()
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def picture(self, step: int, name: str, pixels_HWC: np.ndarray, caption: str) -> None:
         """Leave pictures to the sample folder."""
@@ -61,6 +73,21 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cut off a last line that a kill left without its end."""
+    size = end = file.seek(0, SEEK_END)
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
 
 
 class TensorBoard:

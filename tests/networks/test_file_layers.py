@@ -1,4 +1,4 @@
-"""LoRAs with PEFT's names: made by peft and diffusers themselves, and read as kohya's."""
+"""LoRAs with the names of other tools: made by peft and diffusers themselves, and read as kohya's."""
 
 from __future__ import annotations
 
@@ -77,6 +77,68 @@ def test_diffusers_names_of_every_layer(
     read = create_network_from_file(model, tmp_path / "lora.safetensors")
     assert read.loras["lora_unet_layers_0_attention_qkv"].rank == 12
     assert torch.allclose(outputs(model, inputs, read), outputs(model, inputs, network), atol=1e-5)
+
+
+BLOCK = (
+    *("attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.1"),
+    *("final_layer.linear", "final_layer.adaLN_modulation.1", "x_embedder", "cap_embedder.1"),
+)
+DIFFUSERS_BLOCK = (
+    *(
+        "attn.to_out.0",
+        "feed_forward.linear_1",
+        "feed_forward.linear_2",
+        "feed_forward.linear_3",
+        "norm1.linear",
+    ),
+    *("norm_out.linear_2", "norm_out.linear_1", "x_embedder", "time_caption_embed.caption_embedder.1"),
+)
+NAMERS = {
+    "OneTrainer": lambda path: "lora_transformer_" + path.replace(".", "_") + ".lora_{}.weight",
+    "OneTrainer, dots": lambda path: f"transformer.{path}" + ".lora_{}.weight",
+    "LyCORIS": lambda path: "lycoris_" + path.replace(".", "_") + ".lora_{}.weight",
+    "kohya": lambda path: "lora_unet_" + path.replace(".", "_") + ".lora_{}.weight",
+    "bare": lambda path: path + ".lora_{}.weight",
+    "old diffusers": lambda path: f"transformer.{path}" + ".lora.{}.weight",
+    "older diffusers": lambda path: f"transformer.{path}" + ".lora_linear_layer.{}.weight",
+    "adapter": lambda path: f"base_model.model.{path}" + ".lora_{}.default.weight",
+}
+
+
+@pytest.mark.parametrize("tool", NAMERS)
+@pytest.mark.parametrize("layers", ["original", "diffusers"])
+def test_names_of_other_tools(
+    lumina_like: Make, randomise: Callable, tmp_path: Path, tool: str, layers: str
+) -> None:
+    """Each tool's way of writing a layer's name, with the model's own layers and with diffusers'."""
+    paths = [p if "_" in p.partition(".")[0] else f"layers.1.{p}" for p in BLOCK[:5]]
+    paths = [f"layers.1.{p}" for p in BLOCK[:5]] + list(BLOCK[5:])
+    theirs = [f"layers.1.{p}" for p in DIFFUSERS_BLOCK[:5]] + list(DIFFUSERS_BLOCK[5:])
+    model = lumina_like()
+    network = trained(model, randomise, include_patterns=f"{paths + ['layers.1.attention.qkv']}")
+    names = dict(zip(paths, theirs if layers == "diffusers" else paths, strict=True))
+    state, ends = {}, {"down": "down", "up": "up"}
+    for name, lora in network.loras.items():
+        path = network.paths[name]
+        if path.endswith("qkv"):
+            continue
+        key = NAMERS[tool](names[path])
+        state |= {key.format(ends["down"]): lora.down.data, key.format(ends["up"]): lora.up.data}
+        state[key.partition(".lora")[0] + ".alpha"] = torch.tensor(3.0)
+    qkv = network.loras["lora_unet_layers_1_attention_qkv"]
+    attention = (
+        "layers.1.attn" if layers == "diffusers" else "layers.1.attention"
+    )  # the latter as for Z-Image
+    for part, rows in zip("qkv", qkv.up.data.split(PART_WIDTHS), strict=True):
+        key = NAMERS[tool](f"{attention}.to_{part}")
+        state |= {key.format("down"): qkv.down.data.clone(), key.format("up"): rows.clone()}
+        state[key.partition(".lora")[0] + ".alpha"] = torch.tensor(3.0)
+    save_file(state, tmp_path / "lora.safetensors")
+    read = create_network_from_file(lumina_like(), tmp_path / "lora.safetensors")
+    assert read.loras.keys() == network.loras.keys()
+    for name, lora in network.loras.items():
+        weight = model.get_submodule(network.paths[name]).weight
+        assert torch.allclose(read.loras[name].delta(weight), lora.delta(weight), atol=1e-5), name
 
 
 def tiny_diffusers_model() -> Lumina2Transformer2DModel:
@@ -163,7 +225,7 @@ def test_an_adapter_saved_by_peft_merges_to_the_same_weights(rslora: bool, tmp_p
         ),
         (
             [f"x_embedder.lora_{part}" for part in ("A.weight", "B.weight", "B.bias")],
-            "1 tensors that are no part of a plain LoRA, such as 'transformer.x_embedder.lora_B.bias'",
+            "1 tensors that are no part of a LoRA: transformer.x_embedder.lora_B.bias",
         ),
         (
             [f"layers.0.{m}.lora_{s}.weight" for m in ("attention.qkv", "attn.to_q") for s in "AB"],
@@ -175,6 +237,33 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, keys: list[str], message: 
     save_file({f"transformer.{key}": torch.zeros(4, 4) for key in keys}, tmp_path / "some.safetensors")
     with pytest.raises(CheckpointError, match=f"some.safetensors.*{message}"):
         inspect_lora(tmp_path / "some.safetensors")
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_what_started_from_the_weights_must_be_converted(tmp_path: Path, converted: bool) -> None:
+    """peft keeps the rest of the weights in the model itself, so the adapter alone is not for the model."""
+    torch.manual_seed(0)
+    linear = nn.ModuleDict({"x_embedder": nn.Linear(12, 12)})
+    before = linear["x_embedder"].weight.clone()
+    config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["x_embedder"], init_lora_weights="pissa")
+    adapted = peft.get_peft_model(linear, config)
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(tmp_path / "start")
+    adapted.peft_config["default"].init_lora_weights = "pissa"
+    layer = adapted.base_model.model["x_embedder"]
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(torch.randn(12, 3))
+    trained = layer.base_layer.weight + layer.get_delta_weight("default")
+    start = {"path_initial_model_for_weight_conversion": tmp_path / "start"} if converted else {}
+    adapted.save_pretrained(tmp_path / "saved", **start)
+    if not converted:
+        with pytest.raises(CheckpointError, match="init_lora_weights=pissa: it is for what peft left"):
+            inspect_lora(tmp_path / "saved")
+        return
+    state = inspect_lora(tmp_path / "saved").read()
+    down, up = (state[f"lora_unet_x_embedder.lora_{side}.weight"] for side in ("down", "up"))
+    delta = state["lora_unet_x_embedder.alpha"] / len(down) * up @ down
+    assert torch.allclose(before + delta, trained, atol=1e-4)
 
 
 def test_unreadable_settings_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Weight files with layers that are quantised already, as `tools/quantize_model.py` writes them. No torch.
+
+Such a file has `<layer>.codes` and its companions (see library/nn/quant.py) in place of `<layer>.weight`, and
+names the scheme in its metadata. To whoever inspects the model it shall look as any other file, so the
+weights are put back by name and shape, for its inspection only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from library.core.checkpoint_files import Checkpoint
+from library.core.errors import CheckpointError, ConfigError
+from library.options.quant import SCHEMES
+
+SCHEME_KEY = "flow_scripts.quant"
+# The names of what is stored, as library/nn/quant.py has them, and how many weights a number of the codes is.
+STORED = {
+    "fp8": ("codes", "scale"),
+    "int8": ("codes", "scale"),
+    "int4": ("codes", "step", "minimum"),
+    "nf4": ("codes", "scale"),
+}
+_WEIGHTS_A_CODE = {"fp8": 1, "int8": 1, "int4": 2, "nf4": 2}
+
+
+@dataclass(frozen=True)
+class QuantFile:
+    """What a file has quantised: the scheme, and the layers' paths. Without a scheme: nothing."""
+
+    scheme: str | None = None
+    layers: tuple[str, ...] = ()
+
+    def check(self, wanted: str | None) -> None:
+        """Raise ConfigError if another scheme is wanted than the file has."""
+        if self.scheme is not None and wanted not in (None, self.scheme):
+            raise ConfigError(
+                f"--base_quant {wanted} does not fit the transformer's file, which is quantised to "
+                f"{self.scheme}: leave it out, or give the file that this one was made from."
+            )
+
+    def sources(self, plain: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        """Return where parameters come from: `plain`, but for the stored tensors of quantised layers."""
+        weights = {f"{layer}.weight" for layer in self.layers}
+        stored = [f"{layer}.{part}" for layer in self.layers for part in STORED[self.scheme]]
+        kept = {name: names for name, names in plain.items() if name not in weights}
+        return kept | {name: (name,) for name in stored}
+
+
+def read_quantised(checkpoint: Checkpoint) -> tuple[Checkpoint, QuantFile]:
+    """Return the checkpoint as it would be without quantisation, and what is quantised in it.
+
+    Raises:
+        CheckpointError: a scheme that is not known here, or a layer that is not whole.
+    """
+    scheme = checkpoint.metadata.get(SCHEME_KEY)
+    if scheme is None:
+        return checkpoint, QuantFile()
+    if scheme not in SCHEMES:
+        raise CheckpointError(f"{checkpoint.path} is quantised as '{scheme}', which is not known here.")
+    layers = tuple(n.removesuffix(".codes") for n in checkpoint.tensors if n.endswith(".codes"))
+    stored = [f"{layer}.{part}" for layer in layers for part in STORED[scheme]]
+    missing = [name for name in stored if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(f"{checkpoint.path} is incomplete: it lacks '{missing[0]}'.")
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in set(stored)}
+    for layer in layers:
+        codes = checkpoint.tensors[f"{layer}.codes"]
+        rows, columns = codes.shape
+        tensors[f"{layer}.weight"] = replace(codes, shape=(rows, columns * _WEIGHTS_A_CODE[scheme]))
+    return replace(checkpoint, tensors=tensors), QuantFile(scheme, layers)

@@ -1,0 +1,100 @@
+"""torch.compile for the parts of a model's blocks: few graphs, whatever the sizes of pictures and captions.
+
+- A part is compiled whole or not at all: what breaks a graph is an error, and no part falls back to Python.
+- The first dimension of every tensor (tokens, or samples) is symbolic, and nothing else is. So a graph is
+  made for each kind of block, with and without gradients, for one sample and for several, and that is all.
+- Blocks of the same kind share their graphs, because weights are inputs of a graph.
+- What is compiled is kept on disk between runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from library.core.errors import ConfigError, MissingPackageError
+from library.core.hashing import default_ledger_path
+from library.core.log import logger
+from library.nn.packing import Packing
+from library.options.compute import ComputeOptions
+
+_MOST_GRAPHS = 64  # of one function, over all kinds of blocks, states of a LoRA, and sample counts
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_log = logger("compile")
+
+
+def check_compiler(options: ComputeOptions, device: torch.device) -> None:
+    """Find out before anything is loaded whether this machine can compile.
+
+    Raises:
+        ConfigError: there is no compiler, or the GPU is too old.
+        MissingPackageError: Triton is not installed.
+    """
+    if not options.compiles or options.dynamo_backend != "inductor":
+        return
+    if device.type == "cuda":
+        if not torch.utils._triton.has_triton_package():
+            raise MissingPackageError("triton", "--torch_compile on a GPU")
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(f"--torch_compile needs a newer GPU than {name}, Volta or later; leave it out.")
+        wanted = [os.environ.get("CC"), "gcc", "clang", "cl"]
+        kind = "a C compiler (gcc or clang), with which Triton builds its launchers"
+    else:
+        wanted = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
+        kind = f"a C++ compiler ('{wanted[0]}', or what the variable CXX names)"
+    if not any(name and shutil.which(name) for name in wanted):
+        raise ConfigError(f"--torch_compile needs {kind}, and there is none; install one or leave it out.")
+
+
+def part_compiler(options: ComputeOptions) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return what makes a compiled function of a function; it is compiled when it is first called.
+
+    Settings of torch that hold for the whole process are made here.
+    """
+    os.environ.setdefault(_CACHE, str(default_ledger_path().with_name("compiled")))
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    torch._functorch.config.activation_memory_budget = options.activation_memory_budget
+    _log.info(
+        "blocks are compiled by %s; compiled code is kept in %s", options.dynamo_backend, cache_folder()
+    )
+
+    def compiled(part: Callable[P, R]) -> Callable[P, R]:
+        graphs = torch.compile(part, backend=options.dynamo_backend, fullgraph=True)
+
+        @functools.wraps(part)
+        def call(*inputs: P.args, **named: P.kwargs) -> R:
+            for tensor in _tensors((inputs, tuple(named.values()))):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            return graphs(*inputs, **named)
+
+        return call
+
+    return compiled
+
+
+def cache_folder() -> Path:
+    """Return where compiled code is kept, once `part_compiler` was called."""
+    return Path(os.environ[_CACHE])
+
+
+def _tensors(inputs: object) -> Iterator[Tensor]:
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Packing):
+        yield inputs.ends
+    elif isinstance(inputs, list | tuple):
+        for each in inputs:
+            yield from _tensors(each)

@@ -1,0 +1,54 @@
+"""Where the samples of a packed batch lie: the tokens of all samples are one sequence, end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the samples of a packed batch lie.
+
+    lengths: tokens of each sample. ends: (B + 1,) int32 on the device, 0 and each sample's end.
+
+    Compiled code reads `ends` only: every number in `lengths` would be a reason to compile it again.
+    """
+
+    lengths: tuple[int, ...]
+    ends: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
+        """Describe a batch; on CUDA the ends are copied without waiting for the device."""
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        ends = ends.pin_memory() if device.type == "cuda" else ends
+        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+
+
+def spread(rows_BD: Tensor, packing: Packing, tokens: int) -> Tensor:
+    """Return each sample's row once for each of its `tokens`, (T, D), whatever the number of samples."""
+    index_T = torch.arange(tokens, dtype=torch.int32, device=rows_BD.device)
+    return _Spread.apply(rows_BD, torch.bucketize(index_T, packing.ends[1:], right=True))
+
+
+class _Spread(torch.autograd.Function):
+    """rows[sample]. Backward is a product, because adding up by index is not deterministic on a GPU."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows_BD: Tensor, sample_T: Tensor) -> Tensor:
+        ctx.save_for_backward(sample_T)
+        ctx.samples = len(rows_BD)
+        return rows_BD[sample_T]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor, None]:
+        (sample_T,) = ctx.saved_tensors
+        samples_B1 = torch.arange(ctx.samples, device=sample_T.device).unsqueeze(1)
+        return (samples_B1 == sample_T).to(grad_TD.dtype) @ grad_TD, None

@@ -1,0 +1,264 @@
+"""Frozen weights in 8 or 4 bits, and a linear layer that multiplies with them.
+
+A weight is kept as codes and scales; for a product it is restored to the dtype of the activations, used, and
+dropped, forward as backward. So the stored form is all that a quantised model occupies, and nothing but the
+stored form is kept for backward.
+
+| scheme | codes | scale | bits a weight |
+| --- | --- | --- | --- |
+| fp8 | float8_e4m3fn | fp32, one an output row | 8 |
+| int8 | integers -127..127 | fp32, one an output row | 8 |
+| int4 | integers 0..15, two a byte | bf16 step and minimum, one a group of inputs | 4.5 at groups of 64 |
+| nf4 | numbers of a table, two a byte | bf16, one a group of inputs | 4.25 at groups of 64 |
+
+The table of nf4 has the quantiles of a normal distribution: QLoRA, https://arxiv.org/abs/2305.14314, appendix
+E. Scales are rounded before codes are chosen, so rounding them costs nothing twice.
+
+Shape legend: N rows, I in features, O out features, G groups of an output row, S weights of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from library.core.errors import ConfigError
+from library.nn.products import Linear, layer_dtype
+
+_GROUP = 64  # weights that share a scale in the 4-bit schemes, where the width of the layer allows it
+_SMALLEST_GROUP = 16
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+_TINY = 1e-12  # in place of the scale of a row or group of zeros
+
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+class Scheme(Protocol):
+    """One way to store a weight: a stateless pair of functions. `names`: what its tensors are called."""
+
+    names: tuple[str, ...]
+
+    def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors that stand for a weight. The first holds the codes."""
+
+    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the weight (O, I) that the tensors stand for."""
+
+
+class Fp8:
+    """Floating point with 4 bits of exponent and 3 of mantissa, scaled so that a row's largest is 448."""
+
+    names = ("codes", "scale")
+
+    def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
+        """Codes (O, I) and scales (O, 1)."""
+        wide_OI = weight_OI.float()
+        scale_O1 = wide_OI.abs().amax(1, keepdim=True).clamp_min(_TINY) / _FP8_MAX
+        return (wide_OI / scale_O1).to(torch.float8_e4m3fn), scale_O1
+
+    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        codes_OI, scale_O1 = stored
+        return codes_OI.to(dtype) * scale_O1.to(dtype)
+
+
+class Int8:
+    """Integers, scaled so that a row's largest is 127."""
+
+    names = ("codes", "scale")
+
+    def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
+        """Codes (O, I) and scales (O, 1)."""
+        wide_OI = weight_OI.float()
+        scale_O1 = wide_OI.abs().amax(1, keepdim=True).clamp_min(_TINY) / 127
+        return (wide_OI / scale_O1).round_().to(torch.int8), scale_O1
+
+    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        codes_OI, scale_O1 = stored
+        return codes_OI.to(dtype) * scale_O1.to(dtype)
+
+
+class Int4:
+    """16 equal steps from the smallest to the largest weight of a group."""
+
+    names = ("codes", "step", "minimum")
+
+    def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
+        """Codes (O, I / 2), steps (O, G, 1) and minima (O, G, 1)."""
+        groups_OGS = _grouped(weight_OI)
+        low_OG1 = groups_OGS.amin(2, keepdim=True).to(torch.bfloat16)
+        span_OG1 = groups_OGS.amax(2, keepdim=True) - low_OG1.float()
+        step_OG1 = (span_OG1.clamp_min(_TINY) / 15).to(torch.bfloat16)
+        codes_OGS = ((groups_OGS - low_OG1.float()) / step_OG1.float()).round_().clamp_(0, 15)
+        return _two_a_byte(codes_OGS.flatten(1).to(torch.uint8)), step_OG1, low_OG1
+
+    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        packed, step_OG1, low_OG1 = stored
+        codes_OGS = _one_a_byte(packed).unflatten(1, (step_OG1.shape[1], -1)).to(dtype)
+        return torch.addcmul(low_OG1.to(dtype), codes_OGS, step_OG1.to(dtype)).flatten(1)
+
+
+class Nf4:
+    """The nearest of 16 numbers that are as dense as a normal distribution, times the group's largest."""
+
+    names = ("codes", "scale")
+
+    def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
+        """Codes (O, I / 2) and scales (O, G, 1)."""
+        groups_OGS = _grouped(weight_OI)
+        scale_OG1 = groups_OGS.abs().amax(2, keepdim=True).clamp_min(_TINY).to(torch.bfloat16)
+        table = torch.tensor(_NF4, device=weight_OI.device)
+        middles = (table[1:] + table[:-1]) / 2
+        codes_OGS = torch.bucketize(groups_OGS / scale_OG1.float(), middles)
+        return _two_a_byte(codes_OGS.flatten(1).to(torch.uint8)), scale_OG1
+
+    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        packed, scale_OG1 = stored
+        table = torch.tensor(_NF4, dtype=dtype, device=packed.device)
+        numbers_OGS = table[_one_a_byte(packed).int()].unflatten(1, (scale_OG1.shape[1], -1))
+        return (numbers_OGS * scale_OG1.to(dtype)).flatten(1)
+
+
+SCHEMES: dict[str, Scheme] = {"fp8": Fp8(), "int8": Int8(), "int4": Int4(), "nf4": Nf4()}
+
+
+def restore(scheme: str | None, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the weight that tensors stand for: themselves, without a scheme."""
+    return stored[0].to(dtype) if scheme is None else SCHEMES[scheme].unpack(stored, dtype)
+
+
+def stored_form(layer: nn.Linear) -> tuple[str | None, tuple[Tensor, ...]]:
+    """Return in which scheme a layer's weight is stored, and the tensors, for `restore`."""
+    return (layer.scheme, layer.stored) if isinstance(layer, QuantLinear) else (None, (layer.weight,))
+
+
+class QuantLinear(Linear):
+    """A linear layer with a quantised, frozen weight. `weight` is restored anew each time it is asked for.
+
+    Made on the meta device, like any layer that is to be loaded; `quantise` or `take` fill it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, scheme: str) -> None:
+        """Raises ConfigError for an odd width that a 4-bit scheme cannot group."""
+        if scheme in ("int4", "nf4") and math.gcd(in_features, _GROUP) < _SMALLEST_GROUP:
+            raise ConfigError(
+                f"A layer with {in_features} inputs cannot be quantised to {scheme}: a multiple of "
+                f"{_SMALLEST_GROUP} is needed. Use int8 or fp8."
+            )
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme = scheme
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        stored = SCHEMES[scheme].pack(torch.empty(out_features, in_features))
+        for name, tensor in zip(SCHEMES[scheme].names, stored, strict=True):
+            self.register_buffer(name, tensor)
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that stand for the weight."""
+        return tuple(self.get_buffer(name) for name in SCHEMES[self.scheme].names)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out, in), restored in fp32."""
+        return restore(self.scheme, self.stored, torch.float32)
+
+    @torch.no_grad()
+    def quantise(self, weight_OI: Tensor, device: torch.device) -> float:
+        """Store `weight_OI`, quantised on its own device, on `device`.
+
+        Returns the relative error: the norm of the difference over the norm of the weight; 0 on meta.
+        """
+        stored = SCHEMES[self.scheme].pack(weight_OI)
+        if weight_OI.is_meta:
+            self.take(stored)
+            return 0.0
+        wide_OI = weight_OI.float()
+        error = (restore(self.scheme, stored, torch.float32) - wide_OI).norm() / wide_OI.norm().clamp_min(
+            _TINY
+        )
+        self.take([tensor.to(device) for tensor in stored])
+        return error.item()
+
+    def take(self, stored: Sequence[Tensor]) -> None:
+        """Use tensors that `Scheme.pack` made."""
+        for name, tensor in zip(SCHEMES[self.scheme].names, stored, strict=True):
+            self._buffers[name] = tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return _QuantProduct.apply(x, self.bias, layer_dtype(x), self.scheme, *self.stored)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{super().extra_repr()}, scheme={self.scheme}"
+
+
+class _QuantProduct(torch.autograd.Function):
+    """`F.linear` with a stored weight, which is restored again in backward. Only x gets a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, bias: Tensor | None, dtype: torch.dtype, scheme: str, *stored: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*stored)
+        ctx.dtype, ctx.scheme = dtype, scheme
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), restore(scheme, stored, dtype), bias).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight_OI = restore(ctx.scheme, ctx.saved_tensors, ctx.dtype)
+        grad_x = (grad.to(ctx.dtype) @ weight_OI).to(grad.dtype)
+        return grad_x, None, None, None, *(None for _ in ctx.saved_tensors)
+
+
+def use_quant_layers(model: nn.Module, paths: Sequence[str], scheme: str) -> None:
+    """Replace the linear layers of `model` (on the meta device) at `paths` by quantised ones, still empty."""
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        layer = model.get_submodule(path)
+        with torch.device("meta"):
+            quantised = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, scheme)
+        setattr(model.get_submodule(parent), leaf, quantised)
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Return the quantised layers of a model, by the names of their weights."""
+    return {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def stored_names(model: nn.Module) -> list[str]:
+    """Return the names of the tensors that stand for weights in a model."""
+    layers = ((path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear))
+    return [f"{path}.{name}" for path, layer in layers for name in SCHEMES[layer.scheme].names]
+
+
+def _grouped(weight_OI: Tensor) -> Tensor:
+    """(O, I) -> fp32 (O, G, S)."""
+    return weight_OI.float().unflatten(1, (-1, math.gcd(weight_OI.shape[1], _GROUP)))
+
+
+def _two_a_byte(codes: Tensor) -> Tensor:
+    """Put neighbours of the last dimension, numbers 0..15, into one byte, the first into its lower half."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def _one_a_byte(packed: Tensor) -> Tensor:
+    """Undo `_two_a_byte`."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)

@@ -1,0 +1,97 @@
+"""How the blocks of a model are run: what each keeps for backward, and whether its weights must come first.
+
+A model asks its runner to run each block and knows no more of the matter:
+
+    x = self.runner.run(block, x, *others)
+
+What a block keeps for backward, from most to least:
+
+- `none`: everything that autograd wants.
+- `selective`: results of products and of attention. What is cheap to make is made again (`nn.recompute`).
+- `feed_forward`: the same without the two wide results inside the feed-forward, which are four fifths of it;
+  their products are computed again.
+- `full`: its input. All of it is computed again.
+- `offload`: its input, in the computer's memory.
+
+All give the same numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library.nn.offload import offloaded_checkpoint
+from library.nn.recompute import Remaking
+
+MODES = ("none", "selective", "feed_forward", "full", "offload")
+
+
+class Ring(Protocol):
+    """Weights that come to the device when it is their turn; see `library.nn.block_swap`."""
+
+    def hold(self, block: nn.Module) -> None:
+        """Put the weights of a block on the device until another one is held."""
+
+    def saved_tensors(self, block: nn.Module) -> AbstractContextManager[object]:
+        """Return the context to run a held block in when backward will need its weights."""
+
+
+class BlockRunner:
+    """Runs the blocks of one model."""
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        """`blocks`: all that will be run, in their order."""
+        self.blocks = tuple(blocks)
+        self.ring: Ring | None = None
+        self._modes = dict.fromkeys(self.blocks, "none")
+
+    def keep(self, mode: str, *, every: int = 1) -> None:
+        """Choose a mode for every n-th block, beginning with the first; the others keep everything."""
+        for number, block in enumerate(self.blocks):
+            self.keep_of(block, mode if number % every == 0 else "none")
+
+    def keep_of(self, block: nn.Module, mode: str) -> None:
+        """Choose the mode of one block."""
+        assert mode in MODES, f"no mode '{mode}'"
+        self._modes[block] = mode
+
+    def mode_of(self, block: nn.Module) -> str:
+        """Return the mode of a block."""
+        return self._modes[block]
+
+    def compile(self, compiled: Callable[[Callable[..., object]], Callable[..., object]]) -> None:
+        """Replace the parts of each block that its `compiled_parts` name by what `compiled` makes of them."""
+        for block in self.blocks:
+            for name in block.compiled_parts:
+                setattr(block, name, compiled(getattr(block, name)))
+
+    def run(self, block: nn.Module, x: Tensor, *others: object) -> Tensor:
+        """Return block(x, *others)."""
+        mode = self._modes[block] if torch.is_grad_enabled() else None
+        if mode == "full":
+            return checkpoint(self._held, block, x, *others, use_reentrant=False)
+        if mode == "offload":
+            return offloaded_checkpoint(partial(self._held, block), x, *others)
+        with ExitStack() as contexts:
+            if mode is not None and self.ring is not None:
+                contexts.enter_context(self.ring.saved_tensors(block))
+            if mode in ("selective", "feed_forward"):
+                contexts.enter_context(self._remaking(block, mode))
+            return self._held(block, x, *others)
+
+    def _held(self, block: nn.Module, x: Tensor, *others: object) -> Tensor:
+        """Run a block, with its weights in place. A checkpoint comes through here a second time."""
+        if self.ring is not None:
+            self.ring.hold(block)
+        return block(x, *others)
+
+    def _remaking(self, block: nn.Module, mode: str) -> Remaking:
+        prepare = None if self.ring is None else partial(self.ring.hold, block)
+        return Remaking(products_too=mode == "feed_forward", prepare=prepare)

@@ -1,0 +1,159 @@
+"""Tensors out of safetensors files, in the dtype and on the device where they are wanted.
+
+Two ways. What is wanted on the CPU in the file's own dtype stays a view of the memory-mapped file: nothing is
+read until it is used. Everything else is read in pieces into the tensor that was asked for, and each piece is
+converted on its way; so, however large a tensor is, next to the result there is only one piece a reader in
+memory. A mapped file would stay resident beside the converted weights.
+
+Readers are threads: reading, converting and copying to a device let the interpreter go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from io import RawIOBase
+from math import prod
+from pathlib import Path
+from threading import local
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from library.core.checkpoint_files import TensorInfo
+from library.core.errors import CheckpointError
+from library.core.files import explain
+
+READERS = min(4, os.cpu_count() or 1)
+PIECE_BYTES = 8 * 2**20
+
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
+
+
+class TensorReader:
+    """Reads tensors of some safetensors files. `read` may be called by several threads at once.
+
+    mmap: leave what needs no conversion in the file; else everything is read.
+    """
+
+    def __init__(self, files: Sequence[Path], *, mmap: bool = True) -> None:
+        self._files = files
+        self._mmap = mmap
+        self._stack = ExitStack()
+        self._mapped: dict[Path, safe_open] = {}
+        self._starts: dict[Path, dict[str, int]] = {}
+        self._pieces = local()
+
+    def __enter__(self) -> TensorReader:
+        for file in self._files:
+            self._starts[file] = _starts(file)
+            if self._mmap:
+                self._mapped[file] = self._stack.enter_context(safe_open(file, "pt", device="cpu"))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def read(
+        self,
+        parts: Sequence[TensorInfo],
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        mapped: bool = True,
+    ) -> Tensor:
+        """Return tensors of the same dtype, joined along dim 0 when there are several.
+
+        Args:
+            dtype: None keeps the file's.
+            mapped: whether the result may be a view of the file.
+
+        Raises:
+            CheckpointError: a file ends too early, cannot be read, or holds numbers of an unknown kind.
+        """
+        stored = dtype_of(parts[0])
+        dtype = dtype or stored
+        if mapped and self._mmap and len(parts) == 1 and device.type == "cpu" and dtype == stored:
+            return self._mapped[parts[0].file].get_tensor(parts[0].name)
+        tensor = torch.empty(joined_shape(parts), dtype=dtype, device=device)
+        if device.type != "meta":
+            rest = tensor.view(-1)
+            for part in parts:
+                count = prod(part.shape)
+                self._fill(rest[:count], part)
+                rest = rest[count:]
+        return tensor
+
+    def _fill(self, target_N: Tensor, part: TensorInfo) -> None:
+        """Read one tensor of a file into memory that is there for it."""
+        stored = dtype_of(part)
+        try:
+            with open(part.file, "rb", buffering=0) as file:
+                file.seek(self._starts[part.file][part.name])
+                if target_N.dtype == stored and target_N.device.type == "cpu":
+                    _read_into(file, target_N)
+                    return
+                piece = self._piece(pinned=target_N.device.type == "cuda").view(stored)
+                for wanted in target_N.split(len(piece)):
+                    _read_into(file, piece[: len(wanted)])
+                    wanted.copy_(piece[: len(wanted)])
+        except EOFError as error:
+            raise CheckpointError(
+                f"{part.file} ends in the middle of '{part.name}': it was cut since the run began, or is "
+                f"still being written. Copy it again."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{part.file} cannot be read: {explain(error)}.") from error
+
+    def _piece(self, *, pinned: bool) -> Tensor:
+        """Return this thread's memory for what is on its way; pinned for what goes on to a GPU."""
+        pieces = self._pieces.__dict__
+        if pinned not in pieces:
+            pieces[pinned] = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        return pieces[pinned]
+
+
+def dtype_of(part: TensorInfo) -> torch.dtype:
+    """Return the torch dtype of a stored tensor. Raises CheckpointError for one that torch has not."""
+    if part.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{part.file}: '{part.name}' is stored as {part.dtype}, which cannot be read; take a file in "
+            f"bf16, fp16 or fp32."
+        )
+    return _DTYPES[part.dtype]
+
+
+def joined_shape(parts: Sequence[TensorInfo]) -> tuple[int, ...]:
+    """Return the shape of tensors joined along dim 0."""
+    if len(parts) == 1:
+        return parts[0].shape
+    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+
+def _starts(file: Path) -> dict[str, int]:
+    """Return where in the file the bytes of each tensor begin."""
+    try:
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read any more: {error}.") from error
+    header.pop("__metadata__", None)
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def _read_into(file: RawIOBase, target_N: Tensor) -> None:
+    """Fill a CPU tensor with the next bytes of an unbuffered file. Raises EOFError when they run out."""
+    view = memoryview(target_N.view(torch.uint8).numpy())
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise EOFError
+        view = view[count:]

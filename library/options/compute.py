@@ -1,0 +1,143 @@
+"""How the model is computed: attention, what is kept for backward, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.core.errors import ConfigError
+from library.options.attention import AttentionOptions
+from library.options.group import inert, option, refused
+
+BACKENDS = ("inductor", "aot_eager", "eager")
+_FOREIGN_BACKENDS = (
+    *("aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt", "tensort", "ipex"),
+    "tvm",
+)
+_COMPILER_CHOOSES = ("selective", "feed_forward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(AttentionOptions):
+    """Computing the model.
+
+    See docs/performance.md for what each of these costs and saves.
+    """
+
+    gradient_checkpointing: bool = option(
+        False, "keep less of each block for backward and compute the rest again, see --checkpoint_mode"
+    )
+    checkpoint_mode: str | None = option(
+        None,
+        "what a block keeps: full (its input only; the default), offload (that, in the computer's memory), "
+        "feed_forward (all but the wide middle of its feed-forward), selective (results of products and "
+        "attention; only what is cheap is computed again)",
+        choices=("full", "offload", "feed_forward", "selective"),
+    )
+    checkpoint_every_n_blocks: int = option(1, "do that in every Nth block; the others keep everything")
+    cpu_offload_checkpointing: bool = option(
+        False, "with --gradient_checkpointing: the same as --checkpoint_mode offload"
+    )
+    torch_compile: bool = option(False, "compile the blocks of the model; the first steps wait for that")
+    dynamo_backend: str = option(
+        "inductor",
+        "what --torch_compile compiles with: inductor, or aot_eager and eager, which make nothing faster and "
+        "are for finding faults",
+        choices=(*BACKENDS, "no", *_FOREIGN_BACKENDS),
+        parse=str.lower,
+    )
+    activation_memory_budget: float = option(
+        1.0,
+        "with --torch_compile: share of what a compiled block wants to keep for backward that it may keep, "
+        "0 to 1; the compiler chooses what to compute again",
+    )
+    sdpa: bool = option(False, "the same as --attn_mode torch")
+    use_sage_attn: bool = refused(
+        "SageAttention has no backward pass, so nothing could be trained through it; use --use_flash_attn",
+        default=False,
+    )
+    xformers: bool = inert(
+        "torch's own attention has kernels of the same kind and is used without a flag; --attn_mode xformers "
+        "insists on the package",
+        default=False,
+    )
+    mem_eff_attn: bool = inert(
+        "attention never builds the full table of scores here, so memory is saved already", default=False
+    )
+
+    def __post_init__(self) -> None:
+        AttentionOptions.__post_init__(self)
+        if self.attention == "sage":
+            raise ConfigError(
+                "--attn_mode sage cannot train: SageAttention has no backward pass. Use flash or torch."
+            )
+        if self.checkpoint_every_n_blocks < 1:
+            raise ConfigError(
+                f"--checkpoint_every_n_blocks is {self.checkpoint_every_n_blocks}; it must be 1 or more."
+            )
+        if not self.gradient_checkpointing and (self.checkpoint_mode or self.checkpoint_every_n_blocks > 1):
+            name = "checkpoint_mode" if self.checkpoint_mode else "checkpoint_every_n_blocks"
+            raise ConfigError(f"--{name} needs --gradient_checkpointing.")
+        if self.cpu_offload_checkpointing and self.checkpoint_mode not in (None, "offload"):
+            raise ConfigError(
+                f"--checkpoint_mode {self.checkpoint_mode} and --cpu_offload_checkpointing are two modes; "
+                "choose one."
+            )
+        self._check_compiling()
+
+    def _check_compiling(self) -> None:
+        if not 0 <= self.activation_memory_budget <= 1:
+            raise ConfigError(
+                f"--activation_memory_budget is {self.activation_memory_budget:g}; it is a share, 0 to 1."
+            )
+        if not self.compiles:
+            if self.activation_memory_budget != 1:
+                raise ConfigError("--activation_memory_budget needs --torch_compile.")
+            return
+        if self.activation_memory_budget != 1 and self.dynamo_backend in ("aot_eager", "eager"):
+            raise ConfigError(
+                f"--dynamo_backend {self.dynamo_backend} knows no --activation_memory_budget; leave it out."
+            )
+        if self.dynamo_backend not in BACKENDS:
+            raise ConfigError(
+                f"--dynamo_backend {self.dynamo_backend} cannot be used to train here; choose one of "
+                f"{', '.join(BACKENDS)}."
+            )
+        if self.keeps in _COMPILER_CHOOSES:
+            raise ConfigError(
+                f"--checkpoint_mode {self.keeps} and --torch_compile do not go together: the compiler itself "
+                "chooses what to compute again. Leave out --checkpoint_mode and --gradient_checkpointing; "
+                "with --activation_memory_budget 0.5 it keeps half."
+            )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the blocks are compiled."""
+        return self.torch_compile and self.dynamo_backend != "no"
+
+    @property
+    def keeps(self) -> str:
+        """What a block keeps for backward: a mode of `library.nn.runner`."""
+        if not self.gradient_checkpointing:
+            return "none"
+        return "offload" if self.cpu_offload_checkpointing else self.checkpoint_mode or "full"
+
+    @property
+    def attention(self) -> str:
+        """The kernel of `library.nn.attention` that the flags ask for."""
+        chosen = super().attention
+        return "torch" if chosen == "auto" and self.sdpa else chosen
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag that another one overrules or leaves without work."""
+        yield from super().adjustments()
+        if self.attention not in ("torch", "sdpa"):
+            winner = "--use_flash_attn" if self.attn_mode is None else f"--attn_mode {self.attn_mode}"
+            yield from self.without_effect(("sdpa",), f"{winner} is given and wins")
+        if not self.gradient_checkpointing:
+            reason = "--gradient_checkpointing is not given, so that no block's input is kept for it"
+            yield from self.without_effect(("cpu_offload_checkpointing",), reason)
+        if self.dynamo_backend == "no":
+            yield from self.without_effect(("torch_compile",), "--dynamo_backend no compiles nothing")
+        elif not self.torch_compile:
+            yield from self.without_effect(("dynamo_backend",), "--torch_compile is not given")

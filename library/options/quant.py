@@ -1,0 +1,73 @@
+"""In how many bits the frozen models are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.core.errors import ConfigError
+from library.options.group import OptionGroup, option
+
+SCHEMES = ("fp8", "int8", "int4", "nf4")
+_FP8_FLAGS = ("fp8_base", "fp8_base_unet", "fp8_scaled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextQuantOptions(OptionGroup):
+    """Quantised text encoder. See docs/memory.md."""
+
+    text_encoder_quant: str | None = option(
+        None, "keep the linear layers of the text encoder in 8 or 4 bits", choices=SCHEMES
+    )
+    quantize_device: str = option(
+        "cuda", "where weights are quantised; cuda means the GPU, if there is one", choices=("cuda", "cpu")
+    )
+
+    @property
+    def quantise_on(self) -> str | None:
+        """Where weights are quantised; None: where they go."""
+        return "cpu" if self.quantize_device == "cpu" else None
+
+    @property
+    def quantises(self) -> bool:
+        """Whether anything is quantised."""
+        return self.text_encoder_quant is not None
+
+    def adjustments(self) -> Iterator[str]:
+        """Tell of a device without anything to quantise there."""
+        yield from super().adjustments()
+        if not self.quantises:
+            yield from self.without_effect(("quantize_device",), "nothing is quantised")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantOptions(TextQuantOptions):
+    """Quantised models.
+
+    The linear layers of the blocks are kept in 8 or 4 bits and restored for each product; embedders, norms,
+    modulation and time stay as they are. See docs/memory.md.
+    """
+
+    base_quant: str | None = option(
+        None, "keep the linear layers of the transformer's blocks in 8 or 4 bits", choices=SCHEMES
+    )
+    fp8_base: bool = option(False, "the same as --base_quant fp8: scaled, row by row")
+    fp8_base_unet: bool = option(False, "the same as --base_quant fp8")
+    fp8_scaled: bool = option(False, "the same as --base_quant fp8")
+
+    def __post_init__(self) -> None:
+        given = [f"--{name}" for name in _FP8_FLAGS if getattr(self, name)]
+        if given and self.base_quant not in (None, "fp8"):
+            raise ConfigError(
+                f"--base_quant {self.base_quant} and {given[0]} ask for two things; choose one."
+            )
+
+    @property
+    def transformer(self) -> str | None:
+        """The scheme of `library.nn.quant` for the transformer."""
+        return "fp8" if any(getattr(self, name) for name in _FP8_FLAGS) else self.base_quant
+
+    @property
+    def quantises(self) -> bool:
+        """Whether anything is quantised."""
+        return super().quantises or self.transformer is not None

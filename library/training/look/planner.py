@@ -1,0 +1,335 @@
+"""--vram_budget: the fastest way to make a step that fits into an amount of memory.
+
+For each precision of the frozen model and each way to keep less for backward, memory and time come from a
+step on the meta device (`simulate`); block swap takes weights off the device, as few as are needed. So a
+choice costs
+
+    time = max(forward, copies) + max(backward, copies)
+
+with copies = bytes of the swapped blocks / speed of the link, which run beside the computation. Precision is
+another matter: everything else gives the same numbers bit for bit. So a quantised model is weighed as if a
+step took longer (`RELUCTANCE`), and is chosen where nothing else fits, or all else is that much slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.core.errors import ConfigError, ResourceError
+from library.core.log import logger
+from library.options.budget import AUTO
+from library.options.swap import SwapOptions
+from library.options.train import TrainOptions
+from library.training.look.memory_estimate import Manner, MemoryEstimate, Parts, quant_flags, shown
+from library.training.look.meter import Speeds
+
+if TYPE_CHECKING:
+    from library.training.context import RunContext
+
+OVERHEAD = 600 * 2**20  # a driver's own memory and the libraries' work space, which no tensor has
+SLACK = 1.05  # what the allocator holds, for each byte of tensors
+RELUCTANCE = {None: 1.0, "fp8": 1.5, "int8": 1.5, "int4": 2.5, "nf4": 2.5}
+PRECISIONS = (None, "int8", "nf4")  # tried where none is given; int8 is nearer to the original than fp8
+
+_PAGEABLE = 0.4  # share of the link's speed that copies from ordinary memory reach
+_COMPILED_MODES = ("none", "full", "offload")  # of the others the compiler does its own
+_MIXED = (("feed_forward", 2), ("full", 2))  # half of the blocks; memory and time lie in between
+
+_log = logger("budget")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What --plan_memory found. memory: bytes for each one foretold. seconds: of the steps that were made."""
+
+    memory: float = 1.0
+    seconds: Mapping[Manner, float] = field(default_factory=dict)
+
+    def pace(self, manner: Manner, estimate: MemoryEstimate) -> float:
+        """Return by what the foretold seconds of a step are to be multiplied."""
+        ratios = {}
+        for made, seconds in self.seconds.items():
+            step = estimate.step(made)
+            ratios[made] = seconds / (step.forward + step.backward)
+        return ratios.get(manner) or (median(ratios.values()) if ratios else 1.0)
+
+
+_UNCALIBRATED = Calibration()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to make steps. memory: bytes of tensors while training. seconds: of a step."""
+
+    manner: Manner
+    swap: SwapOptions
+    parts: Parts
+    memory: int
+    seconds: float
+
+    @property
+    def cost(self) -> float:
+        """What is to be smallest; of two that cost the same, the one that takes less."""
+        return self.seconds * RELUCTANCE[self.manner.quant]
+
+    def flags(self) -> str:
+        """Return the choice as flags to copy."""
+        words = []
+        if self.manner.mode != "none":
+            words.append(f"--gradient_checkpointing --checkpoint_mode {self.manner.mode}")
+        if self.manner.every > 1:
+            words.append(f"--checkpoint_every_n_blocks {self.manner.every}")
+        if self.swap.count:
+            words.append(f"--blocks_to_swap {self.swap.count}")
+            if self.swap.use_pinned_memory_for_block_swap:
+                words.append("--use_pinned_memory_for_block_swap")
+            if self.swap.block_swap_ring_size != SwapOptions().block_swap_ring_size:
+                words.append(f"--block_swap_ring_size {self.swap.block_swap_ring_size}")
+        if self.manner.quant is not None:
+            words.append(f"--base_quant {self.manner.quant}")
+        return " ".join(words) or "none are needed: keep everything on the GPU"
+
+    def apply_to(self, options: TrainOptions) -> TrainOptions:
+        """Return options that ask for this."""
+        mode = self.manner.mode
+        compute = replace(
+            options.compute,
+            gradient_checkpointing=mode != "none",
+            checkpoint_mode=None if mode == "none" else mode,
+            checkpoint_every_n_blocks=self.manner.every,
+        )
+        quant = options.quant
+        if quant.transformer != self.manner.quant:
+            quant = replace(quant, **quant_flags(self.manner.quant))
+        return replace(options, compute=compute, swap=self.swap, quant=quant)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What tensors may take, and what was looked at: a choice for each manner, the cheapest first."""
+
+    allowed: int
+    choices: tuple[Choice, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> Choice:
+        """The cheapest that fits."""
+        return next(choice for choice in self.choices if choice.memory <= self.allowed)
+
+    def lines(self) -> list[str]:
+        """Return the table, the choice, and what it takes."""
+        fastest = min(choice.seconds for choice in self.choices)
+        rows = [f"{'precision':<10}{'checkpoints':<20}{'swapped':>8}{'memory':>12}{'time':>7}"]
+        for choice in self.choices:
+            manner = choice.manner
+            mode = f"{manner.mode}, every {manner.every}" if manner.every > 1 else manner.mode
+            end = "  <- chosen" if choice is self.chosen else ""
+            end = end or ("" if choice.memory <= self.allowed else "  too much")
+            rows.append(
+                f"{manner.quant or 'as given':<10}{mode:<20}{choice.swap.count:>8}{shown(choice.memory):>12}"
+                f"{choice.seconds / fastest:>7.2f}{end}"
+            )
+        parts = ", ".join(f"{name} {shown(size)}" for name, size in self.chosen.parts.items())
+        return [
+            f"tensors may take {shown(self.allowed)}",
+            *rows,
+            f"of this, {shown(self.chosen.memory)}: {parts}",
+            f"flags: {self.chosen.flags()}",
+            *self.warnings,
+        ]
+
+
+def allowed_bytes(budget: str, given: int | None, device: torch.device) -> int:
+    """Return how much tensors may take. `given`: the amount, unless the budget is "auto".
+
+    Raises:
+        ConfigError: it asks for what is free on a device that does not tell.
+    """
+    if budget != AUTO:
+        assert given is not None
+        return round((given - OVERHEAD) / SLACK)
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--vram_budget auto asks a CUDA GPU how much of its memory is free, and this run is on the "
+            f"{device.type}; give an amount, such as 12GB, to plan for a GPU of that size."
+        )
+    free, _ = torch.cuda.mem_get_info(device)
+    return round(free / SLACK)
+
+
+def make_plan(
+    estimate: MemoryEstimate,
+    options: TrainOptions,
+    allowed: int,
+    speeds: Speeds,
+    calibration: Calibration = _UNCALIBRATED,
+) -> Plan:
+    """Choose. Whatever `options` ask for is kept. `allowed`: bytes for tensors. `speeds`: of the estimate.
+
+    Raises:
+        ResourceError: nothing fits.
+    """
+
+    def choice(manner: Manner) -> Choice:
+        return _with_swap(estimate, manner, options.swap, allowed, speeds, calibration)
+
+    found: list[Choice] = []
+    for precision in _precisions(options):
+        if _fits(found, allowed) and _best(found, allowed) < RELUCTANCE[precision] * _fastest(found):
+            break  # it would not be chosen even if it were as fast as the fastest
+        for mode in _modes(options):
+            found.append(choice(Manner(precision, *mode)))
+        found += _mixtures(found, precision, allowed, choice)
+    if not _fits(found, allowed):
+        smallest = min(found, key=lambda choice: choice.memory)
+        parts = ", ".join(f"{name} {shown(size)}" for name, size in smallest.parts.items())
+        raise ResourceError(
+            f"--vram_budget {options.budget.vram_budget} leaves {shown(allowed)} for tensors, and training "
+            f"takes at least {shown(smallest.memory)} ({parts}), with {smallest.flags()}. Lower the "
+            f"resolution or batch_size, cache what is not cached (--cache_latents_to_disk, "
+            f"--cache_text_encoder_outputs_to_disk), or raise the budget."
+        )
+    found.sort(key=lambda choice: (choice.cost, choice.memory))
+    return Plan(allowed, tuple(found))
+
+
+def planned(context: RunContext) -> RunContext:
+    """Return the run with what --vram_budget chooses; as it is, if that is not given. Tells the choice."""
+    options, device = context.options, context.device
+    if options.budget.vram_budget is None:
+        return context
+    if context.processes.sharding is not None:
+        raise ConfigError("--vram_budget does not plan for FSDP: leave it out, or start without --use_fsdp.")
+    budget = options.budget
+    given = None if budget.vram_budget == AUTO else budget.bytes_allowed
+    mine = allowed_bytes(budget.vram_budget, given, device)
+    allowed = min(context.processes.gather(mine))  # all processes run alike
+    speeds = Speeds()
+    estimate = MemoryEstimate(context.trainer, context, speeds=speeds)
+    plan = make_plan(estimate, options, allowed, speeds)
+    plan = replace(plan, warnings=tuple(_warnings(estimate, plan, device)))
+    _log.info("--vram_budget %s\n%s", budget.vram_budget, "\n".join(f"  {line}" for line in plan.lines()))
+    chosen = context.processes.agree(plan.chosen)
+    assert isinstance(chosen, Choice)
+    return with_options(context, chosen.apply_to(options))
+
+
+def with_options(context: RunContext, options: TrainOptions) -> RunContext:
+    """Return a run that goes by other options of precision, swap and checkpoints."""
+    prepared = context.prepared
+    settings = {**prepared.settings, "base_quant": options.quant.transformer}
+    now, before = options.adjustments(), context.options.adjustments()
+    told = tuple(sentence for sentence in prepared.adjustments if sentence in now or sentence not in before)
+    return replace(
+        context,
+        trainer=context.trainer.with_options(options),
+        prepared=replace(prepared, settings=settings, adjustments=told),
+    )
+
+
+def _precisions(options: TrainOptions) -> Sequence[str | None]:
+    given = options.quant.transformer
+    return PRECISIONS if given is None else (given,)
+
+
+def _modes(options: TrainOptions) -> list[tuple[str, int]]:
+    compute = options.compute
+    every = compute.checkpoint_every_n_blocks
+    if compute.checkpoint_mode is not None:
+        return [(compute.checkpoint_mode, every)]
+    if compute.cpu_offload_checkpointing:
+        modes: tuple[str, ...] = ("none", "offload")
+    else:
+        modes = ("none", "selective", "feed_forward", "full", "offload")
+    return [
+        (mode, every)
+        for mode in modes
+        if (mode != "none" or not compute.gradient_checkpointing)
+        and (mode in _COMPILED_MODES or not compute.compiles)
+    ]
+
+
+def _mixtures(
+    found: Sequence[Choice], precision: str | None, allowed: int, choice: Callable[[Manner], Choice]
+) -> Iterator[Choice]:
+    """Yield choices that checkpoint half of the blocks, where that could be better than what was found."""
+    of_mode = {choice.manner.mode: choice for choice in found if choice.manner.quant == precision}
+    if "none" not in of_mode or of_mode["none"].manner.every > 1:
+        return
+    for mode, every in _MIXED:
+        if mode not in of_mode or of_mode["none"].memory <= allowed:
+            continue
+        hoped = (of_mode["none"].seconds + of_mode[mode].seconds) / 2 * RELUCTANCE[precision]
+        if not _fits(found, allowed) or hoped < _best(found, allowed):
+            yield choice(Manner(precision, mode, every))
+
+
+def _with_swap(
+    estimate: MemoryEstimate,
+    manner: Manner,
+    given: SwapOptions,
+    allowed: int,
+    speeds: Speeds,
+    calibration: Calibration,
+) -> Choice:
+    """Return a way of making steps with as few blocks swapped as make it fit, or with all of them."""
+    counts = range(estimate.blocks + 1) if given.blocks_to_swap is None else (given.count,)
+    whole = estimate.training(manner, SwapOptions())
+    swap = given
+    for count in counts:
+        swap = replace(given, blocks_to_swap=count or given.blocks_to_swap)
+        parts = whole | {"transformer": estimate.weights(manner.quant, swap)}
+        memory = round(sum(parts.values()) * calibration.memory)
+        if memory <= allowed:
+            break
+    copied = estimate.swapped_bytes(manner.quant, swap)
+    if swap.count and given.blocks_to_swap is None:
+        pinned = given.use_pinned_memory_for_block_swap or _can_be_pinned(copied)
+        swap = replace(swap, use_pinned_memory_for_block_swap=pinned)
+    rate = speeds.link * (1 if swap.use_pinned_memory_for_block_swap else _PAGEABLE)
+    step, pace, copies = estimate.step(manner), calibration.pace(manner, estimate), copied / rate
+    forward, backward = step.forward * pace, step.backward * pace
+    if swap.block_swap_ring_size == 1:
+        seconds = forward + backward + 2 * copies
+    else:
+        seconds = max(forward, copies) + max(backward, copies)
+    return Choice(manner, swap, parts, memory, seconds)
+
+
+def _can_be_pinned(size: int) -> bool:
+    """Whether the computer can spare so much memory that nothing else may use."""
+    import psutil  # comes with accelerate
+
+    return size < psutil.virtual_memory().available / 2
+
+
+def _warnings(estimate: MemoryEstimate, plan: Plan, device: torch.device) -> Iterator[str]:
+    chosen = plan.chosen
+    if device.type != "cuda":
+        yield f"this is a plan for a GPU: on '{device}' swapping blocks saves no memory"
+    for phase, parts in estimate.other_phases(chosen.manner, chosen.swap).items():
+        if sum(parts.values()) > plan.allowed:
+            named = ", ".join(f"{name} {shown(size)}" for name, size in parts.items())
+            yield (
+                f"{phase} may take more, {shown(sum(parts.values()))} ({named}): use smaller batches for it "
+                f"(--text_encoder_batch_size, --vae_batch_size, --sample_batch_size), smaller pictures, or "
+                f"--text_encoder_quant int8"
+            )
+
+
+def _fits(found: Sequence[Choice], allowed: int) -> bool:
+    return any(choice.memory <= allowed for choice in found)
+
+
+def _fastest(found: Sequence[Choice]) -> float:
+    return min(choice.seconds for choice in found)
+
+
+def _best(found: Sequence[Choice], allowed: int) -> float:
+    return min(choice.cost for choice in found if choice.memory <= allowed)

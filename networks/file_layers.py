@@ -1,0 +1,273 @@
+"""Which layer each tensor of a LoRA file belongs to, by the names of many tools. Torch-free.
+
+    lora_unet_layers_0_attention_qkv.lora_down.weight      kohya, and what is saved here
+    transformer.layers.0.attn.to_q.lora_A.weight           diffusers: its own layers, q, k and v apart
+    diffusion_model.layers.0.attention.qkv.lora_A.weight   the original layers: ComfyUI, ai-toolkit
+    base_model.model.layers.0...                           PEFT's own adapter files
+    lora_transformer_layers_0_attn_to_q.lora_down.weight   OneTrainer: diffusers' layers in kohya's way
+    lora_te_..., text_encoder.model....lora_A.weight       the text encoder
+
+Notable facts:
+- The strength alpha / rank comes from `.alpha` tensors, else from the adapter's settings (in the metadata, as
+  diffusers writes them, or in adapter_config.json), else it is 1, as diffusers and kohya take it.
+- LoRAs of q, k and v become one of the fused layer: `down` one below the other, `up` block-diagonal.
+- A DoRA's magnitudes are `.dora_scale`, (1, in) or (out, 1), or PEFT's `.lora_magnitude_vector`, (out,).
+
+Shape legend: see `networks/layer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.core.checkpoint_files import Checkpoint
+from library.core.errors import CheckpointError
+from library.core.suggest import shorten
+from networks.names import ALPHA, DORA, DOWN, UP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A name of an adapter may stand before "weight"; old diffusers say lora.up and lora_linear_layer.up.
+_KEY = re.compile(
+    r"(?P<module>.+)\.(lora_(?P<side>A|B|down|up)|lora(_linear_layer)?\.(?P<old>down|up))"
+    r"((\.(?!weight)[^.]+)?\.weight)?"
+)
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.(dora_scale|lora_magnitude_vector((\.(?!weight)[^.]+)?\.weight)?)")
+_MODEL = re.compile(
+    r"(base_model\.model\.)?(model\.diffusion_model\.|diffusion_model\.|transformer\.|"
+    r"lora_unet_|lora_transformer_|lycoris_)?"
+)
+_TEXT_ENCODER = re.compile(
+    r"(base_model\.model\.)?(text_encoders?\.(gemma2_2b\.)?(transformer\.)?|lora_te1?_)(model[._])?"
+)
+# From the names of diffusers.Lumina2Transformer2DModel, dots as underscores, to the original ones.
+_DIFFUSERS_NAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"time_caption_embed_timestep_embedder_linear_1$", "t_embedder_mlp_0"),
+        (r"time_caption_embed_timestep_embedder_linear_2$", "t_embedder_mlp_2"),
+        (r"time_caption_embed_caption_embedder_", "cap_embedder_"),
+        (r"norm_out_linear_1$", "final_layer_adaLN_modulation_1"),
+        (r"norm_out_linear_2$", "final_layer_linear"),
+        (r"_(attn|attention)_to_out(_0)?$", "_attention_out"),
+        (r"_attn_to_([qkv])$", r"_attention_to_\1"),
+        (r"_feed_forward_linear_([123])$", r"_feed_forward_w\1"),
+        (r"_norm1_linear$", "_adaLN_modulation_1"),
+    )
+)
+_REST_ELSEWHERE = re.compile(r"pissa.*|olora|corda|loftq")  # starts of peft that change the model's weights
+_QKV_PART = re.compile(r"(.*_attention)_to_([qkv])")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The LoRA of one layer in the file. `alpha` holds unless the file has it as a tensor, `alpha_key`.
+
+    dora_key, dora: the magnitudes of a DoRA, and whether they are of "input" or "output" features.
+    """
+
+    down: str
+    up: str
+    rank: int
+    alpha: float
+    alpha_key: str | None
+    dora_key: str | None = None
+    dora: str | None = None
+
+    @property
+    def keys(self) -> set[str]:
+        """The names of its tensors."""
+        return {key for key in (self.down, self.up, self.alpha_key, self.dora_key) if key}
+
+
+Layer = tuple[Part | None, ...]  # one part, or those of q, k and v
+
+
+def layers_in(checkpoint: Checkpoint) -> dict[str, Layer]:
+    """Return the LoRAs of a file by kohya name.
+
+    Raises:
+        CheckpointError: it has none, is not complete, or holds more than plain LoRAs and DoRAs.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for key in checkpoint.tensors:
+        if match := _KEY.fullmatch(key):
+            side = "down" if (match["side"] or match["old"]) in ("A", "down") else "up"
+            found.setdefault(match["module"], {})[side] = key
+    if not found:
+        first = min(checkpoint.tensors, default=None)
+        example = f"the first is '{first}'" if first else "it is empty"
+        raise CheckpointError(
+            f"{checkpoint.path} is not a LoRA: none of its keys ends in '{DOWN}' or '.lora_A.weight' "
+            f"({example})."
+        )
+    for key in checkpoint.tensors:
+        if (match := _MAGNITUDE.fullmatch(key)) and match["module"] in found:
+            found[match["module"]]["dora"] = key
+    settings = _settings(checkpoint)
+    layers: dict[str, list[Part | None]] = {}
+    for module, keys in found.items():
+        part = _part(checkpoint, module, keys, settings)
+        name, place = _place(module)
+        parts = layers.setdefault(name, [None] * (1 if place is None else 3))
+        if (place is None) != (len(parts) == 1) or parts[place or 0] is not None:
+            raise CheckpointError(f"{checkpoint.path} has more than one LoRA for the layer of '{module}'.")
+        parts[place or 0] = part
+    _check(checkpoint, layers.values())
+    return {name: tuple(parts) for name, parts in sorted(layers.items())}
+
+
+def rank_of(layer: Layer) -> int:
+    """Return the rank of the LoRA that a layer becomes."""
+    return sum(part.rank for part in layer if part)
+
+
+def dora_of(layer: Layer) -> str | None:
+    """Return of which features a layer's DoRA has magnitudes; None for a plain LoRA."""
+    return next(part for part in layer if part).dora
+
+
+def to_kohya(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """Return the tensors of some layers of a file under kohya's names."""
+    import torch  # here, because this module must be importable before torch
+
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        parts = [part for part in layer if part]
+        scales = [(tensors[p.alpha_key].item() if p.alpha_key else p.alpha) / p.rank for p in parts]
+        downs, ups = [tensors[p.down] for p in parts], [tensors[p.up] for p in parts]
+        if len(set(scales)) > 1:  # one alpha for all: what differs goes into the weights
+            ups = [up.float() * scale for up, scale in zip(ups, scales, strict=True)]
+            scales = [1.0]
+        if len(layer) == 3:
+            empty = ups[-1].new_zeros(len(ups[-1]), 0)  # a part without a LoRA: rows, but no columns
+            filled = iter(ups)
+            ups = [empty if part is None else next(filled) for part in layer]
+        state[name + DOWN] = torch.cat(downs)
+        state[name + UP] = torch.block_diag(*ups) if len(ups) > 1 else ups[0]
+        # Alone, its alpha is that of the file, to the bit.
+        alpha = tensors[parts[0].alpha_key].item() if len(parts) == 1 and parts[0].alpha_key else None
+        state[name + ALPHA] = torch.tensor(scales[0] * rank_of(layer) if alpha is None else alpha)
+        if dora_of(layer):
+            magnitudes = torch.cat([tensors[part.dora_key].flatten() for part in parts])
+            state[name + DORA] = magnitudes.unsqueeze(1 if dora_of(layer) == "output" else 0)
+    return state
+
+
+def _part(checkpoint: Checkpoint, module: str, keys: Mapping[str, str], settings: _Settings) -> Part:
+    """Return where the LoRA of one module is."""
+    if "down" not in keys or "up" not in keys:
+        raise CheckpointError(
+            f"{checkpoint.path} is not complete: '{module}' lacks its down (A) or up (B) weight."
+        )
+    rank = checkpoint.shape(keys["down"])[0]
+    alpha_key = f"{module}.alpha" if f"{module}.alpha" in checkpoint.tensors else None
+    alpha = settings.alpha(_MODEL.sub("", module, count=1), rank)
+    if "dora" not in keys:
+        return Part(keys["down"], keys["up"], rank, alpha, alpha_key)
+    features = {
+        (checkpoint.shape(keys["up"])[0],): "output",
+        (checkpoint.shape(keys["up"])[0], 1): "output",
+        (1, checkpoint.shape(keys["down"])[-1]): "input",
+    }
+    shape = checkpoint.shape(keys["dora"])
+    if shape not in features:
+        raise CheckpointError(
+            f"{checkpoint.path}: '{keys['dora']}' has shape {shape}, which is neither one number for each "
+            f"input feature nor one for each output feature of its layer."
+        )
+    return Part(keys["down"], keys["up"], rank, alpha, alpha_key, keys["dora"], features[shape])
+
+
+def _place(module: str) -> tuple[str, int | None]:
+    """Return the kohya name of a module's layer, and which part of a fused one it is: q, k, v as 0, 1, 2."""
+    if text := _TEXT_ENCODER.match(module):
+        return "lora_te_" + module[text.end() :].replace(".", "_"), None
+    path = _MODEL.sub("", module, count=1).replace(".", "_")
+    for pattern, replacement in _DIFFUSERS_NAMES:
+        path = pattern.sub(replacement, path)
+    if part := _QKV_PART.fullmatch(path):
+        return f"lora_unet_{part[1]}_qkv", "qkv".index(part[2])
+    return f"lora_unet_{path}", None
+
+
+def _check(checkpoint: Checkpoint, layers: Iterable[list[Part | None]]) -> None:
+    """Raise CheckpointError for tensors that are no part of a LoRA, and for parts that cannot be joined."""
+    known: set[str] = set()
+    for layer in layers:
+        parts = [part for part in layer if part]
+        known = known.union(*(part.keys for part in parts))
+        if len(layer) == 1:
+            continue
+        if layer[0] is None or len(parts) < 2:
+            raise CheckpointError(
+                f"{checkpoint.path}: beside '{parts[0].down}' there must be LoRAs for the query and for the "
+                f"key or value of the same layer; without them the sizes of the fused layer cannot be told."
+            )
+        if any(part.dora for part in parts) and [p and p.dora for p in layer] != ["output"] * 3:
+            raise CheckpointError(
+                f"{checkpoint.path}: the layer of '{parts[0].down}' has q, k and v together here, and their "
+                f"DoRAs can be joined only if all three have a magnitude for each output feature."
+            )
+    unknown = sorted(checkpoint.tensors.keys() - known)
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.path} has {len(unknown)} tensors that are no part of a LoRA: {shorten(unknown)}."
+        )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What PEFT's LoraConfig says about strength."""
+
+    lora_alpha: float | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    use_rslora: bool = False
+
+    def alpha(self, module: str, rank: int) -> float:
+        """Return the alpha whose quotient with the rank is the strength of a module's LoRA."""
+        alpha = self.lora_alpha
+        for pattern, value in (self.alpha_pattern or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+                break
+        if alpha is None:
+            return rank
+        return alpha * math.sqrt(rank) if self.use_rslora else alpha
+
+
+def _check_start(checkpoint: Checkpoint, start: str) -> None:
+    """Raise CheckpointError if an adapter is for a model whose own weights peft changed at the start."""
+    if _REST_ELSEWHERE.fullmatch(start):
+        raise CheckpointError(
+            f"{checkpoint.path} started with init_lora_weights={start}: it is for what peft left of the "
+            f"model's weights, not for the model. Save it with path_initial_model_for_weight_conversion of "
+            f"peft, which makes a LoRA for the model of it."
+        )
+
+
+def _settings(checkpoint: Checkpoint) -> _Settings:
+    """Read the adapter's settings from the metadata or from adapter_config.json beside the file."""
+    beside = checkpoint.files[0].with_name("adapter_config.json")
+    try:
+        if "lora_adapter_metadata" in checkpoint.metadata:
+            stored = json.loads(checkpoint.metadata["lora_adapter_metadata"])
+            found = {key.removeprefix("transformer."): value for key, value in stored.items()}
+        elif beside.is_file() and checkpoint.files[0].name.startswith("adapter_model"):
+            found = json.loads(Path(beside).read_text(encoding="utf-8"))
+        else:
+            return _Settings()
+        _check_start(checkpoint, str(found.get("init_lora_weights")))
+        alphas = {str(pattern): float(value) for pattern, value in (found.get("alpha_pattern") or {}).items()}
+        return _Settings(float(found["lora_alpha"]), alphas, bool(found.get("use_rslora")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: the adapter's settings cannot be read ({type(error).__name__}: {error})."
+        ) from None

@@ -1,0 +1,207 @@
+"""LyCORIS for Lumina Image 2.0: what `--network_module lycoris.kohya` stands for here.
+
+The lycoris-lora package says which layers get a network, of which kind and of which sizes
+(`networks/lycoris/package.py`), so that arguments and presets mean what they mean in sd-scripts. What is
+trained, saved and applied is ours (`networks/lycoris/layer.py`), in files that LyCORIS and ComfyUI read. To
+use such a file, or to go on from it with --dim_from_weights, the package is not needed.
+
+Importing this module does not import torch, so that arguments and files are checked before that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.core.errors import ConfigError, MissingPackageError
+from library.core.log import logger
+from library.options.network import NetworkOptions
+from networks import lora_lumina
+from networks.files import LoRAFile, LycorisFile, inspect_lora
+from networks.lora_lumina import DIT, TEXT_ENCODER, text_model
+from networks.lycoris.args import PRESETS, read_args, without_effect
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from networks.lora import LoRANetwork
+    from networks.lycoris.layer import LycorisSize
+    from networks.lycoris.network import LycorisNetwork
+
+__all__ = [
+    "check_layers",
+    "check_options",
+    "create_network",
+    "create_network_from_file",
+    "create_text_network",
+    "create_text_network_from_file",
+    "text_model",
+]
+_FOR_TRAINING = {
+    *("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"),
+    *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
+}
+_log = logger("network")
+
+
+def check_options(options: NetworkOptions) -> None:
+    """Read `--network_args` and check what goes with them. Torch-free.
+
+    Raises:
+        ConfigError: an unknown key, a value that cannot be, or what does not go together.
+        MissingPackageError: the lycoris-lora package is needed and not installed.
+    """
+    chosen = read_args(options.args_by_key())
+    if options.dim_from_weights:
+        return
+    if find_spec("lycoris") is None:
+        raise MissingPackageError("lycoris-lora", "--network_module lycoris.kohya")
+    if options.network_weights is not None and chosen.preset in PRESETS:  # a file can ask for any kind
+        file = inspect_lora(options.network_weights)
+        kinds = {layer.kind for layer in file.layers.values()} if isinstance(file, LycorisFile) else {"lora"}
+        if kinds != {chosen.algo}:
+            raise ConfigError(
+                f"--network_weights {file.path} is of the kind {' and '.join(sorted(kinds))}, but algo is "
+                f"{chosen.algo}; --dim_from_weights takes kinds and sizes from the file."
+            )
+
+
+def check_layers(
+    args: Mapping[str, str], files: Iterable[LoRAFile], layers: Iterable[str], *, dit: bool = True
+) -> None:
+    """Check files against the paths of the DiT's linear layers. Torch-free.
+
+    Raises:
+        CheckpointError: a file for other layers.
+    """
+    lora_lumina.check_layers({}, files, layers, dit=False)
+
+
+def create_network(
+    model: nn.Module,
+    *,
+    dim: int,
+    alpha: float | None,
+    dropout: float | None = None,
+    args: Mapping[str, str] | None = None,
+    seed: int = 0,
+    sizes_from: LoRAFile | None = None,
+    device: torch.device | None = None,
+) -> LycorisNetwork:
+    """Make a new network for `model`; see `networks.lora_lumina.create_network`.
+
+    Raises:
+        ConfigError: arguments that cannot be, or that fit no layer.
+        CheckpointError: `sizes_from` is not for this model.
+    """
+    return _create(model, DIT, dim, alpha, dropout, args or {}, seed, sizes_from, device)
+
+
+def create_text_network(
+    model: nn.Module,
+    *,
+    dim: int,
+    alpha: float | None,
+    lr: float,
+    dropout: float | None = None,
+    args: Mapping[str, str] | None = None,
+    seed: int = 0,
+    sizes_from: LoRAFile | None = None,
+    device: torch.device | None = None,
+) -> LycorisNetwork:
+    """Make a new network for what `text_model` returns, which learns at `lr`. Raises as `create_network`."""
+    network = _create(model, TEXT_ENCODER, dim, alpha, dropout, args or {}, seed, sizes_from, device)
+    network.rate = lr
+    return network
+
+
+def create_network_from_file(model: nn.Module, path: Path, multiplier: float = 1.0) -> LoRANetwork:
+    """Make the part of a file's network that is for the DiT; not applied yet.
+
+    Raises:
+        CheckpointError: the file is not for this model, or is damaged.
+    """
+    return lora_lumina.create_network_from_file(model, path, multiplier)
+
+
+def create_text_network_from_file(model: nn.Module, path: Path, multiplier: float = 1.0) -> LoRANetwork:
+    """Make the part of a file's network that is for what `text_model` returns; not applied yet.
+
+    Raises:
+        CheckpointError: the file is not for this encoder, or is damaged.
+    """
+    return lora_lumina.create_text_network_from_file(model, path, multiplier)
+
+
+def _create(
+    model: nn.Module,
+    prefix: str,
+    dim: int,
+    alpha: float | None,
+    dropout: float | None,
+    args: Mapping[str, str],
+    seed: int,
+    sizes_from: LoRAFile | None,
+    device: torch.device | None,
+) -> LycorisNetwork:
+    from networks.layer import Dropouts  # here, because it imports torch
+    from networks.lycoris.network import LycorisNetwork, sizes_of_file
+    from networks.lycoris.package import planned
+
+    chosen, for_text = read_args(args), prefix == TEXT_ENCODER
+    if sizes_from is None:
+        sizes = planned(model, chosen, dim=dim, alpha=alpha, text_encoder=for_text)
+    else:
+        sizes = sizes_of_file(model, sizes_from, prefix)
+        if not sizes:
+            raise ConfigError(f"--dim_from_weights: {sizes_from.path} has nothing for the {_part(for_text)}.")
+    sizes = {path: replace(size, rescale_dropout=chosen.rank_dropout_scale) for path, size in sizes.items()}
+    network = LycorisNetwork(
+        model,
+        sizes,
+        dropouts=Dropouts(
+            (dropout or 0.0) if chosen.dropout is None else chosen.dropout,
+            chosen.rank_dropout,
+            chosen.module_dropout,
+        ),
+        loraplus_lr_ratio=chosen.lr_ratio(text_encoder=for_text),
+        seed=seed,
+        prefix=prefix,
+        group="text_encoder" if for_text else "lora",
+        device=device,
+    )
+    _tell(_part(for_text), network, sizes.values(), args, from_file=sizes_from is not None)
+    return network
+
+
+def _part(for_text: bool) -> str:
+    return "text encoder" if for_text else "DiT"
+
+
+def _tell(
+    what: str,
+    network: LycorisNetwork,
+    sizes: Collection[LycorisSize],
+    args: Mapping[str, str],
+    *,
+    from_file: bool,
+) -> None:
+    """Say what was made, and what has no say in it."""
+    kinds = Counter(size.kind for size in sizes)
+    told = ", ".join(f"{kind} on {count}" for kind, count in kinds.items())
+    count = f"{network.parameter_count():,}"
+    _log.info("LyCORIS: %s layers of the %s, %s parameters", told, what, count)
+    moot = [key for key in args if key not in _FOR_TRAINING] if from_file else []
+    if moot:
+        _log.warning(
+            "--network_args %s: no effect, because with --dim_from_weights layers, kinds and sizes are those "
+            "of --network_weights",
+            ", ".join(moot),
+        )
+    for sentence in without_effect({key: args[key] for key in args if key not in moot}, kinds):
+        _log.warning("%s", sentence)

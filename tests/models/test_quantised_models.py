@@ -1,0 +1,148 @@
+"""Lumina's models with quantised layers: outputs, training, files, and what of them is quantised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.core.errors import CheckpointError, ConfigError
+from library.core.hashing import HashLedger
+from library.models.gemma2 import load_gemma2
+from library.models.lumina2 import load_nextdit
+from library.models.lumina2_format import inspect_lumina2
+from library.models.lumina2_identity import text_identity
+from library.nn.quant import SCHEMES, QuantLinear
+from library.options.model import TextEncoderOptions
+from library.options.swap import SwapOptions
+from networks.lora import merge, unmerge
+from networks.lora_lumina import create_network
+
+CPU = torch.device("cpu")
+# How far a quantised nano transformer's output may be from the whole one's, relative; measured about half.
+LIMITS = {"fp8": 0.08, "int8": 0.02, "int4": 0.25, "nf4": 0.25}
+
+
+def _inputs(model):
+    random = torch.Generator().manual_seed(0)
+    x = [torch.randn(16, 8, 6, generator=random), torch.randn(16, 4, 8, generator=random)]
+    captions = [torch.randn(length, model.params.cap_feat_dim, generator=random) for length in (5, 9)]
+    return x, torch.tensor([0.3, 0.8]), captions
+
+
+def _flat(tensors):
+    return torch.cat([tensor.float().flatten() for tensor in tensors])
+
+
+def _step(model, args=None):
+    """Output and gradients with a LoRA that has learnt something already."""
+    network = create_network(model, dim=4, alpha=4, args=args or {}, seed=3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
+    network.apply_to(model)
+    network.train()
+    output = model(*_inputs(model))
+    sum(part.float().square().mean() for part in output).backward()
+    return _flat(output).detach(), _flat([p.grad for p in network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("args", [{}, {"dora_wd": "True"}, {"dora_wd": "True", "wd_on_output": "True"}])
+def test_training_is_near_that_of_the_whole_model(nano, scheme, args):
+    output, gradient = _step(load_nextdit(nano.dit, device=CPU, dtype=torch.float32), args)
+    quantised = load_nextdit(nano.dit, device=CPU, dtype=torch.float32, quant=scheme)
+    near_output, near_gradient = _step(quantised, args)
+    assert 0 < (near_output - output).norm() / output.norm() < LIMITS[scheme]
+    assert (near_gradient - gradient).norm() / gradient.norm() < 2 * LIMITS[scheme]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_training_is_that_of_a_plain_model_with_the_restored_weights(nano, scheme):
+    quantised = load_nextdit(nano.dit, device=CPU, dtype=torch.float32, quant=scheme)
+    plain = load_nextdit(nano.dit, device=CPU, dtype=torch.float32)
+    for path, layer in quantised.named_modules():
+        if isinstance(layer, QuantLinear):
+            plain.get_submodule(path).weight.data = layer.weight
+    for mine, reference in zip(_step(quantised), _step(plain), strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_only_the_linear_layers_of_blocks_are_quantised(nano):
+    model = load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant="int8")
+    params = model.params
+    for path, module in model.named_modules():
+        inside = ".attention." in path or ".feed_forward." in path
+        if isinstance(module, torch.nn.Linear):
+            assert isinstance(module, QuantLinear) == inside, path
+    quantised = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert len(quantised) == 5 * params.n_blocks
+    assert {p.dtype for n, p in model.named_parameters() if n.startswith("t_embedder.")} == {torch.float32}
+
+
+def test_quantised_and_swapped(nano):
+    stays = _step(load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant="nf4"))
+    swap = SwapOptions(blocks_to_swap=4)
+    moves = _step(load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant="nf4", swap=swap))
+    assert all(torch.equal(a, b) for a, b in zip(stays, moves, strict=True))
+
+
+def test_merging_quantises_anew_and_can_be_undone(nano):
+    model = load_nextdit(nano.dit, device=CPU, dtype=torch.float32, quant="int8")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = create_network(model, dim=4, alpha=4, args={}, seed=3)
+    for lora in network.loras.values():
+        torch.nn.init.normal_(lora.up, std=0.05, generator=torch.Generator().manual_seed(1))
+    network.apply_to(model)
+    applied = _flat(model(*_inputs(model)))
+    network.remove()
+    originals = merge(model, [network])
+    merged = _flat(model(*_inputs(model)))
+    assert (merged - applied).norm() / applied.norm() < LIMITS["int8"]
+    unmerge(model, originals)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_saved_model_is_the_one_that_was_quantised(nano, run_script, tmp_path, scheme):
+    saved = tmp_path / "quantised.safetensors"
+    flags = ("--pretrained_model_name_or_path", nano.dit, "--output", saved, "--base_quant", scheme)
+    assert (done := run_script("tools/quantize_model.py", *flags)).code == 0, done.err
+    now = load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant=scheme).state_dict()
+    again = load_nextdit(saved, device=CPU, dtype=torch.bfloat16)
+    assert again.params == inspect_lumina2(nano.dit).params
+    assert now.keys() == again.state_dict().keys()
+    assert all(torch.equal(now[name], tensor) for name, tensor in again.state_dict().items())
+    assert saved.stat().st_size < nano.dit.stat().st_size
+    with pytest.raises(ConfigError, match="quantised to " + scheme):
+        inspect_lumina2(saved).quant.check("fp8" if scheme != "fp8" else "int8")
+    assert run_script("tools/quantize_model.py", *flags).code == 2  # it would overwrite
+
+
+def test_a_quantised_file_that_is_not_whole(nano, tmp_path):
+    from safetensors.torch import save_file
+
+    model = load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant="int8")
+    tensors = {name: t for name, t in model.state_dict().items() if name != "layers.0.attention.qkv.scale"}
+    save_file(tensors, tmp_path / "broken.safetensors", {"flow_scripts.quant": "int8"})
+    with pytest.raises(CheckpointError, match=r"lacks 'layers\.0\.attention\.qkv\.scale'"):
+        inspect_lumina2(tmp_path / "broken.safetensors")
+    save_file(tensors, tmp_path / "newer.safetensors", {"flow_scripts.quant": "int3"})
+    with pytest.raises(CheckpointError, match="'int3', which is not known"):
+        inspect_lumina2(tmp_path / "newer.safetensors")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_text_encoder_is_near_the_whole_one(nano, scheme):
+    ids = [[2, 5, 9, 30], [2, 7]]
+    with torch.no_grad():
+        whole = _flat(load_gemma2(nano.gemma2, device=CPU, dtype=torch.float32).encode(ids))
+        encoder = load_gemma2(nano.gemma2, device=CPU, dtype=torch.float32, quant=scheme)
+        near = _flat(encoder.encode(ids))
+    assert not isinstance(encoder.model.embed_tokens, QuantLinear)
+    assert 0 < (near - whole).norm() / whole.norm() < 1.5 * LIMITS[scheme]
+
+
+def test_caches_of_a_quantised_text_encoder_are_its_own(nano):
+    options, ledger = TextEncoderOptions(gemma2=nano.gemma2), HashLedger()
+    found = {text_identity(options, "bf16", ledger, quant=scheme) for scheme in (None, *SCHEMES)}
+    assert len(found) == 1 + len(SCHEMES)

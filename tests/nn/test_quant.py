@@ -1,0 +1,108 @@
+"""Quantised weights: what comes back, what a layer computes with it, and what it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.core.errors import ConfigError
+from library.nn.quant import SCHEMES, QuantLinear, use_quant_layers
+
+# The mean square error of a normal distribution's weights, relative: measured bounds with a little room.
+LIMITS = {"fp8": 0.03, "int8": 0.01, "int4": 0.09, "nf4": 0.10}
+BITS = {"fp8": 8, "int8": 8, "int4": 4.5, "nf4": 4.25}
+
+
+def _weight(rows: int = 128, columns: int = 192) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) * 0.05
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_weight_comes_back_nearly(name: str) -> None:
+    weight = _weight()
+    restored = SCHEMES[name].unpack(SCHEMES[name].pack(weight), torch.float32)
+    assert restored.shape == weight.shape
+    assert (restored - weight).norm() / weight.norm() < LIMITS[name]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_what_was_quantised_once_is_quantised_without_further_loss(name: str) -> None:
+    scheme = SCHEMES[name]
+    once = scheme.unpack(scheme.pack(_weight()), torch.float32)
+    twice = scheme.unpack(scheme.pack(once), torch.float32)
+    assert (twice - once).norm() / once.norm() < 0.01
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_rows_of_zeros_stay_zeros(name: str) -> None:
+    weight = _weight()
+    weight[3] = 0
+    assert torch.equal(SCHEMES[name].unpack(SCHEMES[name].pack(weight), torch.float32)[3], torch.zeros(192))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_an_outlier_spoils_its_own_row_only(name: str) -> None:
+    weight = _weight()
+    plain = SCHEMES[name].unpack(SCHEMES[name].pack(weight), torch.float32)
+    weight[5, 7] = 100.0
+    spoilt = SCHEMES[name].unpack(SCHEMES[name].pack(weight), torch.float32)
+    others = [row for row in range(len(weight)) if row != 5]
+    assert torch.equal(plain[others], spoilt[others])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_bytes_of_the_stored_form(name: str) -> None:
+    stored = SCHEMES[name].pack(_weight(256, 1024))
+    bits = 8 * sum(tensor.nbytes for tensor in stored) / (256 * 1024)
+    assert bits == pytest.approx(BITS[name], abs=0.04)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_layer_is_a_plain_one_with_the_restored_weight(name: str, dtype: torch.dtype, bias: bool) -> None:
+    layer = QuantLinear(192, 128, bias, name)
+    layer.quantise(_weight(), torch.device("cpu"))
+    if bias:
+        torch.nn.init.normal_(layer.bias)
+    plain = torch.nn.Linear(192, 128, bias=bias)
+    plain.weight.data, plain.bias = layer.weight, layer.bias
+    x = torch.randn(40, 192, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    y, reference = layer(x), plain(wide)
+    y.float().square().sum().backward()
+    reference.square().sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), reference, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(x.grad.float(), wide.grad, atol=10 * tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_only_the_stored_form_is_kept_for_backward(name: str) -> None:
+    layer = QuantLinear(192, 128, False, name)
+    layer.quantise(_weight(), torch.device("cpu"))
+    own = {tensor.data_ptr() for tensor in layer.stored}
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        layer(torch.randn(40, 192, requires_grad=True))
+    assert set(kept) == own
+
+
+def test_the_reported_error_is_that_of_the_weight() -> None:
+    layer, weight = QuantLinear(192, 128, False, "int4"), _weight()
+    error = layer.quantise(weight, torch.device("cpu"))
+    assert error == pytest.approx(((layer.weight - weight).norm() / weight.norm()).item())
+
+
+def test_a_width_that_cannot_be_grouped() -> None:
+    with pytest.raises(ConfigError, match="100 inputs cannot be quantised to nf4"):
+        QuantLinear(100, 8, False, "nf4")
+
+
+def test_layers_are_replaced_empty() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.SiLU(), torch.nn.Linear(32, 16))
+    use_quant_layers(model, ["2"], "int8")
+    assert isinstance(model[2], QuantLinear) and not isinstance(model[0], QuantLinear)
+    assert {tensor.device.type for tensor in model[2].stored} == {"meta"}

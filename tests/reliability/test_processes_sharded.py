@@ -1,0 +1,116 @@
+"""A model spread over two processes by FSDP2 trains, validates and draws bit for bit as a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from library.core.errors import ConfigError
+from library.options.group import parse_options
+from library.options.train import LuminaTrainOptions
+from library.training.sharding import check_sharding
+from tests.reliability import legs
+from tests.reliability.legs import NAME, losses, same, weights
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0"
+
+
+def write_dataset(folder: Path) -> Path:
+    """Write three pictures to train on, so that one has no partner, and one that is held out.
+
+    One of the three trains towards the untrained model.
+    """
+    folder.mkdir()
+    for number, part in enumerate(("train", "train", "keep", "held")):
+        (folder / part).mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), (60 * number, 90, 200)).save(folder / part / f"{number}.png")
+        (folder / part / f"{number}.txt").write_text(f"picture {number}")
+    config = folder / "data.toml"
+    config.write_text(
+        "[general]\ncaption_extension = '.txt'\n"
+        "[[datasets]]\nresolution = 64\nbatch_size = 1\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder / 'train'}'\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder / 'keep'}'\n"
+        "custom_attributes = { diff_output_preservation = true }\n"
+        "[[datasets]]\nresolution = 64\nbatch_size = 1\nvalidation = true\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder / 'held'}'\n"
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def output(nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the output of two processes, with a whole model and with a sharded one.
+
+    Both trained twice: "all", and "late" where the first blocks have no LoRA and LoRAs are dropped at random.
+    """
+    folder = tmp_path_factory.mktemp("sharded")
+    dataset = write_dataset(folder / "photos")
+    (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --l 4 --d 1\n")
+    watched = (f"--sample_prompts={folder / 'prompts.txt'}", "--sample_every_n_epochs=1")
+    more = {
+        "all": (*watched, "--gradient_checkpointing"),
+        "late": (
+            "--mixed_precision=bf16",
+            "--network_args",
+            "train_blocks=transformer",
+            "module_dropout=0.5",
+        ),
+    }
+    jobs = [
+        (sharded, legs.words(nano, dataset, folder / f"{name}-{sharded}", "--console_log_level=INFO", *flags))
+        for name, flags in more.items()
+        for sharded in (False, True)
+    ]
+    (folder / "jobs").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    done = subprocess.run(
+        [sys.executable, *LAUNCHER.split(), "tests/reliability/sharding_worker.py", str(folder / "jobs")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("are spread over 2 processes by FSDP2") == 2, done.stdout
+    return folder
+
+
+@pytest.mark.parametrize("job", ["all", "late"])
+def test_the_same_network(output: Path, job: str) -> None:
+    whole, sharded = output / f"{job}-False", output / f"{job}-True"
+    assert losses(whole) == losses(sharded)
+    assert len(losses(whole)) == 4
+    assert same(weights(whole), weights(sharded))
+
+
+def test_the_same_validation(output: Path) -> None:
+    def curve(folder: Path) -> list[dict[str, float]]:
+        records = map(json.loads, (folder / f"{NAME}.metrics.jsonl").read_text().splitlines())
+        curves = [{key: v for key, v in record.items() if "validation" in key} for record in records]
+        return [values for values in curves if values]
+
+    assert curve(output / "all-True") == curve(output / "all-False")
+    assert len(curve(output / "all-True")) == 2
+
+
+def test_the_same_pictures(output: Path) -> None:
+    whole, sharded = (sorted((output / f"all-{kind}" / "sample").glob("*_e0*.png")) for kind in (False, True))
+    assert len(whole) == len(sharded) == 2
+    for one, other in zip(whole, sharded, strict=True):
+        assert ImageChops.difference(Image.open(one), Image.open(other)).getbbox() is None
+
+
+def test_block_swap_does_the_same_in_another_way(nano, tmp_path: Path) -> None:
+    words = legs.words(nano, tmp_path / "data.toml", tmp_path, "--blocks_to_swap=1")
+    with pytest.raises(ConfigError, match="--blocks_to_swap and FSDP"):
+        check_sharding(parse_options(LuminaTrainOptions, words))

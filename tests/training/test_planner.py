@@ -1,0 +1,161 @@
+"""--vram_budget and --plan_memory: what is chosen fits, is the fastest that does, and keeps given flags."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from library.core.errors import ConfigError
+from library.training.look.planner import allowed_bytes
+
+
+@pytest.fixture(scope="module")
+def command(nano, tmp_path_factory):
+    photos = tmp_path_factory.mktemp("data") / "2_thing"
+    photos.mkdir()
+    for name in ("red", "green", "blue"):
+        Image.new("RGB", (256, 256), name).save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text(f"{name} picture")
+    return [
+        *(f"--pretrained_model_name_or_path={nano.dit}", f"--gemma2={nano.gemma2}", f"--ae={nano.ae}"),
+        *(f"--train_data_dir={photos.parent}", "--caption_extension=.txt", "--resolution=256"),
+        *("--train_batch_size=2", "--network_module=networks.lora_lumina", "--network_dim=4", "--seed=1"),
+        *("--max_train_steps=2", "--cache_latents", "--cache_text_encoder_outputs"),
+        *("--gemma2_max_token_length=30", "--output_name=it"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def estimate(command, tmp_path_factory):
+    """The memory estimate of that run, made in this process, and its options."""
+    from library.options.group import parse_options
+    from library.options.train import LuminaTrainOptions
+    from library.training.context import RunContext
+    from library.training.look.memory_estimate import MemoryEstimate
+    from library.training.look.meter import Speeds
+    from library.training.prepare import prepare
+    from lumina_train_network import LuminaTrainer
+
+    folder = tmp_path_factory.mktemp("estimate")
+    options = parse_options(LuminaTrainOptions, [*command, f"--output_dir={folder}", "--vram_budget=12GB"])
+    trainer = LuminaTrainer(options)
+    context = RunContext.decide(trainer, prepare(trainer))
+    return MemoryEstimate(trainer, context, speeds=Speeds()), options
+
+
+def plan(estimate, allowed, **changed):
+    from dataclasses import replace
+
+    from library.training.look.meter import Speeds
+    from library.training.look.planner import make_plan
+
+    made, options = estimate
+    for group, values in changed.items():
+        options = replace(options, **{group: replace(getattr(options, group), **values)})
+    return make_plan(made, options, round(allowed), Speeds())
+
+
+def test_with_much_memory_nothing_is_given_up(estimate):
+    chosen = plan(estimate, 2**40).chosen
+    assert (chosen.manner.mode, chosen.manner.quant, chosen.swap.count) == ("none", None, 0)
+    assert chosen.flags().startswith("none are needed")
+
+
+def test_what_is_chosen_fits_and_nothing_cheaper_does(estimate):
+    whole = plan(estimate, 2**40).chosen.memory
+    seen = set()
+    for share in (0.95, 0.5, 0.28):
+        made = plan(estimate, whole * share)
+        assert made.chosen.memory <= whole * share
+        cheaper = [choice for choice in made.choices if choice.cost < made.chosen.cost]
+        assert all(choice.memory > whole * share for choice in cheaper)
+        seen.add(made.chosen.flags())
+    assert len(seen) >= 3
+
+
+def test_less_memory_never_makes_a_faster_choice(estimate):
+    whole = plan(estimate, 2**40).chosen.memory
+    costs = [plan(estimate, whole * share).chosen.cost for share in (1, 0.6, 0.3)]
+    assert costs == sorted(costs)
+
+
+def test_given_flags_are_kept(estimate):
+    whole = plan(estimate, 2**40).chosen.memory
+    made = plan(estimate, whole, compute={"gradient_checkpointing": True, "checkpoint_mode": "full"})
+    assert {choice.manner.mode for choice in made.choices} == {"full"}
+    made = plan(estimate, whole, compute={"gradient_checkpointing": True})
+    assert "none" not in {choice.manner.mode for choice in made.choices}
+    made = plan(estimate, whole * 2, swap={"blocks_to_swap": 3})
+    assert {choice.swap.count for choice in made.choices} == {3}
+    made = plan(estimate, whole * 2, quant={"base_quant": "int4"})
+    assert {choice.manner.quant for choice in made.choices} == {"int4"}
+    made = plan(estimate, whole * 2, compute={"torch_compile": True})
+    assert not {"selective", "feed_forward"} & {choice.manner.mode for choice in made.choices}
+
+
+def test_a_choice_becomes_options_and_flags_that_say_the_same(estimate, command, tmp_path):
+    from library.options.group import parse_options
+    from library.options.train import LuminaTrainOptions
+    from library.training.look.memory_estimate import Manner
+
+    _, options = estimate
+    whole = plan(estimate, 2**40).chosen.memory
+    for share in (0.6, 0.3):
+        chosen = plan(estimate, whole * share).chosen
+        applied = chosen.apply_to(options)
+        words = [*command, f"--output_dir={tmp_path}", *chosen.flags().split()]
+        typed = parse_options(LuminaTrainOptions, words)
+        assert (typed.compute, typed.swap, typed.quant) == (applied.compute, applied.swap, applied.quant)
+        assert Manner.of(applied) == chosen.manner
+
+
+def test_what_cannot_fit_is_told_with_its_parts(estimate):
+    from library.core.errors import ResourceError
+
+    with pytest.raises(ResourceError, match="takes at least .* network, gradients, optimizer"):
+        plan(estimate, 100_000)
+
+
+def test_a_cpu_has_no_free_memory_to_plan_with():
+    with pytest.raises(ConfigError, match="this run is on the cpu; give an amount"):
+        allowed_bytes("auto", None, torch.device("cpu"))
+    assert 10.5 * 2**30 < allowed_bytes("12GB", 12 * 2**30, torch.device("cpu")) < 12 * 2**30
+
+
+def test_a_planned_run_trains_the_same_network(command, run_script, tmp_path):
+    """What is chosen without quantising changes no bit; the dry run shows the same choice."""
+    budget = "--vram_budget=630MB"  # of which 600 are not for tensors
+    words = [*command, f"--output_dir={tmp_path / 'c'}", budget, "--dry_run"]
+    looked = run_script("lumina_train_network.py", *words)
+    assert looked.code == 0, looked.err
+    said = looked.out + looked.err
+    assert re.search(r"full|feed_forward|selective", said) and "<- chosen" in said
+    flags = re.search(r"flags: (--gradient_checkpointing .*)", said)[1]
+    assert "this is a plan for a GPU" in said
+    plain, planned = tmp_path / "a", tmp_path / "b"
+    assert run_script("lumina_train_network.py", *command, f"--output_dir={plain}").code == 0
+    result = run_script("lumina_train_network.py", *command, f"--output_dir={planned}", budget)
+    assert result.code == 0, result.err
+    assert f"flags: {flags}" in result.out + result.err
+    if "--base_quant" not in flags:
+        one, two = (load_file(folder / "it.safetensors") for folder in (plain, planned))
+        assert all(one[key].equal(two[key]) for key in one)
+    config = (planned / "it.config.toml").read_text()
+    assert "gradient_checkpointing = true" in config and 'vram_budget = "630MB"' in config
+
+
+def test_measuring_says_what_each_way_takes(command, run_script, tmp_path):
+    words = [*command, f"--output_dir={tmp_path}", "--plan_memory", "--vram_budget=640MB"]
+    result = run_script("lumina_train_network.py", *words)
+    assert result.code == 0, result.err
+    rows = json.loads((tmp_path / "memory_plan.json").read_text())
+    assert {row["mode"] for row in rows} == {"none", "selective", "feed_forward", "full", "offload"}
+    assert any(row["blocks_swapped"] for row in rows) and any(row["base_quant"] for row in rows)
+    for row in rows:
+        assert row["foretold_bytes"] == pytest.approx(row["found_bytes"], rel=0.1)
+        assert row["seconds"] > 0
+    assert "<- chosen" in result.out
+    assert not (tmp_path / "it.safetensors").exists()

@@ -123,10 +123,10 @@ def test_the_guides_command(nano: Nano, tmp_path: Path) -> None:
 def test_prompts_typed_at_the_keyboard(
     nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = "a fox --w 32 --d 5\na hen --w 33\na hen\n--d 6 --n -\nexit\nnever\n"
+    typed = "a fox --w 32 --d 5\na hen --w wide\na hen\n--d 6 --n -\nexit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     draw(nano, tmp_path, "--negative_prompt", "fog", "--interactive")
-    assert "image width 33 is not a multiple of 16; the nearest are 32 and 48" in capsys.readouterr().err
+    assert "--w: 'wide' is not a whole number" in capsys.readouterr().err
     paths = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     facts = [json.loads(Image.open(path).text["flow-scripts"]) for path in paths]
     assert [(f["prompt"], f["width"], f["negative_prompt"]) for f in facts] == [

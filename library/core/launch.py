@@ -7,6 +7,7 @@ trains on its own and writes the same files.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -47,10 +48,13 @@ _SLURM = _Starter(
 )
 _DEFAULT_PORT = "29500"  # that of torchrun and accelerate
 
-NO_DEEPSPEED = (
-    "DeepSpeed is not used: it shards optimizer states, and those of a LoRA are small. To spread the frozen "
-    "model over the GPUs, start with `accelerate launch --use_fsdp --fsdp_version 2 --num_processes N`; if "
-    "it fits on each, `accelerate launch --multi_gpu --num_processes N` is faster; see docs/multi_gpu.md"
+PLAIN_STAGES = (
+    "DeepSpeed's stages 1 and 2 spread the optimizer's memory and gradients, and those of a LoRA are a few "
+    "megabytes; every process keeps the whole model, as without it"
+)
+WEIGHTS_STAY = (
+    "weights that are spread over the GPUs stay there; leave it out, or keep weights in the computer's "
+    "memory with --blocks_to_swap, without DeepSpeed"
 )
 
 
@@ -64,13 +68,52 @@ def complete_launch() -> None:
         ConfigError: the launcher was asked for something that cannot be.
     """
     environment = os.environ
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ConfigError(f"`accelerate launch` was told to use DeepSpeed. {NO_DEEPSPEED}.")
+    adopt_deepspeed(environment)
     if "RANK" in environment:
         return
     adopt_rank(environment)
     if "RANK" not in environment:
         _start_the_others(environment)
+
+
+def adopt_deepspeed(environment: MutableMapping[str, str]) -> None:
+    """Translate what accelerate's configuration says of DeepSpeed: its stage 3 is FSDP2, others are nothing.
+
+    Raises:
+        ConfigError: weights are to be offloaded; or the configuration file cannot be read.
+    """
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
+        return
+    environment["ACCELERATE_USE_DEEPSPEED"] = (
+        "false"  # else accelerate imports the package, which is not used
+    )
+    offloads = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    stage = _zero_stage(environment)
+    if offloads.lower() not in ("none", "") and stage == 3:
+        raise ConfigError(f"DeepSpeed's offload_param_device {offloads} cannot be used here: {WEIGHTS_STAY}.")
+    if stage == 3:
+        spread_model(environment)
+    elif environment.get("RANK", "0") == "0":
+        _log.warning("DeepSpeed's stage %d has no effect: %s", stage, PLAIN_STAGES)
+
+
+def spread_model(environment: MutableMapping[str, str]) -> None:
+    """Ask for FSDP2, as accelerate's configuration does: every process keeps a part of the frozen model."""
+    environment["ACCELERATE_USE_FSDP"] = "true"
+    environment["FSDP_VERSION"] = "2"
+    environment["FSDP_RESHARD_AFTER_FORWARD"] = "true"
+
+
+def _zero_stage(environment: Mapping[str, str]) -> int:
+    """Return DeepSpeed's stage: of accelerate's configuration, or of the DeepSpeed file that it names."""
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path.lower() in ("none", ""):
+        return int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return int(found.get("zero_optimization", {}).get("stage", 0))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"DeepSpeed's configuration file {path} cannot be read: {error}.") from error
 
 
 def adopt_rank(environment: MutableMapping[str, str]) -> None:

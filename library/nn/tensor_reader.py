@@ -28,7 +28,7 @@ from library.core.errors import CheckpointError
 from library.core.files import explain
 
 READERS = min(4, os.cpu_count() or 1)
-PIECE_BYTES = 8 * 2**20
+PIECE_BYTES = 2 * 2**20  # small enough to still be in the processor's cache when it is converted
 
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},

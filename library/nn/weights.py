@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.core.ahead import map_ahead
-from library.core.checkpoint_files import Checkpoint, TensorInfo
+from library.core.checkpoint_files import Checkpoint
 from library.core.errors import CheckpointError
 from library.core.log import logger
 from library.core.suggest import did_you_mean

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.core.launch import NO_DEEPSPEED
 from library.options.group import OptionGroup, inert, refused
 
 _LEAVE_OUT = "leave it out"
@@ -80,13 +79,3 @@ class LegacyOptions(OptionGroup):
     )
     ddp_gradient_as_bucket_view: bool = inert(_NO_DDP, default=False)
     ddp_static_graph: bool = inert(_NO_DDP, default=False)
-
-    deepspeed: bool = refused(NO_DEEPSPEED, default=False)
-    zero_stage: int = refused(NO_DEEPSPEED, default=2)
-    offload_optimizer_device: str | None = refused(NO_DEEPSPEED, harmless=("none",))
-    offload_optimizer_nvme_path: str | None = refused(NO_DEEPSPEED)
-    offload_param_device: str | None = refused(NO_DEEPSPEED, harmless=("none",))
-    offload_param_nvme_path: str | None = refused(NO_DEEPSPEED)
-    zero3_init_flag: bool = refused(NO_DEEPSPEED, default=False)
-    zero3_save_16bit_model: bool = refused(NO_DEEPSPEED, default=False)
-    fp16_master_weights_and_gradients: bool = refused(NO_DEEPSPEED, default=False)

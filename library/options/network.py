@@ -19,17 +19,25 @@ class NetworkOptions(OptionGroup):
     The small network (LoRA) that is trained while the model stays as it is.
     """
 
-    network_module: str = option(REQUIRED, "kind of the network: networks.lora_lumina, or lycoris.kohya (docs/lycoris.md)")
+    network_module: str = option(
+        REQUIRED, "kind of the network: networks.lora_lumina, or lycoris.kohya (docs/lycoris.md)"
+    )
     network_dim: int = option(4, "rank of the LoRA: how much it can hold, and how large its file is")
     network_alpha: float = option(1.0, "strength: the LoRA is scaled by alpha / rank; 0 means the rank")
     network_dropout: float | None = option(None, "probability of dropping a hidden feature of the LoRA")
     network_args: tuple[str, ...] = option(
         (), "more settings of the network module, as key=value", nargs="*", metavar="KEY=VALUE"
     )
-    network_weights: Path | None = option(None, "start from this LoRA file, of the same ranks, alpha and kind")
+    network_weights: Path | None = option(
+        None, "start from this LoRA file, of the same ranks, alpha and kind"
+    )
     dim_from_weights: bool = option(False, "take layers, ranks, alphas and kind from --network_weights")
     base_weights: tuple[Path, ...] = option(
-        (), "LoRA files that are merged into the models before training", nargs="*", parse=Path, metavar="PATH"
+        (),
+        "LoRA files that are merged into the models before training",
+        nargs="*",
+        parse=Path,
+        metavar="PATH",
     )
     base_weights_multiplier: tuple[float, ...] = option(
         (), "strengths of --base_weights, 1 where there are fewer", nargs="*", parse=float, metavar="NUMBER"

@@ -9,6 +9,7 @@ from library.options.budget import BudgetOptions
 from library.options.caching import CachingOptions
 from library.options.compute import ComputeOptions
 from library.options.dataset import DatasetOptions
+from library.options.deepspeed import DeepSpeedOptions
 from library.options.ema import EmaOptions
 from library.options.hub import HubOptions
 from library.options.legacy import LegacyOptions
@@ -37,6 +38,7 @@ class TrainOptions:
     compute: ComputeOptions
     swap: SwapOptions
     quant: QuantOptions
+    deepspeed: DeepSpeedOptions
     budget: BudgetOptions
     optimizer: OptimizerOptions
     timesteps: TimestepOptions

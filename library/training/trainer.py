@@ -6,6 +6,7 @@ before the slow imports begin. The run itself is in `library/training/run.py`.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
@@ -141,11 +142,13 @@ class NetworkTrainer(ABC):
         --plan_memory it measures, and returns the path of the figures.
         """
         # Imported as they are needed: --help need not wait for the dataset code, nor a mistake for torch.
-        from library.core.launch import complete_launch
+        from library.core.launch import complete_launch, spread_model
         from library.training.prepare import prepare
         from library.training.state.stop import StopSignals
 
         complete_launch()
+        if self.options.deepspeed.spreads_model:
+            spread_model(os.environ)
         with StopSignals().caught() as signals:
             prepared = prepare(self)
             if self.options.training.only_looks:

@@ -12,7 +12,7 @@ import pytest
 
 from library.core.dist import Processes
 from library.core.errors import ConfigError
-from library.core.launch import adopt_rank, complete_launch, several_processes_words
+from library.core.launch import adopt_deepspeed, adopt_rank, several_processes_words
 
 ROOT = Path(__file__).resolve().parents[2]
 # Says which of how many processes it is. Its own words must not be taken for the launcher's.
@@ -115,10 +115,32 @@ def test_a_batch_script_of_slurm_is_alone() -> None:
     assert "RANK" not in environment
 
 
-def test_deepspeed_is_answered_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match="--use_fsdp --fsdp_version 2"):
-        complete_launch()
+def deepspeed(**more: str) -> dict[str, str]:
+    """Return what is left of accelerate's variables, after DeepSpeed's are translated."""
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", **more}
+    adopt_deepspeed(environment)
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "false"
+    return {name: environment[name] for name in FSDP if name in environment}
+
+
+def test_stage_3_of_deepspeed_is_fsdp(tmp_path: Path) -> None:
+    assert deepspeed(ACCELERATE_DEEPSPEED_ZERO_STAGE="3") == FSDP
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    assert deepspeed(ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file), ACCELERATE_DEEPSPEED_ZERO_STAGE="2") == FSDP
+
+
+def test_other_stages_of_deepspeed_are_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    assert deepspeed(ACCELERATE_DEEPSPEED_ZERO_STAGE="1") == {}
+    assert deepspeed(ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="none") == {}
+    assert "DeepSpeed's stage 1 has no effect" in caplog.text and "stage 2 has no effect" in caplog.text
+
+
+def test_what_deepspeed_cannot_be_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--blocks_to_swap, without DeepSpeed"):
+        deepspeed(ACCELERATE_DEEPSPEED_ZERO_STAGE="3", ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="cpu")
+    with pytest.raises(ConfigError, match="no.json cannot be read"):
+        deepspeed(ACCELERATE_DEEPSPEED_CONFIG_FILE=str(tmp_path / "no.json"))
 
 
 @pytest.mark.parametrize(

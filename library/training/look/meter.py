@@ -71,18 +71,28 @@ class Meter(TorchDispatchMode):
         result = self._copied_out(func, args)
         if result is None:
             result = func(*args, **kwargs)
+        if func.is_view:
+            return result
         given, made = list(_tensors(args, kwargs.values())), list(_tensors((result,)))
-        there = {tensor.untyped_storage()._cdata for tensor in given}
-        for tensor in made:
-            storage = tensor.untyped_storage()
-            if tensor.device.type in self._kinds and storage._cdata not in there:
-                self._follow(storage)
+        new = [storage for tensor in made if (storage := self._unknown(tensor)) is not None]
+        if new:
+            there = {tensor.untyped_storage()._cdata for tensor in given}
+            for storage in new:
+                if storage._cdata not in there:
+                    self._follow(storage)
         room = _ROOMS.get(func._schema.name)
         if room is not None and given[0].device.type in self._kinds:
             self.peak = max(self.peak, self.live + room(*args))
-        if self._speeds is not None and not func.is_view:
+        if self._speeds is not None:
             self.seconds += self._seconds(self._speeds, func, args, kwargs, result, given, made)
         return result
+
+    def _unknown(self, tensor: Tensor) -> torch.UntypedStorage | None:
+        """The storage of a tensor that lies where it counts and is not followed yet."""
+        if tensor.device.type not in self._kinds:
+            return None
+        storage = tensor.untyped_storage()
+        return None if storage._cdata in self._alive else storage
 
     def _copied_out(self, func: torch._ops.OpOverload, args: tuple[object, ...]) -> object:
         """A copy from the meta device to the computer's memory, which torch refuses, has nothing to copy."""

@@ -4,7 +4,7 @@ For each precision of the frozen model and each way to keep less for backward, m
 step on the meta device (`simulate`); block swap takes weights off the device, as few as are needed. So a
 choice costs
 
-    time = max(forward, copies) + max(backward, copies)
+    time = max(forward, copies) + max(backward, copies) + 2 * SEEN * copies
 
 with copies = bytes of the swapped blocks / speed of the link, which run beside the computation. Precision is
 another matter: everything else gives the same numbers bit for bit. So a quantised model is weighed as if a
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 OVERHEAD = 600 * 2**20  # a driver's own memory and the libraries' work space, which no tensor has
 SLACK = 1.05  # what the allocator holds, for each byte of tensors
 RELUCTANCE = {None: 1.0, "fp8": 1.5, "int8": 1.5, "int4": 2.5, "nf4": 2.5}
+SEEN = 0.1  # share of the copies' time that the computation feels although they run beside it
 PRECISIONS = (None, "int8", "nf4")  # tried where none is given; int8 is nearer to the original than fp8
 
 _PAGEABLE = 0.4  # share of the link's speed that copies from ordinary memory reach
@@ -169,8 +170,13 @@ def make_plan(
     allowed: int,
     speeds: Speeds,
     calibration: Calibration = _UNCALIBRATED,
+    precisions: Sequence[str | None] = PRECISIONS,
 ) -> Plan:
-    """Choose. Whatever `options` ask for is kept. `allowed`: bytes for tensors. `speeds`: of the estimate.
+    """Choose. Whatever `options` ask for is kept.
+
+    Args:
+        allowed: bytes for tensors. speeds: those of the estimate.
+        precisions: schemes of `library.nn.quant` to choose from, unless `options` ask for one.
 
     Raises:
         ResourceError: nothing fits.
@@ -180,7 +186,8 @@ def make_plan(
         return _with_swap(estimate, manner, options.swap, allowed, speeds, calibration)
 
     found: list[Choice] = []
-    for precision in _precisions(options):
+    given = options.quant.transformer
+    for precision in precisions if given is None else (given,):
         if _fits(found, allowed) and _best(found, allowed) < RELUCTANCE[precision] * _fastest(found):
             break  # it would not be chosen even if it were as fast as the fastest
         for mode in _modes(options):
@@ -212,7 +219,9 @@ def planned(context: RunContext) -> RunContext:
     allowed = min(context.processes.gather(mine))  # all processes run alike
     speeds = Speeds()
     estimate = MemoryEstimate(context.trainer, context, speeds=speeds)
-    plan = make_plan(estimate, options, allowed, speeds)
+    prepared = context.prepared
+    had = PRECISIONS if prepared.resumed is None else (prepared.settings["base_quant"],)
+    plan = make_plan(estimate, options, allowed, speeds, precisions=had)
     plan = replace(plan, warnings=tuple(_warnings(estimate, plan, device)))
     _log.info("--vram_budget %s\n%s", budget.vram_budget, "\n".join(f"  {line}" for line in plan.lines()))
     chosen = context.processes.agree(plan.chosen)
@@ -231,11 +240,6 @@ def with_options(context: RunContext, options: TrainOptions) -> RunContext:
         trainer=context.trainer.with_options(options),
         prepared=replace(prepared, settings=settings, adjustments=told),
     )
-
-
-def _precisions(options: TrainOptions) -> Sequence[str | None]:
-    given = options.quant.transformer
-    return PRECISIONS if given is None else (given,)
 
 
 def _modes(options: TrainOptions) -> list[tuple[str, int]]:
@@ -298,7 +302,7 @@ def _with_swap(
     if swap.block_swap_ring_size == 1:
         seconds = forward + backward + 2 * copies
     else:
-        seconds = max(forward, copies) + max(backward, copies)
+        seconds = max(forward, copies) + max(backward, copies) + 2 * SEEN * copies
     return Choice(manner, swap, parts, memory, seconds)
 
 

@@ -58,6 +58,7 @@ TOLD = {
 # Have no part in the numbers of training.
 SILENT_GROUPS = {
     *("saving", "sampling", "logging", "metadata", "validation", "state", "hub", "legacy", "swap"),
+    "deepspeed",
     "budget",  # what it leads to is recorded where it has a part
 }
 SILENT = {

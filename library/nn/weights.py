@@ -84,7 +84,9 @@ def load_module(
     with TensorReader(checkpoint.files, mmap=mmap) as reader, closing(tensors):
         for (name, target), tensor in zip(targets.items(), tensors, strict=True):
             if name in quantised:
-                errors[name] = quantised[name].quantise(tensor, place_of(name))
+                error = quantised[name].quantise(tensor, place_of(name))
+                if not tensor.is_meta:
+                    errors[name] = error
             else:
                 _assign(module, name, tensor.view(target.shape))
     if errors:

@@ -42,7 +42,7 @@ def test_options_alone_draw_the_prompt_again(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_mistake_is_explained_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = typed("a --w 17\nb --m 1\nc\n", monkeypatch)
+    found = typed("a --w wide\nb --m 1\nc\n", monkeypatch)
     assert [(r.prompt, r.width) for r in found] == [("c", 64)]
     errors = capsys.readouterr().err
-    assert "image width 17" in errors and "no LoRAs here" in errors
+    assert "--w: 'wide' is not a whole number" in errors and "no LoRAs here" in errors

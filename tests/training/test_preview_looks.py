@@ -170,5 +170,5 @@ def test_a_long_grid_shrinks_its_cells(tmp_path: Path) -> None:
 
 
 def test_comparing_needs_prompts() -> None:
-    with pytest.raises(ConfigError, match="--sample_compare_base has no prompts"):
+    with pytest.raises(ConfigError, match="--sample_compare_base has no pictures to compare with"):
         SampleOptions(sample_compare_base=True)

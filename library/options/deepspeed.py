@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.core.errors import ConfigError
 from library.core.launch import PLAIN_STAGES, WEIGHTS_STAY
 from library.options.group import OptionGroup, inert, option, refused
 
@@ -36,10 +35,6 @@ class DeepSpeedOptions(OptionGroup):
         "small updates get lost in 16 bits, and fp32 costs a LoRA a few megabytes; leave it out",
         default=False,
     )
-
-    def __post_init__(self) -> None:
-        if self.zero_stage == 3 and not self.deepspeed:
-            raise ConfigError("--zero_stage 3 spreads the model only together with --deepspeed; add that.")
 
     @property
     def spreads_model(self) -> bool:

@@ -212,3 +212,15 @@ def test_a_schedule_without_effect_has_none():
 def test_what_would_train_something_else_is_an_error(words, message):
     with pytest.raises(ConfigError, match=message):
         parse(*words)
+
+
+def test_a_stage_of_deepspeed_alone_asks_for_nothing():
+    from library.options.deepspeed import DeepSpeedOptions
+
+    assert list(DeepSpeedOptions(zero_stage=3).adjustments()) == [
+        "--zero_stage has no effect: --deepspeed is not given"
+    ]
+    assert not DeepSpeedOptions(zero_stage=3).spreads_model
+    assert DeepSpeedOptions(deepspeed=True, zero_stage=3).spreads_model
+    (told,) = DeepSpeedOptions(deepspeed=True).adjustments()
+    assert told.startswith("--deepspeed --zero_stage 2 has no effect")

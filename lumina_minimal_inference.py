@@ -67,7 +67,8 @@ def read_requests(options: LuminaInferenceOptions) -> list[ImageRequest]:
 def check_files(options: LuminaInferenceOptions) -> None:
     """Read the headers of all weight files. Raises UserError for one that cannot be used."""
     models = options.models
-    check_models(models.pretrained_model_name_or_path, models.gemma2_path, models.ae_path)
+    files = (models.pretrained_model_name_or_path, models.gemma2_path, models.ae_path)
+    check_models(*files, options.quant)
     for lora in options.models.lora_weights:
         inspect_lora(lora.path)
     require_writable_directory(options.run.output_dir, "--output_dir")
@@ -190,13 +191,11 @@ class LuminaModels:
 
         chosen = self._options.models
         dtype = dtype_named(chosen.gemma2_dtype)
-        quant = self._options.quant
         encoder = load_gemma2(
             chosen.gemma2_path,
             device=self._device,
             dtype=dtype,
-            quant=quant.text_encoder_quant,
-            quantise_on=quant.quantise_on,
+            quant=self._options.quant,
         )
         model, weights = text_model(encoder), [chosen.lora_weights[n] for n in self._text_loras]
         networks = [create_text_network_from_file(model, w.path, w.multiplier) for w in weights]
@@ -208,14 +207,13 @@ class LuminaModels:
         from library.models.lumina2 import load_nextdit
         from networks.lora_lumina import create_network_from_file
 
-        chosen, quant = self._options.models, self._options.quant
+        chosen = self._options.models
         model = load_nextdit(
             chosen.pretrained_model_name_or_path,
             device=self._device,
             dtype=dtype_named(chosen.dtype),
             attention=self._options.attention.attention,
-            quant=quant.transformer,
-            quantise_on=quant.quantise_on,
+            quant=self._options.quant,
         )
         networks = [create_network_from_file(model, w.path, w.multiplier) for w in chosen.lora_weights]
         return _with_networks(model, model, networks, merged=chosen.merge_lora_weights)

@@ -16,7 +16,7 @@ from library.core.hashing import HashLedger
 from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer, find_tokenizer, format_prompt
 from library.models.lumina2_files import check_models
-from library.models.lumina2_format import inspect_lumina2, linear_layers
+from library.models.lumina2_format import linear_layers
 from library.models.lumina2_identity import file_digests, latent_identity, text_identity
 from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
@@ -56,11 +56,10 @@ class LuminaTrainer(NetworkTrainer):
     def check_files(self) -> None:
         """Read the headers of the three weight files, and check that the network fits the transformer."""
         models = self.options.model
-        check_models(models.pretrained_model_name_or_path, models.gemma2, models.ae)
-        transformer = inspect_lumina2(models.pretrained_model_name_or_path)
+        files = (models.pretrained_model_name_or_path, models.gemma2, models.ae)
+        transformer = check_models(*files, self.options.quant)
         check_layers(self.options.network, linear_layers(transformer.params))
         self.options.swap.check(transformer.params.n_blocks)
-        transformer.quant.check(self.options.quant.transformer)
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
         """Identify the weight files for caches and states, and describe them for the metadata."""
@@ -108,13 +107,11 @@ class LuminaTrainer(NetworkTrainer):
         """Load Gemma2, with what --base_weights make of it."""
         from library.models.gemma2 import load_gemma2
 
-        quant = self.options.quant
         encoder = load_gemma2(
             self.options.model.gemma2,
             device=device,
             dtype=dtype,
-            quant=quant.text_encoder_quant,
-            quantise_on=quant.quantise_on,
+            quant=self.options.quant,
         )
         apply_base_text_weights(self.options.network, encoder)
         return encoder
@@ -125,7 +122,7 @@ class LuminaTrainer(NetworkTrainer):
         """Load the NextDiT."""
         from library.models.lumina2 import load_nextdit
 
-        models, quant = self.options.model, self.options.quant
+        models = self.options.model
         return load_nextdit(
             models.pretrained_model_name_or_path,
             device=device,
@@ -134,8 +131,7 @@ class LuminaTrainer(NetworkTrainer):
             mmap=not models.disable_mmap_load_safetensors,
             swap=self.options.swap,
             weights_on=weights_on,
-            quant=quant.transformer,
-            quantise_on=quant.quantise_on,
+            quant=self.options.quant,
         )
 
     def encode_images(self, vae: FluxVAE, pixels_BCHW: Tensor) -> Tensor:

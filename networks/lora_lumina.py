@@ -272,11 +272,10 @@ def _of_lycoris(model: nn.Module, file: LycorisFile, prefix: str, multiplier: fl
 
 
 def _tell(what: str, network: LoRANetwork, chosen: LuminaLoRAArgs) -> None:
-    log = logger("network")
     count = f"{network.parameter_count():,}"
-    log.info("LoRA on %d layers of the %s, %s parameters", len(network.loras), what, count)
+    _log.info("LoRA on %d layers of the %s, %s parameters", len(network.loras), what, count)
     if chosen.verbose:
-        log.info("layers:\n%s", network.describe())
+        _log.info("layers:\n%s", network.describe())
 
 
 def _text_paths(file: LoRAFile, layers: Mapping[str, nn.Linear]) -> dict[str, str]:

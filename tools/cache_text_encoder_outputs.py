@@ -83,8 +83,7 @@ def fill(options: Options, manifest: Manifest, identity: str) -> None:
             model.gemma2,
             device=processes.device,
             dtype=dtype,
-            quant=options.quant.text_encoder_quant,
-            quantise_on=options.quant.quantise_on,
+            quant=options.quant,
         )
         return lambda texts: encode_prompts(
             encoder, tokenizer, texts, model.gemma2_max_token_length, batch_size=len(texts)

@@ -22,7 +22,7 @@ from library.core.log import setup_logging  # noqa: E402
 from library.models.lumina2_format import inspect_lumina2  # noqa: E402
 from library.models.quant_file import SCHEME_KEY  # noqa: E402
 from library.options.group import REQUIRED, OptionGroup, option, parse_options  # noqa: E402
-from library.options.quant import SCHEMES  # noqa: E402
+from library.options.quant import SCHEMES, QuantOptions  # noqa: E402
 
 # What the loader cannot read off shapes.
 _SETTINGS = ("axes_dims", "patch_size", "rope_theta", "norm_eps", "qk_norm_eps")
@@ -65,7 +65,8 @@ def main() -> None:
     from library.core.files import write_bytes
     from library.models.lumina2 import load_nextdit
 
-    model = load_nextdit(found, device=torch.device("cpu"), dtype=torch.bfloat16, quant=chosen.base_quant)
+    quant = QuantOptions(base_quant=chosen.base_quant)
+    model = load_nextdit(found, device=torch.device("cpu"), dtype=torch.bfloat16, quant=quant)
     settings = {key: json.dumps(value) for key, value in asdict(found.params).items() if key in _SETTINGS}
     write_bytes(chosen.output, save(model.state_dict(), settings | {SCHEME_KEY: chosen.base_quant}))
     print(f"wrote {chosen.output}, {chosen.output.stat().st_size / 2**30:.2f} GiB")

@@ -27,8 +27,10 @@ from library.models.gemma2_tokenizer import GemmaTokenizer
 from library.nn.products import Linear
 from library.nn.quant import use_quant_layers
 from library.nn.weights import Source, load_module
+from library.options.quant import TextQuantOptions
 
 _PAD_ID = 0
+_WHOLE = TextQuantOptions()
 
 
 class Gemma2Encoder(nn.Module):
@@ -104,14 +106,12 @@ def load_gemma2(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    quant: str | None = None,
-    quantise_on: torch.device | str | None = None,
+    quant: TextQuantOptions = _WHOLE,
 ) -> Gemma2Encoder:
     """Load a text encoder of any layout, frozen; on the CPU, in the file's dtype, it is memory-mapped.
 
     Args:
-        quant: a scheme of `library.nn.quant` for the linear layers; embeddings and norms stay as they are.
-        quantise_on: where they are quantised; None: on `device`.
+        quant: in how many bits the linear layers are kept; embeddings and norms stay as they are.
 
     Raises:
         CheckpointError: as `inspect_gemma2` does.
@@ -120,11 +120,11 @@ def load_gemma2(
     found = path if isinstance(path, Gemma2Checkpoint) else inspect_gemma2(path)
     with torch.device("meta"):
         encoder = Gemma2Encoder(found.params)
-    if quant is not None:
+    if quant.text_encoder_quant is not None:
         linear = [path for path, module in encoder.named_modules() if isinstance(module, nn.Linear)]
-        use_quant_layers(encoder, linear, quant)
+        use_quant_layers(encoder, linear, quant.text_encoder_quant)
     sources = {f"model.{name}": Source((name,)) for name in found.checkpoint.tensors}
-    load_module(encoder, found.checkpoint, sources, device=device, dtype=dtype, quantise_on=quantise_on)
+    load_module(encoder, found.checkpoint, sources, device=device, dtype=dtype, quantise_on=quant.quantise_on)
     # Two tables are computed, not stored: they were left on meta.
     encoder.model.rotary_emb = Gemma2RotaryEmbedding(encoder.model.config).to(device)
     encoder.model.embed_tokens.embed_scale = torch.tensor(found.params.hidden**0.5, device=device)

@@ -16,9 +16,10 @@ from library.nn.attention import check_kernel
 from library.nn.block_swap import chosen_blocks, device_of_weights, make_ring
 from library.nn.quant import stored_names, use_quant_layers
 from library.nn.weights import Source, load_module
+from library.options.quant import QuantOptions
 from library.options.swap import SwapOptions
 
-_NO_SWAP = SwapOptions()
+_NO_SWAP, _WHOLE = SwapOptions(), QuantOptions()
 
 
 def load_nextdit(
@@ -30,8 +31,7 @@ def load_nextdit(
     mmap: bool = True,
     swap: SwapOptions = _NO_SWAP,
     weights_on: torch.device | None = None,
-    quant: str | None = None,
-    quantise_on: torch.device | str | None = None,
+    quant: QuantOptions = _WHOLE,
 ) -> NextDiT:
     """Load a transformer from any layout, frozen and in eval mode.
 
@@ -43,9 +43,8 @@ def load_nextdit(
         mmap: map the files into memory; else read them.
         swap: how many blocks wait in the computer's memory until it is their turn.
         weights_on: where the weights go, if not to `device`; the caller takes them there.
-        quant: a scheme of `library.nn.quant` for the linear layers of the blocks, but for modulation. A file
-            whose layers are quantised already keeps its own.
-        quantise_on: where they are quantised; None: where they go.
+        quant: in how many bits the linear layers of the blocks are kept, but for modulation. A file whose
+            layers are quantised already keeps them as they are.
 
     Raises:
         CheckpointError: the file is not a whole Lumina Image 2.0 transformer.
@@ -63,8 +62,8 @@ def load_nextdit(
         model = NextDiT(found.params)
     if found.quant.scheme is not None:
         use_quant_layers(model, found.quant.layers, found.quant.scheme)
-    elif quant is not None:
-        use_quant_layers(model, quantisable_layers(found.params), quant)
+    elif quant.transformer is not None:
+        use_quant_layers(model, quantisable_layers(found.params), quant.transformer)
     swapped = [] if device.type == "meta" else chosen_blocks(model.runner.blocks, swap)
     sources = {name: Source(names) for name, names in found.sources.items()}
     stored = set(stored_names(model))
@@ -75,7 +74,7 @@ def load_nextdit(
         device=weights_on or device_of_weights(model, swapped, device),
         dtype=lambda name: None if name in stored else _dtype_of(name, dtype),
         mmap=mmap,
-        quantise_on=quantise_on,
+        quantise_on=quant.quantise_on,
     )
     model.runner.ring = make_ring(swapped, device, swap)
     model.use_attention(attention)

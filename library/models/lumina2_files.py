@@ -7,16 +7,20 @@ from pathlib import Path
 from library.core.errors import CheckpointError
 from library.models.flux_vae_format import inspect_flux_vae
 from library.models.gemma2_format import inspect_gemma2
-from library.models.lumina2_format import inspect_lumina2
+from library.models.lumina2_format import Lumina2Checkpoint, inspect_lumina2
+from library.options.quant import QuantOptions
 
 
-def check_models(dit: Path, gemma2: Path, ae: Path) -> None:
-    """Read the headers of the three files.
+def check_models(dit: Path, gemma2: Path, ae: Path, quant: QuantOptions) -> Lumina2Checkpoint:
+    """Read the headers of the three files; return what is found of the transformer.
 
     Raises:
         CheckpointError: a file that is missing, damaged or of another kind, or files that do not go together.
+        ConfigError: the transformer's file is quantised in another way than is wanted.
     """
-    transformer = inspect_lumina2(dit).params
+    found = inspect_lumina2(dit)
+    found.quant.check(quant.transformer)
+    transformer = found.params
     encoder = inspect_gemma2(gemma2).params
     autoencoder = inspect_flux_vae(ae).params
     if transformer.cap_feat_dim != encoder.hidden:
@@ -29,3 +33,4 @@ def check_models(dit: Path, gemma2: Path, ae: Path) -> None:
             f"{dit} was made for latents of {transformer.in_channels} channels, but {ae} gives "
             f"{autoencoder.latent_channels}; name the autoencoder that belongs to the model."
         )
+    return found

@@ -12,16 +12,10 @@ from dataclasses import dataclass, replace
 
 from library.core.checkpoint_files import Checkpoint
 from library.core.errors import CheckpointError, ConfigError
-from library.options.quant import SCHEMES
+from library.options.quant import SCHEMES, STORED
 
 SCHEME_KEY = "flow_scripts.quant"
-# The names of what is stored, as library/nn/quant.py has them, and how many weights a number of the codes is.
-STORED = {
-    "fp8": ("codes", "scale"),
-    "int8": ("codes", "scale"),
-    "int4": ("codes", "step", "minimum"),
-    "nf4": ("codes", "scale"),
-}
+# How many weights a number of the codes stands for.
 _WEIGHTS_A_CODE = {"fp8": 1, "int8": 1, "int4": 2, "nf4": 2}
 
 

@@ -30,6 +30,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.core.errors import ConfigError
 from library.nn.products import Linear, layer_dtype
+from library.options.quant import STORED
 
 _GROUP = 64  # weights that share a scale in the 4-bit schemes, where the width of the layer allows it
 _SMALLEST_GROUP = 16
@@ -45,9 +46,7 @@ _NF4 = (
 
 
 class Scheme(Protocol):
-    """One way to store a weight: a stateless pair of functions. `names`: what its tensors are called."""
-
-    names: tuple[str, ...]
+    """One way to store a weight, without state of its own. `options.quant.STORED` names its tensors."""
 
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors that stand for a weight. The first holds the codes."""
@@ -56,44 +55,35 @@ class Scheme(Protocol):
         """Return the weight (O, I) that the tensors stand for."""
 
 
-class Fp8:
+class _ByRow:
+    """Codes (O, I) of 8 bits and one fp32 scale for each row (O, 1)."""
+
+    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """See `Scheme`."""
+        codes_OI, scale_O1 = stored
+        return codes_OI.to(dtype) * scale_O1.to(dtype)
+
+
+class Fp8(_ByRow):
     """Floating point with 4 bits of exponent and 3 of mantissa, scaled so that a row's largest is 448."""
 
-    names = ("codes", "scale")
-
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
-        """Codes (O, I) and scales (O, 1)."""
-        wide_OI = weight_OI.float()
-        scale_O1 = wide_OI.abs().amax(1, keepdim=True).clamp_min(_TINY) / _FP8_MAX
-        return (wide_OI / scale_O1).to(torch.float8_e4m3fn), scale_O1
-
-    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
-        codes_OI, scale_O1 = stored
-        return codes_OI.to(dtype) * scale_O1.to(dtype)
+        scale_O1 = _largest_of_rows(weight_OI) / _FP8_MAX
+        return (weight_OI.float() / scale_O1).to(torch.float8_e4m3fn), scale_O1
 
 
-class Int8:
+class Int8(_ByRow):
     """Integers, scaled so that a row's largest is 127."""
 
-    names = ("codes", "scale")
-
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
-        """Codes (O, I) and scales (O, 1)."""
-        wide_OI = weight_OI.float()
-        scale_O1 = wide_OI.abs().amax(1, keepdim=True).clamp_min(_TINY) / 127
-        return (wide_OI / scale_O1).round_().to(torch.int8), scale_O1
-
-    def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
-        codes_OI, scale_O1 = stored
-        return codes_OI.to(dtype) * scale_O1.to(dtype)
+        scale_O1 = _largest_of_rows(weight_OI) / 127
+        return (weight_OI.float() / scale_O1).round_().to(torch.int8), scale_O1
 
 
 class Int4:
     """16 equal steps from the smallest to the largest weight of a group."""
-
-    names = ("codes", "step", "minimum")
 
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         """Codes (O, I / 2), steps (O, G, 1) and minima (O, G, 1)."""
@@ -113,8 +103,6 @@ class Int4:
 
 class Nf4:
     """The nearest of 16 numbers that are as dense as a normal distribution, times the group's largest."""
-
-    names = ("codes", "scale")
 
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         """Codes (O, I / 2) and scales (O, G, 1)."""
@@ -164,13 +152,13 @@ class QuantLinear(Linear):
         self.scheme = scheme
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         stored = SCHEMES[scheme].pack(torch.empty(out_features, in_features))
-        for name, tensor in zip(SCHEMES[scheme].names, stored, strict=True):
+        for name, tensor in zip(STORED[scheme], stored, strict=True):
             self.register_buffer(name, tensor)
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that stand for the weight."""
-        return tuple(self.get_buffer(name) for name in SCHEMES[self.scheme].names)
+        return tuple(self.get_buffer(name) for name in STORED[self.scheme])
 
     @property
     def weight(self) -> Tensor:
@@ -196,7 +184,7 @@ class QuantLinear(Linear):
 
     def take(self, stored: Sequence[Tensor]) -> None:
         """Use tensors that `Scheme.pack` made."""
-        for name, tensor in zip(SCHEMES[self.scheme].names, stored, strict=True):
+        for name, tensor in zip(STORED[self.scheme], stored, strict=True):
             self._buffers[name] = tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,7 +234,12 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
 def stored_names(model: nn.Module) -> list[str]:
     """Return the names of the tensors that stand for weights in a model."""
     layers = ((path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear))
-    return [f"{path}.{name}" for path, layer in layers for name in SCHEMES[layer.scheme].names]
+    return [f"{path}.{name}" for path, layer in layers for name in STORED[layer.scheme]]
+
+
+def _largest_of_rows(weight_OI: Tensor) -> Tensor:
+    """Return the largest absolute value of each row (O, 1), in fp32 and never 0."""
+    return weight_OI.float().abs().amax(1, keepdim=True).clamp_min(_TINY)
 
 
 def _grouped(weight_OI: Tensor) -> Tensor:

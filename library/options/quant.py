@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from library.core.errors import ConfigError
 from library.options.group import OptionGroup, option
 
-SCHEMES = ("fp8", "int8", "int4", "nf4")
+# The schemes, and what the tensors that stand for a weight are called. The first holds the codes.
+STORED = {
+    "fp8": ("codes", "scale"),
+    "int8": ("codes", "scale"),
+    "int4": ("codes", "step", "minimum"),
+    "nf4": ("codes", "scale"),
+}
+SCHEMES = tuple(STORED)
 _FP8_FLAGS = ("fp8_base", "fp8_base_unet", "fp8_scaled")
 
 

@@ -25,6 +25,7 @@ Shape legend: O out features, I in features, R rank, K blocks of B features, M s
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class Settings:
     on_input: bool = False
 
 
-class Kind:
+class Kind(ABC):
     """One kind. `factors` are the tensors whose product is the change, or says its size.
 
     A tensor of `starts` begins with random numbers, and one of `closed` too where a trained `scalar`, which
@@ -68,9 +69,9 @@ class Kind:
         rank = self.rank(tensors)
         return settings.alpha / rank if rank and settings.alpha is not None else 1.0
 
+    @abstractmethod
     def product(self, tensors: Tensors, settings: Settings) -> Tensor:
         """Return what `--scale_weight_norms` limits: the change itself, where the kind is linear."""
-        raise NotImplementedError
 
     def change(self, tensors: Tensors, weight_OI: Tensor, settings: Settings, strength: float) -> Tensor:
         """Return the change of the weight, (O, I) fp32, differentiable in `tensors`."""

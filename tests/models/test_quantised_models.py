@@ -13,6 +13,7 @@ from library.models.lumina2_format import inspect_lumina2
 from library.models.lumina2_identity import text_identity
 from library.nn.quant import SCHEMES, QuantLinear
 from library.options.model import TextEncoderOptions
+from library.options.quant import QuantOptions, TextQuantOptions
 from library.options.swap import SwapOptions
 from networks.lora import merge, unmerge
 from networks.lora_lumina import create_network
@@ -20,6 +21,10 @@ from networks.lora_lumina import create_network
 CPU = torch.device("cpu")
 # How far a quantised nano transformer's output may be from the whole one's, relative; measured about half.
 LIMITS = {"fp8": 0.08, "int8": 0.02, "int4": 0.25, "nf4": 0.25}
+
+
+def _load(nano, dtype, scheme, **more):
+    return load_nextdit(nano.dit, device=CPU, dtype=dtype, quant=QuantOptions(base_quant=scheme), **more)
 
 
 def _inputs(model):
@@ -50,7 +55,7 @@ def _step(model, args=None):
 @pytest.mark.parametrize("args", [{}, {"dora_wd": "True"}, {"dora_wd": "True", "wd_on_output": "True"}])
 def test_training_is_near_that_of_the_whole_model(nano, scheme, args):
     output, gradient = _step(load_nextdit(nano.dit, device=CPU, dtype=torch.float32), args)
-    quantised = load_nextdit(nano.dit, device=CPU, dtype=torch.float32, quant=scheme)
+    quantised = _load(nano, torch.float32, scheme)
     near_output, near_gradient = _step(quantised, args)
     assert 0 < (near_output - output).norm() / output.norm() < LIMITS[scheme]
     assert (near_gradient - gradient).norm() / gradient.norm() < 2 * LIMITS[scheme]
@@ -58,7 +63,7 @@ def test_training_is_near_that_of_the_whole_model(nano, scheme, args):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_training_is_that_of_a_plain_model_with_the_restored_weights(nano, scheme):
-    quantised = load_nextdit(nano.dit, device=CPU, dtype=torch.float32, quant=scheme)
+    quantised = _load(nano, torch.float32, scheme)
     plain = load_nextdit(nano.dit, device=CPU, dtype=torch.float32)
     for path, layer in quantised.named_modules():
         if isinstance(layer, QuantLinear):
@@ -68,7 +73,7 @@ def test_training_is_that_of_a_plain_model_with_the_restored_weights(nano, schem
 
 
 def test_only_the_linear_layers_of_blocks_are_quantised(nano):
-    model = load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant="int8")
+    model = _load(nano, torch.bfloat16, "int8")
     params = model.params
     for path, module in model.named_modules():
         inside = ".attention." in path or ".feed_forward." in path
@@ -80,14 +85,14 @@ def test_only_the_linear_layers_of_blocks_are_quantised(nano):
 
 
 def test_quantised_and_swapped(nano):
-    stays = _step(load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant="nf4"))
+    stays = _step(_load(nano, torch.bfloat16, "nf4"))
     swap = SwapOptions(blocks_to_swap=4)
-    moves = _step(load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant="nf4", swap=swap))
+    moves = _step(_load(nano, torch.bfloat16, "nf4", swap=swap))
     assert all(torch.equal(a, b) for a, b in zip(stays, moves, strict=True))
 
 
 def test_merging_quantises_anew_and_can_be_undone(nano):
-    model = load_nextdit(nano.dit, device=CPU, dtype=torch.float32, quant="int8")
+    model = _load(nano, torch.float32, "int8")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     network = create_network(model, dim=4, alpha=4, args={}, seed=3)
     for lora in network.loras.values():
@@ -107,7 +112,7 @@ def test_a_saved_model_is_the_one_that_was_quantised(nano, run_script, tmp_path,
     saved = tmp_path / "quantised.safetensors"
     flags = ("--pretrained_model_name_or_path", nano.dit, "--output", saved, "--base_quant", scheme)
     assert (done := run_script("tools/quantize_model.py", *flags)).code == 0, done.err
-    now = load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant=scheme).state_dict()
+    now = _load(nano, torch.bfloat16, scheme).state_dict()
     again = load_nextdit(saved, device=CPU, dtype=torch.bfloat16)
     assert again.params == inspect_lumina2(nano.dit).params
     assert now.keys() == again.state_dict().keys()
@@ -121,7 +126,7 @@ def test_a_saved_model_is_the_one_that_was_quantised(nano, run_script, tmp_path,
 def test_a_quantised_file_that_is_not_whole(nano, tmp_path):
     from safetensors.torch import save_file
 
-    model = load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant="int8")
+    model = _load(nano, torch.bfloat16, "int8")
     tensors = {name: t for name, t in model.state_dict().items() if name != "layers.0.attention.qkv.scale"}
     save_file(tensors, tmp_path / "broken.safetensors", {"flow_scripts.quant": "int8"})
     with pytest.raises(CheckpointError, match=r"lacks 'layers\.0\.attention\.qkv\.scale'"):
@@ -136,7 +141,8 @@ def test_the_text_encoder_is_near_the_whole_one(nano, scheme):
     ids = [[2, 5, 9, 30], [2, 7]]
     with torch.no_grad():
         whole = _flat(load_gemma2(nano.gemma2, device=CPU, dtype=torch.float32).encode(ids))
-        encoder = load_gemma2(nano.gemma2, device=CPU, dtype=torch.float32, quant=scheme)
+        quant = TextQuantOptions(text_encoder_quant=scheme)
+        encoder = load_gemma2(nano.gemma2, device=CPU, dtype=torch.float32, quant=quant)
         near = _flat(encoder.encode(ids))
     assert not isinstance(encoder.model.embed_tokens, QuantLinear)
     assert 0 < (near - whole).norm() / whole.norm() < 1.5 * LIMITS[scheme]

@@ -300,7 +300,10 @@ def _remove(path: Path) -> None:
 
 def _no_state(path: Path) -> str:
     if not path.exists():
-        return f"--resume {path}: there is no such folder."
+        return (
+            f"--resume {path}: there is no such folder; name a state folder in --output_dir, or let --resume "
+            f"latest find the newest one of this run."
+        )
     if (path / "train_state.json").exists() or (path / "random_states_0.pkl").exists():
         return (
             f"--resume {path} is a state of accelerate (sd-scripts). It holds pickled files and cannot be "

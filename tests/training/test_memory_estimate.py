@@ -10,6 +10,7 @@ from library.models.gemma2 import load_gemma2
 from library.models.lumina2 import load_nextdit, velocities
 from library.nn.block_swap import chosen_blocks, spared_bytes
 from library.options.optimizer import OptimizerOptions
+from library.options.quant import QuantOptions
 from library.options.swap import SwapOptions
 from library.training.look.memory_estimate import optimizer_bytes
 from library.training.look.meter import Meter, Speeds
@@ -64,7 +65,7 @@ def test_a_step_takes_what_was_foretold(nano, mode, work, dtype):
     ("scheme", "mode"), [("fp8", "none"), ("int8", "full"), ("nf4", "none"), ("nf4", "full")]
 )
 def test_a_quantised_model_takes_what_was_foretold(nano, scheme, mode):
-    choice = {"dtype": torch.bfloat16, "mode": mode, "quant": scheme}
+    choice = {"dtype": torch.bfloat16, "mode": mode, "quant": QuantOptions(base_quant=scheme)}
     foretold, real = (simulation(nano, device, **choice) for device in ("meta", "cpu"))
     assert weight_bytes(foretold.model) == weight_bytes(real.model)
     real.step(FEW, metered=False)

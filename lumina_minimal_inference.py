@@ -20,7 +20,7 @@ from library.core.entry import run_script
 from library.core.errors import ConfigError, UserError
 from library.core.files import require_writable_directory
 from library.core.log import logger, setup_logging
-from library.data.prompts import load_prompts
+from library.data.prompt_files import load_prompts
 from library.inference.console import typed_requests
 from library.models.gemma2_tokenizer import GemmaTokenizer, format_prompt, load_gemma2_tokenizer
 from library.models.lumina2_files import check_models

@@ -31,7 +31,7 @@ TORCH_FREE = [
     "library.data.scan",
     "library.data.plan",
     "library.data.captions",
-    "library.data.prompts",
+    "library.data.prompt_files",
     "library.models.flux_vae_format",
     "library.models.gemma2_format",
     "library.models.gemma2_tokenizer",

@@ -16,13 +16,16 @@ class Condition:
     """One prompt as the model takes it, unpadded.
 
     tokens_LD: text features, one row a token. pooled_D: a pooled vector, for families that have one.
+    source_Chw: scaled latents of the picture that is edited, as large as those of the picture that is made of
+    it; None where a picture is made from the text alone.
     """
 
     tokens_LD: Tensor
     pooled_D: Tensor | None = None
+    source_Chw: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return named tensors for a cache file."""
+        """Return the text's features as named tensors for a cache file; latents have files of their own."""
         return {"tokens": self.tokens_LD} | ({} if self.pooled_D is None else {"pooled": self.pooled_D})
 
     @classmethod

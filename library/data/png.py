@@ -31,6 +31,7 @@ def write_png(path: Path, pixels_HWC: np.ndarray, request: ImageRequest, extra: 
         StorageError: the file could not be written.
     """
     facts = {**asdict(request), **extra}
+    facts["source"] = None if request.source is None else request.source.name
     chunks = PngInfo()
     chunks.add_text(PARAMETERS_KEY, parameters_text(request, extra))  # Pillow uses iTXt beyond Latin-1
     chunks.add_text(JSON_KEY, json.dumps(facts))
@@ -49,6 +50,7 @@ def parameters_text(request: ImageRequest, extra: Mapping[str, str]) -> str:
         "Shift": request.discrete_flow_shift,
         "CFG truncation": request.cfg_trunc_ratio,
         "CFG renorm": request.renorm_cfg,
+        **({} if request.source is None else {"Source": request.source.name}),
         **extra,
         "Version": "flow-scripts",
     }

@@ -23,6 +23,7 @@ class ImageModel(Generic[Condition]):
 
     velocity: (x_BCHW fp32, sigma_B fp32, B conditions) -> velocity_BCHW, as defined in `flow.path`.
     decode: latents_BCHW fp32 -> pixels_B3HW in [-1, 1].
+    sigmas: the sampler's steps; those of Lumina unless a family has its own.
     """
 
     velocity: Velocity[Condition]
@@ -30,6 +31,7 @@ class ImageModel(Generic[Condition]):
     device: torch.device
     latent_channels: int = 16
     latent_stride: int = 8  # pixels a latent
+    sigmas: Callable[[int, float], list[float]] = sampler_sigmas  # of (steps, shift), from 1 to 0
 
 
 @torch.no_grad()  # not inference_mode: tables that the network caches here must stay usable in training
@@ -53,7 +55,7 @@ def generate(
     assert len({_settings(request) for request in requests}) == 1, "a batch shares its settings"
     first = requests[0]
     noise_BCHW = torch.stack([_start(model, request) for request in requests]).to(model.device)
-    sigmas = sampler_sigmas(first.steps, first.discrete_flow_shift)
+    sigmas = model.sigmas(first.steps, first.discrete_flow_shift)
     with tqdm(total=first.steps, desc="drawing", leave=False, disable=not progress) as bar:
         velocity_at = guided(model.velocity, conditions, negatives, first)
         latents_BCHW = solve(velocity_at, noise_BCHW, sigmas, bar.update, sampler=first.sampler)

@@ -24,6 +24,11 @@ def sampler_sigmas(steps: int, factor: float) -> list[float]:
     return [shift(sigma, factor) for sigma in even] + [0.0]
 
 
+def shifted_sigmas(steps: int, factor: float) -> list[float]:
+    """Return the steps + 1 sigmas of Kandinsky's sampler: evenly spaced from 1 to 0, then shifted."""
+    return [shift(1 - i / steps, factor) for i in range(steps + 1)]
+
+
 def solve(
     velocity_at: VelocityAt,
     x_BCHW: Tensor,

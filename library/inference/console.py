@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from library.core.errors import ConfigError
-from library.data.prompts import next_request
+from library.data.prompt_files import next_request
 from library.options.request import ImageRequest
 
 INTRODUCTION = (

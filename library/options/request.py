@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.core.errors import ConfigError
 
@@ -24,7 +25,8 @@ class ImageRequest:
 
     width, height: pixels. seed: None until one is chosen. cfg_trunc_ratio: guidance acts while 1 - sigma is
     below it. renorm_cfg: bound of the guided velocity's norm, as a multiple of the conditional one's; 0 is no
-    bound. sampler: one of SAMPLERS. lora_multipliers: () means those of the command line.
+    bound. sampler: one of SAMPLERS. lora_multipliers: () means those of the command line. source: the
+    picture that is edited, for families that can.
 
     Raises:
         ConfigError: a value that cannot be drawn.
@@ -42,6 +44,7 @@ class ImageRequest:
     discrete_flow_shift: float = 6.0
     sampler: str = "euler"
     lora_multipliers: tuple[float, ...] = ()
+    source: Path | None = None
 
     def __post_init__(self) -> None:
         _check_side("image width", self.width)

@@ -12,7 +12,7 @@ from library.core.hashing import HashLedger
 from library.core.log import setup_logging
 from library.data.cache_keys import check_latents_cacheable
 from library.data.items import Manifest
-from library.data.prompts import load_sample_prompts
+from library.data.prompt_files import load_sample_prompts
 from library.data.scan import scan
 from library.data.schema import load_datasets
 from library.options.request import ImageRequest

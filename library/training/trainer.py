@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self, final
 from library.core.hashing import HashLedger
 from library.data.token_batches import TokenBudget
 from library.options.group import OptionGroup
+from library.options.request import ImageRequest
 from library.options.train import TrainOptions
 from library.training.family import FamilySpec, ModelFiles
 
@@ -103,6 +104,16 @@ class NetworkTrainer(ABC):
     def format_prompt(self, text: str, *, negative: bool = False) -> str:
         """Return the text that the encoder sees for a caption or prompt."""
         return text
+
+    def sample_defaults(self) -> ImageRequest:
+        """Return what sample prompts do not set, but for seed and sampler. Torch-free."""
+        return ImageRequest(discrete_flow_shift=self.options.timesteps.discrete_flow_shift)
+
+    def sampler_sigmas(self, steps: int, shift: float) -> list[float]:
+        """Return the steps + 1 sigmas of sample pictures, from 1 to 0."""
+        from library.flow.solver import sampler_sigmas
+
+        return sampler_sigmas(steps, shift)
 
     def recorded_options(self) -> tuple[OptionGroup, ...]:
         """Return the groups whose options go into the metadata, under their flags' names."""

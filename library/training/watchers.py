@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from library.data.batch import Condition
-from library.data.prompts import load_sample_prompts
+from library.data.prompt_files import load_sample_prompts
 from library.flow.generate import ImageModel
 from library.options.request import ImageRequest
 from library.training.assembly import Assembly
@@ -63,6 +64,7 @@ def _previews(context: RunContext, parts: Assembly, stop: StopRequest) -> Previe
         context.device,
         family.latent_channels,
         family.latent_stride,
+        context.trainer.sampler_sigmas,
     )
     return Previews(
         options=options.sampling,
@@ -92,12 +94,8 @@ def _looks(context: RunContext, parts: Assembly) -> list[Look]:
 
 
 def _defaults(context: RunContext) -> ImageRequest:
-    options = context.options
-    return ImageRequest(
-        seed=context.seed,
-        discrete_flow_shift=options.timesteps.discrete_flow_shift,
-        sampler=options.sampling.sampler,
-    )
+    sampler = context.options.sampling.sampler
+    return replace(context.trainer.sample_defaults(), seed=context.seed, sampler=sampler)
 
 
 def _encode(context: RunContext, requests: Sequence[ImageRequest]) -> Encoded:

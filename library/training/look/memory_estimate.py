@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from library.data.prompts import load_sample_prompts
+from library.data.prompt_files import load_sample_prompts
 from library.nn.block_swap import chosen_blocks, spared_bytes
 from library.options.optimizer import OptimizerOptions
 from library.options.request import ImageRequest

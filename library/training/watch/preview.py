@@ -19,7 +19,7 @@ from torch import nn
 from library.core.errors import UserError
 from library.core.log import logger
 from library.data.png import free_path, time_stamp, write_png
-from library.data.prompts import load_sample_prompts
+from library.data.prompt_files import load_sample_prompts
 from library.flow.generate import ImageModel, batches, generate
 from library.flow.guidance import Condition
 from library.options.request import ImageRequest

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.core.errors import ConfigError
-from library.data.prompts import load_prompts, load_sample_prompts, next_request, parse_line
+from library.data.prompt_files import load_prompts, load_sample_prompts, next_request, parse_line
 from library.options.request import ImageRequest
 
 DEFAULTS = ImageRequest(prompt="unused", negative_prompt="ugly", width=512, height=512)

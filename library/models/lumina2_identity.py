@@ -1,13 +1,10 @@
-"""What latents and text features of Lumina Image 2.0 depend on besides the picture or text. No torch.
-
-A cache entry is found only under the identity it was made with, so the trainer and the cache tools both ask
-here.
-"""
+"""What latents and text features of Lumina Image 2.0 depend on besides the picture or text. No torch."""
 
 from __future__ import annotations
 
-from library.core.checkpoint_files import Checkpoint
 from library.core.hashing import HashLedger, sha256_text
+from library.models import file_identity
+from library.models.file_identity import content
 from library.models.flux_vae_format import inspect_flux_vae
 from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import find_tokenizer
@@ -15,7 +12,6 @@ from library.models.lumina2_format import inspect_lumina2
 from library.options.model import AutoencoderOptions, LuminaModelOptions, TextEncoderOptions
 
 # Raise when the same weights begin to give other numbers.
-_LATENTS_VERSION = 1
 _TEXTS_VERSION = 1
 
 
@@ -30,12 +26,8 @@ def latent_identity(options: AutoencoderOptions, mixed_precision: str, ledger: H
     Raises:
         CheckpointError: the file cannot be read, or is not a FLUX autoencoder.
     """
-    found = inspect_flux_vae(options.ae)
-    return sha256_text(
-        f"flux autoencoder, posterior mean, {_LATENTS_VERSION}",
-        _content(found.checkpoint, ledger),
-        repr(found.params),  # scale and shift may come from a config.json
-        autoencoder_precision(options, mixed_precision),
+    return file_identity.latent_identity(
+        inspect_flux_vae(options.ae), autoencoder_precision(options, mixed_precision), ledger
     )
 
 
@@ -60,7 +52,7 @@ def text_identity(
     tokenizer = find_tokenizer(options.gemma2, options.gemma2_tokenizer, options.tokenizer_cache_dir)
     return sha256_text(
         f"gemma2, hidden states before the last layer, {_TEXTS_VERSION}",
-        _content(found.checkpoint, ledger),
+        content(found.checkpoint, ledger),
         repr(found.params),  # constants may come from a config.json
         tokenizer.digest,
         str(options.gemma2_max_token_length),
@@ -81,11 +73,6 @@ def file_digests(options: LuminaModelOptions, ledger: HashLedger) -> dict[str, s
         "gemma2": inspect_gemma2(options.gemma2),
         "ae": inspect_flux_vae(options.ae),
     }
-    digests = {flag: sha256_text(_content(part.checkpoint, ledger)) for flag, part in found.items()}
+    digests = {flag: sha256_text(content(part.checkpoint, ledger)) for flag, part in found.items()}
     tokenizer = find_tokenizer(options.gemma2, options.gemma2_tokenizer, options.tokenizer_cache_dir)
     return digests | {"gemma2_tokenizer": tokenizer.digest}
-
-
-def _content(checkpoint: Checkpoint, ledger: HashLedger) -> str:
-    """The digests of a checkpoint's files; where they lie and what they are called does not count."""
-    return " ".join(ledger.sha256(file) for file in checkpoint.files)

@@ -36,19 +36,6 @@ class LegacyOptions(OptionGroup):
         f"velocity; {_LEAVE_OUT}",
         default=False,
     )
-    vae: str | None = refused("Lumina's autoencoder is named with --ae; use that", harmless=("",))
-    clip_skip: int | None = refused(
-        "it chooses a layer of CLIP, and the text is read by Gemma2, whose last layer but one is used as in "
-        f"Lumina's own training; {_LEAVE_OUT}",
-        harmless=(1,),
-    )
-    max_token_length: int | None = refused(
-        "it is CLIP's limit, and the text is read by Gemma2; set --gemma2_max_token_length", harmless=(75,)
-    )
-    weighted_captions: bool = refused(
-        f"(word:1.3) weights scale CLIP's features; Gemma2 reads the brackets as text; {_LEAVE_OUT}",
-        default=False,
-    )
 
     min_snr_gamma: float | None = refused(_NO_SNR, harmless=(0,))
     scale_v_pred_loss_like_noise_pred: bool = refused(_NO_SNR, default=False)
@@ -79,3 +66,43 @@ class LegacyOptions(OptionGroup):
     )
     ddp_gradient_as_bucket_view: bool = inert(_NO_DDP, default=False)
     ddp_static_graph: bool = inert(_NO_DDP, default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LuminaLegacyOptions(LegacyOptions):
+    """Flags of sd-scripts that cannot be used, or have no effect.
+
+    A command line that has one of them is told the reason, and where it matters what to use instead;
+    docs/flags.md has the list.
+    """
+
+    vae: str | None = refused("Lumina's autoencoder is named with --ae; use that", harmless=("",))
+    clip_skip: int | None = refused(
+        "it chooses a layer of CLIP, and the text is read by Gemma2, whose last layer but one is used as in "
+        f"Lumina's own training; {_LEAVE_OUT}",
+        harmless=(1,),
+    )
+    max_token_length: int | None = refused(
+        "it is CLIP's limit, and the text is read by Gemma2; set --gemma2_max_token_length", harmless=(75,)
+    )
+    weighted_captions: bool = refused(
+        f"(word:1.3) weights scale CLIP's features; Gemma2 reads the brackets as text; {_LEAVE_OUT}",
+        default=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kandinsky5LegacyOptions(LegacyOptions):
+    """Flags of sd-scripts that cannot be used, or have no effect."""
+
+    clip_skip: int | None = refused(
+        f"of CLIP the model takes the pooled output, which comes from its last layer; {_LEAVE_OUT}",
+        harmless=(1,),
+    )
+    max_token_length: int | None = refused(
+        "it is CLIP's limit, and captions are read by Qwen; set --qwen_max_token_length", harmless=(75,)
+    )
+    weighted_captions: bool = refused(
+        f"(word:1.3) weights scale CLIP's features; Qwen reads the brackets as text; {_LEAVE_OUT}",
+        default=False,
+    )

@@ -12,7 +12,7 @@ from library.options.dataset import DatasetOptions
 from library.options.deepspeed import DeepSpeedOptions
 from library.options.ema import EmaOptions
 from library.options.hub import HubOptions
-from library.options.legacy import LegacyOptions
+from library.options.legacy import LuminaLegacyOptions
 from library.options.loss import LossOptions
 from library.options.model import LuminaModelOptions
 from library.options.network import MetadataOptions, NetworkOptions
@@ -76,4 +76,4 @@ class LuminaTrainOptions(TrainOptions):
     """The options of lumina_train_network.py."""
 
     model: LuminaModelOptions
-    legacy: LegacyOptions
+    legacy: LuminaLegacyOptions

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from library.core.files import write_bytes, write_text
+from library.core.files import write_bytes
 from library.models.flux_vae_format import FluxVAEParams, diffusers_name
 from library.models.gemma2_format import Gemma2Params
-from tools.nano import autoencoder, gemma2
-from tools.nano.nextdit import NanoDiT
-
-Tensors = Mapping[str, Tensor]
+from library.models.lumina2_format import NextDiTParams
+from tools.nano import autoencoder, gemma2, nextdit
+from tools.nano.files import Tensors, bytes_tensor, cast, prefixed, write_file, write_json, write_shards
 
 
 @dataclass(frozen=True)
@@ -43,42 +40,42 @@ class NanoPaths:
 
 def write_original(models: NanoModels, folder: Path) -> NanoPaths:
     """Three files: the DiT and AE as their authors published them, Gemma2 as ComfyUI's users download it."""
-    gemma2 = _prefixed(_cast(models.gemma2, torch.float16), "model.")
-    gemma2["spiece_model"] = _bytes_tensor(models.spiece)
+    gemma2 = prefixed(cast(models.gemma2, torch.float16), "model.")
+    gemma2["spiece_model"] = bytes_tensor(models.spiece)
     return _three_files(folder, models.dit, gemma2, models.autoencoder)
 
 
 def write_comfyui(models: NanoModels, folder: Path) -> NanoPaths:
     """Three files as the ComfyUI tools save them: with prefixes, and bf16."""
-    gemma2 = {"spiece_model": _bytes_tensor(models.spiece), "logit_scale": torch.ones(())}
-    gemma2 |= _prefixed(_cast(models.gemma2, torch.bfloat16), "model.")
-    dit = _prefixed(_cast(models.dit, torch.bfloat16), "model.diffusion_model.")
-    return _three_files(folder, dit, gemma2, _prefixed(models.autoencoder, "vae."))
+    gemma2 = {"spiece_model": bytes_tensor(models.spiece), "logit_scale": torch.ones(())}
+    gemma2 |= prefixed(cast(models.gemma2, torch.bfloat16), "model.")
+    dit = prefixed(cast(models.dit, torch.bfloat16), "model.diffusion_model.")
+    return _three_files(folder, dit, gemma2, prefixed(models.autoencoder, "vae."))
 
 
 def write_all_in_one(models: NanoModels, folder: Path) -> NanoPaths:
     """One file with everything, as Neta Lumina and ComfyUI checkpoints are."""
-    tensors = _prefixed(_cast(models.dit, torch.bfloat16), "model.diffusion_model.")
-    tensors |= _prefixed(_cast(models.gemma2, torch.bfloat16), "text_encoders.gemma2_2b.transformer.model.")
+    tensors = prefixed(cast(models.dit, torch.bfloat16), "model.diffusion_model.")
+    tensors |= prefixed(cast(models.gemma2, torch.bfloat16), "text_encoders.gemma2_2b.transformer.model.")
     tensors["text_encoders.gemma2_2b.logit_scale"] = torch.ones(())
-    tensors["text_encoders.spiece_model"] = _bytes_tensor(models.spiece)
-    tensors |= _prefixed(models.autoencoder, "vae.")
+    tensors["text_encoders.spiece_model"] = bytes_tensor(models.spiece)
+    tensors |= prefixed(models.autoencoder, "vae.")
     file = folder / "lumina_all_in_one.safetensors"
-    _write_file(file, tensors)
+    write_file(file, tensors)
     return NanoPaths(file, file, file)
 
 
 def write_diffusers(models: NanoModels, folder: Path, *, shards: int = 1) -> NanoPaths:
     """A diffusers pipeline folder; with `shards` > 1, DiT and Gemma2 are split over files with an index."""
     stem = "diffusion_pytorch_model"
-    _write_shards(folder / "transformer", stem, to_diffusers_dit(models.dit), shards)
-    _write_shards(folder / "vae", stem, to_diffusers_autoencoder(models.autoencoder), 1)
-    _write_shards(folder / "text_encoder", "model", models.gemma2, shards)
-    _write_json(folder / "transformer" / "config.json", dit_config(NanoDiT()))
-    _write_json(folder / "vae" / "config.json", autoencoder_config(autoencoder.PARAMS))
-    _write_json(folder / "text_encoder" / "config.json", gemma2_config(gemma2.PARAMS))
+    write_shards(folder / "transformer", stem, to_diffusers_dit(models.dit), shards)
+    write_shards(folder / "vae", stem, to_diffusers_autoencoder(models.autoencoder), 1)
+    write_shards(folder / "text_encoder", "model", models.gemma2, shards)
+    write_json(folder / "transformer" / "config.json", dit_config(nextdit.PARAMS))
+    write_json(folder / "vae" / "config.json", autoencoder_config(autoencoder.PARAMS))
+    write_json(folder / "text_encoder" / "config.json", gemma2_config(gemma2.PARAMS))
     write_bytes(folder / "tokenizer" / "tokenizer.model", models.spiece)
-    _write_json(folder / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
+    write_json(folder / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
     classes = {
         "transformer": ["diffusers", "Lumina2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -86,9 +83,9 @@ def write_diffusers(models: NanoModels, folder: Path, *, shards: int = 1) -> Nan
         "tokenizer": ["transformers", "GemmaTokenizerFast"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     }
-    _write_json(folder / "model_index.json", {"_class_name": "Lumina2Pipeline", **classes})
+    write_json(folder / "model_index.json", {"_class_name": "Lumina2Pipeline", **classes})
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0, "num_train_timesteps": 1000}
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     return NanoPaths(folder / "transformer", folder / "text_encoder", folder / "vae", folder / "tokenizer")
 
 
@@ -114,8 +111,8 @@ LAYOUTS: dict[str, Callable[[NanoModels, Path], NanoPaths]] = {
 
 def to_diffusers_dit(tensors: Tensors) -> dict[str, Tensor]:
     """Rename the original DiT tensors for `diffusers.Lumina2Transformer2DModel`; the fused qkv is split."""
-    sizes = NanoDiT()
-    rows = [sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim]
+    p = nextdit.PARAMS
+    rows = [p.n_heads * p.head_dim, p.n_kv_heads * p.head_dim, p.n_kv_heads * p.head_dim]
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("attention.qkv.weight"):
@@ -153,25 +150,25 @@ def to_diffusers_autoencoder(tensors: Tensors) -> dict[str, Tensor]:
     return renamed
 
 
-def dit_config(sizes: NanoDiT) -> dict[str, object]:
+def dit_config(p: NextDiTParams) -> dict[str, object]:
     """Return the config.json of `diffusers.Lumina2Transformer2DModel`."""
     return {
         "_class_name": "Lumina2Transformer2DModel",
         "sample_size": 32,
-        "patch_size": 2,
-        "in_channels": 16,
-        "hidden_size": sizes.dim,
-        "num_layers": sizes.layers,
-        "num_refiner_layers": sizes.refiner_layers,
-        "num_attention_heads": sizes.heads,
-        "num_kv_heads": sizes.kv_heads,
+        "patch_size": p.patch_size,
+        "in_channels": p.in_channels,
+        "hidden_size": p.dim,
+        "num_layers": p.n_layers,
+        "num_refiner_layers": p.n_noise_refiners,
+        "num_attention_heads": p.n_heads,
+        "num_kv_heads": p.n_kv_heads,
         "multiple_of": 256,
         "ffn_dim_multiplier": None,
-        "norm_eps": 1e-5,
+        "norm_eps": p.norm_eps,
         "scaling_factor": 1.0,
-        "axes_dim_rope": [sizes.head_dim // 3] * 3,
+        "axes_dim_rope": list(p.axes_dims),
         "axes_lens": [300, 512, 512],
-        "cap_feat_dim": sizes.caption_dim,
+        "cap_feat_dim": p.cap_feat_dim,
     }
 
 
@@ -243,42 +240,7 @@ def _substituted(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 def _three_files(folder: Path, dit: Tensors, gemma2: Tensors, autoencoder: Tensors) -> NanoPaths:
     paths = NanoPaths(*(folder / f"{stem}.safetensors" for stem in ("lumina", "gemma2", "ae")))
-    _write_file(paths.dit, dit)
-    _write_file(paths.gemma2, gemma2)
-    _write_file(paths.ae, autoencoder)
+    write_file(paths.dit, dit)
+    write_file(paths.gemma2, gemma2)
+    write_file(paths.ae, autoencoder)
     return paths
-
-
-def _write_shards(folder: Path, stem: str, tensors: Tensors, count: int) -> None:
-    if count == 1:
-        _write_file(folder / f"{stem}.safetensors", tensors)
-        return
-    names, weight_map = sorted(tensors), {}
-    for shard in range(count):
-        file = f"{stem}-{shard + 1:05d}-of-{count:05d}.safetensors"
-        part = names[shard::count]  # neighbours part company, so a loader that reads one shard is found out
-        _write_file(folder / file, {name: tensors[name] for name in part})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / f"{stem}.safetensors.index.json", index)
-
-
-def _write_file(file: Path, tensors: Tensors) -> None:
-    write_bytes(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
-
-
-def _write_json(file: Path, content: dict[str, object]) -> None:
-    write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def _prefixed(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _cast(tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def _bytes_tensor(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

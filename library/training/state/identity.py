@@ -54,6 +54,7 @@ TOLD = {
     *("loss_type", "huber_c", "huber_schedule", "huber_scale"),
     *("ema_decay", "ema_every_n_steps"),
     *("system_prompt", "gemma2_max_token_length", "use_flash_attn", "sdpa", "no_half_vae"),
+    *("qwen_max_token_length", "edit_prompt_crop", "source_dropout_rate"),
 }
 # Have no part in the numbers of training.
 SILENT_GROUPS = {
@@ -66,6 +67,7 @@ SILENT = {
     *("dry_run", "debug_dataset", "ema_sample", "skip_cache_check", "cache_directory", "vae_batch_size"),
     *("text_encoder_batch_size", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
     *("disable_mmap_load_safetensors", "tokenizer_cache_dir", "quantize_device"),
+    *("stream_text_encoder", "scheduler_scale"),
 }
 # Are judged by what they lead to: the dataset by its digest, files by their content, flags that say the same
 # in other words under one of their names, start weights by the weights in the state, the seed by itself.
@@ -74,6 +76,7 @@ JUDGED = {
     *("seed", "use_8bit_adam", "use_lion_optimizer", "network_weights", "network_train_unet_only"),
     *("fp8_base", "fp8_base_unet", "fp8_scaled"),
     *("base_weights_multiplier", "pretrained_model_name_or_path", "gemma2", "gemma2_tokenizer", "ae"),
+    *("task", "text_encoder_qwen", "text_encoder_clip", "qwen_tokenizer", "clip_tokenizer", "vae"),
 }
 _TRAINED_ON, _CONTENT = "trained on --", "content of --"  # and the flag of a file, whose digest is the value
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.data.batch import Condition
+    from library.data.prompt import Prompt
     from library.models.flux_vae import FluxVAE
     from library.models.gemma2 import Gemma2Encoder
     from library.models.nextdit import NextDiT
@@ -151,10 +152,11 @@ class LuminaTrainer(NetworkTrainer):
         models = self.options.model
         return find_tokenizer(models.gemma2, models.gemma2_tokenizer, models.tokenizer_cache_dir).build()
 
-    def encode_prompts(self, encoders: Gemma2Encoder, texts: Sequence[str]) -> list[Condition]:
+    def encode_prompts(self, encoders: Gemma2Encoder, prompts: Sequence[Prompt]) -> list[Condition]:
         """Encode formatted texts with Gemma2."""
         from library.models.gemma2 import encode_prompts
 
+        texts = [prompt.text for prompt in prompts]
         limit = self.options.model.gemma2_max_token_length
         return encode_prompts(encoders, self._tokenizer, texts, limit, batch_size=len(texts))
 

@@ -32,6 +32,7 @@ from safetensors.torch import save_file  # noqa: E402
 from benchmarks.report import Result, add_arguments, show, take_turns, write  # noqa: E402
 from library.core.hashing import HashLedger  # noqa: E402
 from library.data.batch import Condition  # noqa: E402
+from library.data.prompt import Prompt  # noqa: E402
 from library.data.scan import scan  # noqa: E402
 from library.data.schema import load_datasets  # noqa: E402
 from library.data.sources import CachePlace, LatentSource, TextSource  # noqa: E402
@@ -122,8 +123,9 @@ class TextPasses:
         error = (mine - hers.float()).norm() / hers.float().norm()
         print(f"features differ by {error:.1e} of their norm (both in bf16)")
 
-    def _encode(self, texts: list[str]) -> list[Condition]:
-        return [Condition(tokens_LD) for tokens_LD in self.ours.encode([token_ids(text) for text in texts])]
+    def _encode(self, prompts: list[Prompt]) -> list[Condition]:
+        ids = [token_ids(prompt.text) for prompt in prompts]
+        return [Condition(tokens_LD) for tokens_LD in self.ours.encode(ids)]
 
 
 class LatentPasses:

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks.report import add_arguments, matmul_gflops, show, summarise, write  # noqa: E402
-from benchmarks.step import SIZES  # noqa: E402
+from benchmarks.step_lumina import SIZES  # noqa: E402
 from library.models.lumina2 import load_nextdit  # noqa: E402
 from library.models.lumina2_format import NextDiTParams, parameter_shapes  # noqa: E402
 

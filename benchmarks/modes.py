@@ -5,7 +5,8 @@
     python benchmarks/modes.py --device cuda --size full
 
 The same model and LoRA as in step.py. Steps of all modes take turns; medians; the first step of each is not
-counted. Kept: bytes that are alive after the forward pass and were not before it, measured once a mode.
+counted. Kept: bytes that are alive after the forward pass and were not before it, measured once a mode, and
+for the rivals too.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import gc
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from benchmarks.step import SIZES, Clock, Ours, Settings, Work, make_step, make_work  # noqa: E402
+from benchmarks.step import FAMILIES  # noqa: E402
+from benchmarks.step_parts import Clock, Contestant, Settings, make_step  # noqa: E402
 from library.nn.compiling import part_compiler  # noqa: E402
 from library.nn.runner import MODES  # noqa: E402
 from library.options.compute import ComputeOptions  # noqa: E402
@@ -28,12 +31,13 @@ from library.options.compute import ComputeOptions  # noqa: E402
 
 def measure(settings: Settings, reps: int, *, compiled: bool) -> None:
     """Print a table of all modes, each as a ratio to keeping everything."""
-    work, clock, model = make_work(settings), Clock(settings.device), Ours(settings)
+    ours, work = settings.family.contestants["ours"], settings.family.work(settings)
+    clock, model = Clock(settings.device), ours(settings)
     step = make_step(model, work)
     runners = {mode: model for mode in MODES}
     steps = dict.fromkeys(runners, step)
     if compiled:
-        other = Ours(settings)
+        other = ours(settings)
         other.model.runner.compile(part_compiler(ComputeOptions(torch_compile=True)))
         for mode in ("none", "full"):
             runners[f"{mode}, compiled"], steps[f"{mode}, compiled"] = other, make_step(other, work)
@@ -52,9 +56,11 @@ def measure(settings: Settings, reps: int, *, compiled: bool) -> None:
         ratio = f"{statistics.median(pairs):.3f} ({pairs[0]:.3f} .. {pairs[-1]:.3f})"
         kept = kept_bytes(runners[name], work) / 2**20
         print(f"| {name} | {statistics.median(seconds) * 1e3:.0f} | {ratio} | {kept:.0f} |")
+    for name, rival in list(settings.family.contestants.items())[1:]:
+        print(f"| {name} | | | {kept_bytes(rival(settings), work) / 2**20:.0f} |")
 
 
-def kept_bytes(contestant: Ours, work: Work) -> int:
+def kept_bytes(contestant: Contestant, work: Any) -> int:
     """Return the bytes of tensors on the model's device that a forward pass leaves alive."""
     device = work.latents_BCHW.device
     if device.type == "cuda":
@@ -73,7 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", choices=tuple(SIZES), default="mid")
+    parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="lumina")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="compiled blocks too")
@@ -81,7 +88,8 @@ def main() -> None:
     if given.device == "cpu" or torch.device(given.device).type == "cpu":
         torch.set_num_threads(1)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
-    settings = Settings(given.size, dtype, given.batch, torch.device(given.device), checkpointing=False)
+    family, device = FAMILIES[given.family], torch.device(given.device)
+    settings = Settings(family, given.size, dtype, given.batch, device, checkpointing=False)
     measure(settings, given.reps, compiled=given.compile)
 
 

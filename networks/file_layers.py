@@ -1,16 +1,11 @@
 """Which layer each tensor of a LoRA file belongs to, by the names of many tools. Torch-free.
 
-    lora_unet_layers_0_attention_qkv.lora_down.weight      kohya, and what is saved here
-    transformer.layers.0.attn.to_q.lora_A.weight           diffusers: its own layers, q, k and v apart
-    diffusion_model.layers.0.attention.qkv.lora_A.weight   the original layers: ComfyUI, ai-toolkit
-    base_model.model.layers.0...                           PEFT's own adapter files
-    lora_transformer_layers_0_attn_to_q.lora_down.weight   OneTrainer: diffusers' layers in kohya's way
-    lora_te_..., text_encoder.model....lora_A.weight       the text encoder
-
-Notable facts:
-- The strength alpha / rank comes from `.alpha` tensors, else from the adapter's settings (in the metadata, as
-  diffusers writes them, or in adapter_config.json), else it is 1, as diffusers and kohya take it.
-- LoRAs of q, k and v become one of the fused layer: `down` one below the other, `up` block-diagonal.
+Names of layers are those of `networks/families/known.py`. Notable facts:
+- The strength alpha / rank comes from `.alpha` or `.lora_alpha` tensors, else from the adapter's settings (in
+  the metadata, as diffusers writes them, or in adapter_config.json), else it is 1, as diffusers and kohya
+  take it.
+- LoRAs of q, k and v become one of the fused layer: `down` one below the other, `up` block-diagonal. If all
+  three have the same `down`, they were one LoRA of that layer, and become it again.
 - A DoRA's magnitudes are `.dora_scale`, (1, in) or (out, 1), or PEFT's `.lora_magnitude_vector`, (out,).
 
 Shape legend: see `networks/layer.py`.
@@ -21,14 +16,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from library.core.checkpoint_files import Checkpoint
 from library.core.errors import CheckpointError
 from library.core.suggest import shorten
+from networks.families.known import place_in_file, without_prefix
 from networks.names import ALPHA, DORA, DOWN, UP
 
 if TYPE_CHECKING:
@@ -40,30 +36,8 @@ _KEY = re.compile(
     r"((\.(?!weight)[^.]+)?\.weight)?"
 )
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.(dora_scale|lora_magnitude_vector((\.(?!weight)[^.]+)?\.weight)?)")
-_MODEL = re.compile(
-    r"(base_model\.model\.)?(model\.diffusion_model\.|diffusion_model\.|transformer\.|"
-    r"lora_unet_|lora_transformer_|lycoris_)?"
-)
-_TEXT_ENCODER = re.compile(
-    r"(base_model\.model\.)?(text_encoders?\.(gemma2_2b\.)?(transformer\.)?|lora_te1?_)(model[._])?"
-)
-# From the names of diffusers.Lumina2Transformer2DModel, dots as underscores, to the original ones.
-_DIFFUSERS_NAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"time_caption_embed_timestep_embedder_linear_1$", "t_embedder_mlp_0"),
-        (r"time_caption_embed_timestep_embedder_linear_2$", "t_embedder_mlp_2"),
-        (r"time_caption_embed_caption_embedder_", "cap_embedder_"),
-        (r"norm_out_linear_1$", "final_layer_adaLN_modulation_1"),
-        (r"norm_out_linear_2$", "final_layer_linear"),
-        (r"_(attn|attention)_to_out(_0)?$", "_attention_out"),
-        (r"_attn_to_([qkv])$", r"_attention_to_\1"),
-        (r"_feed_forward_linear_([123])$", r"_feed_forward_w\1"),
-        (r"_norm1_linear$", "_adaLN_modulation_1"),
-    )
-)
 _REST_ELSEWHERE = re.compile(r"pissa.*|olora|corda|loftq")  # starts of peft that change the model's weights
-_QKV_PART = re.compile(r"(.*_attention)_to_([qkv])")
+_ALPHA_KEYS = (ALPHA, ".lora_alpha")
 
 
 @dataclass(frozen=True)
@@ -87,7 +61,30 @@ class Part:
         return {key for key in (self.down, self.up, self.alpha_key, self.dora_key) if key}
 
 
-Layer = tuple[Part | None, ...]  # one part, or those of q, k and v
+@dataclass(frozen=True)
+class Layer:
+    """The LoRA of one layer in the model: one part, or those of q, k and v, of which some may be missing.
+
+    `shared`: all parts have the same `down`, so they are one LoRA of the fused layer.
+    """
+
+    parts: tuple[Part | None, ...]
+    shared: bool = False
+
+    @property
+    def present(self) -> tuple[Part, ...]:
+        """The parts that there are."""
+        return tuple(part for part in self.parts if part is not None)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the LoRA that it becomes."""
+        return self.present[0].rank if self.shared else sum(part.rank for part in self.present)
+
+    @property
+    def dora(self) -> str | None:
+        """Of which features a DoRA has magnitudes; None for a plain LoRA."""
+        return self.present[0].dora
 
 
 def layers_in(checkpoint: Checkpoint) -> dict[str, Layer]:
@@ -115,23 +112,14 @@ def layers_in(checkpoint: Checkpoint) -> dict[str, Layer]:
     layers: dict[str, list[Part | None]] = {}
     for module, keys in found.items():
         part = _part(checkpoint, module, keys, settings)
-        name, place = _place(module)
+        name, place = place_in_file(module)
         parts = layers.setdefault(name, [None] * (1 if place is None else 3))
         if (place is None) != (len(parts) == 1) or parts[place or 0] is not None:
             raise CheckpointError(f"{checkpoint.path} has more than one LoRA for the layer of '{module}'.")
         parts[place or 0] = part
     _check(checkpoint, layers.values())
-    return {name: tuple(parts) for name, parts in sorted(layers.items())}
-
-
-def rank_of(layer: Layer) -> int:
-    """Return the rank of the LoRA that a layer becomes."""
-    return sum(part.rank for part in layer if part)
-
-
-def dora_of(layer: Layer) -> str | None:
-    """Return of which features a layer's DoRA has magnitudes; None for a plain LoRA."""
-    return next(part for part in layer if part).dora
+    content = _Content(checkpoint)
+    return {name: Layer(tuple(parts), _shared(parts, content)) for name, parts in sorted(layers.items())}
 
 
 def to_kohya(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, Tensor]:
@@ -140,24 +128,27 @@ def to_kohya(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict
 
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        parts = [part for part in layer if part]
+        parts = layer.present
         scales = [(tensors[p.alpha_key].item() if p.alpha_key else p.alpha) / p.rank for p in parts]
         downs, ups = [tensors[p.down] for p in parts], [tensors[p.up] for p in parts]
         if len(set(scales)) > 1:  # one alpha for all: what differs goes into the weights
             ups = [up.float() * scale for up, scale in zip(ups, scales, strict=True)]
             scales = [1.0]
-        if len(layer) == 3:
+        if len(layer.parts) == 3 and not layer.shared:
             empty = ups[-1].new_zeros(len(ups[-1]), 0)  # a part without a LoRA: rows, but no columns
             filled = iter(ups)
-            ups = [empty if part is None else next(filled) for part in layer]
-        state[name + DOWN] = torch.cat(downs)
-        state[name + UP] = torch.block_diag(*ups) if len(ups) > 1 else ups[0]
+            ups = [empty if part is None else next(filled) for part in layer.parts]
+        state[name + DOWN] = downs[0] if layer.shared else torch.cat(downs)
+        if layer.shared:
+            state[name + UP] = torch.cat(ups)
+        else:
+            state[name + UP] = torch.block_diag(*ups) if len(ups) > 1 else ups[0]
         # Alone, its alpha is that of the file, to the bit.
         alpha = tensors[parts[0].alpha_key].item() if len(parts) == 1 and parts[0].alpha_key else None
-        state[name + ALPHA] = torch.tensor(scales[0] * rank_of(layer) if alpha is None else alpha)
-        if dora_of(layer):
+        state[name + ALPHA] = torch.tensor(scales[0] * layer.rank if alpha is None else alpha)
+        if layer.dora:
             magnitudes = torch.cat([tensors[part.dora_key].flatten() for part in parts])
-            state[name + DORA] = magnitudes.unsqueeze(1 if dora_of(layer) == "output" else 0)
+            state[name + DORA] = magnitudes.unsqueeze(1 if layer.dora == "output" else 0)
     return state
 
 
@@ -168,8 +159,8 @@ def _part(checkpoint: Checkpoint, module: str, keys: Mapping[str, str], settings
             f"{checkpoint.path} is not complete: '{module}' lacks its down (A) or up (B) weight."
         )
     rank = checkpoint.shape(keys["down"])[0]
-    alpha_key = f"{module}.alpha" if f"{module}.alpha" in checkpoint.tensors else None
-    alpha = settings.alpha(_MODEL.sub("", module, count=1), rank)
+    alpha_key = next((module + end for end in _ALPHA_KEYS if module + end in checkpoint.tensors), None)
+    alpha = settings.alpha(without_prefix(module), rank)
     if "dora" not in keys:
         return Part(keys["down"], keys["up"], rank, alpha, alpha_key)
     features = {
@@ -186,19 +177,42 @@ def _part(checkpoint: Checkpoint, module: str, keys: Mapping[str, str], settings
     return Part(keys["down"], keys["up"], rank, alpha, alpha_key, keys["dora"], features[shape])
 
 
-def _place(module: str) -> tuple[str, int | None]:
-    """Return the kohya name of a module's layer, and which part of a fused one it is: q, k, v as 0, 1, 2."""
-    if text := _TEXT_ENCODER.match(module):
-        return "lora_te_" + module[text.end() :].replace(".", "_"), None
-    path = _MODEL.sub("", module, count=1).replace(".", "_")
-    for pattern, replacement in _DIFFUSERS_NAMES:
-        path = pattern.sub(replacement, path)
-    if part := _QKV_PART.fullmatch(path):
-        return f"lora_unet_{part[1]}_qkv", "qkv".index(part[2])
-    return f"lora_unet_{path}", None
+class _Content:
+    """The bytes of a checkpoint's tensors, of whatever type."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._offsets: dict[Path, dict[str, tuple[int, int]]] = {}
+
+    def of(self, key: str) -> bytes:
+        """Return the bytes of one tensor."""
+        info = self._checkpoint.tensors[key]
+        with open(info.file, "rb") as handle:
+            if info.file not in self._offsets:
+                self._offsets[info.file] = _offsets(handle)
+            first, last = self._offsets[info.file][info.name]
+            handle.seek(first)
+            return handle.read(last - first)
 
 
-def _check(checkpoint: Checkpoint, layers: Iterable[list[Part | None]]) -> None:
+def _offsets(handle: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Return where each tensor of a safetensors file begins and ends."""
+    length = int.from_bytes(handle.read(8), "little")
+    header = json.loads(handle.read(length))
+    start = 8 + length
+    ends = {name: info["data_offsets"] for name, info in header.items() if name != "__metadata__"}
+    return {name: (start + first, start + last) for name, (first, last) in ends.items()}
+
+
+def _shared(parts: Sequence[Part | None], content: _Content) -> bool:
+    """Whether q, k and v have one `down`. Its bytes are compared without torch, but for a header's price."""
+    if len(parts) < 3 or None in parts or len({part.rank for part in parts}) > 1:
+        return False
+    first, *others = (content.of(part.down) for part in parts)
+    return all(other == first for other in others)
+
+
+def _check(checkpoint: Checkpoint, layers: Iterable[Sequence[Part | None]]) -> None:
     """Raise CheckpointError for tensors that are no part of a LoRA, and for parts that cannot be joined."""
     known: set[str] = set()
     for layer in layers:
@@ -253,6 +267,12 @@ def _check_start(checkpoint: Checkpoint, start: str) -> None:
         )
 
 
+def _is_of_peft(checkpoint: Checkpoint) -> bool:
+    """Whether a file is one that settings beside it are for."""
+    named = checkpoint.files[0].name.startswith("adapter_model")
+    return named or all(key.startswith("base_model.model.") for key in checkpoint.tensors)
+
+
 def _settings(checkpoint: Checkpoint) -> _Settings:
     """Read the adapter's settings from the metadata or from adapter_config.json beside the file."""
     beside = checkpoint.files[0].with_name("adapter_config.json")
@@ -260,7 +280,7 @@ def _settings(checkpoint: Checkpoint) -> _Settings:
         if "lora_adapter_metadata" in checkpoint.metadata:
             stored = json.loads(checkpoint.metadata["lora_adapter_metadata"])
             found = {key.removeprefix("transformer."): value for key, value in stored.items()}
-        elif beside.is_file() and checkpoint.files[0].name.startswith("adapter_model"):
+        elif beside.is_file() and _is_of_peft(checkpoint):
             found = json.loads(Path(beside).read_text(encoding="utf-8"))
         else:
             return _Settings()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from library.core.checkpoint_files import open_checkpoint
 from library.core.errors import CheckpointError
 from library.core.files import write_bytes
-from networks.file_layers import Layer, dora_of, layers_in, rank_of, to_kohya
+from networks.file_layers import Layer, layers_in, to_kohya
 from networks.lycoris import files as lycoris
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ class LoRAFile:
     @property
     def doras(self) -> dict[str, str]:
         """Of which features, "input" or "output", each layer has magnitudes that is a DoRA."""
-        found = {name: dora_of(layer) for name, layer in self.layers.items()}
-        return {name: features for name, features in found.items() if features is not None}
+        return {name: layer.dora for name, layer in self.layers.items() if layer.dora is not None}
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Load the tensors of these layers, or all, under kohya's names, on the CPU, each with an alpha."""
@@ -98,7 +97,7 @@ def inspect_lora(path: Path) -> LoRAFile:
         if any(mark in key for key in checkpoint.tensors):
             raise CheckpointError(f"{path} is {what}; only LoRAs and DoRAs can be read.")
     layers = layers_in(checkpoint)
-    ranks = {name: rank_of(layer) for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in layers.items()}
     return LoRAFile(Path(path), ranks, checkpoint.metadata, checkpoint.files[0], layers)
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.log import logger
 from library.options.network import NetworkOptions
+from library.options.saving import DIFFUSERS, SavingOptions
+from networks.families.known import FAMILIES, family_of
 from networks.files import LoRAFile, LycorisFile, inspect_lora
+from networks.from_file import create_network_from_file, create_text_network_from_file, text_model
+from networks.request import NetworkRequest
 
 if TYPE_CHECKING:
     import torch
@@ -42,53 +47,16 @@ class NetworkModule(Protocol):
         """
         ...
 
-    def create_network(
-        self,
-        model: nn.Module,
-        *,
-        dim: int,
-        alpha: float | None,
-        dropout: float | None = None,
-        args: Mapping[str, str] | None = None,
-        seed: int = 0,
-        sizes_from: LoRAFile | None = None,
-        device: torch.device | None = None,
-    ) -> LoRANetwork:
-        """Make a new network for `model`, without effect until it is applied and trained.
-
-        With `sizes_from`, its layers, ranks and alphas are those of that file. Its weights lie on `device`,
-        or where the layers' weights lie.
-        """
+    def no_diffusers(self, options: NetworkOptions) -> str | None:
+        """Return why what is trained cannot have diffusers' names in files; None if it can."""
         ...
 
-    def text_model(self, encoder: nn.Module) -> nn.Module:
-        """Return the part of the text encoder whose layers can have LoRAs."""
+    def create_network(self, model: nn.Module, request: NetworkRequest) -> LoRANetwork:
+        """Make a new network for `model`, without effect until it is applied and trained."""
         ...
 
-    def create_text_network(
-        self,
-        model: nn.Module,
-        *,
-        dim: int,
-        alpha: float | None,
-        lr: float,
-        dropout: float | None = None,
-        args: Mapping[str, str] | None = None,
-        seed: int = 0,
-        sizes_from: LoRAFile | None = None,
-        device: torch.device | None = None,
-    ) -> LoRANetwork:
-        """Make a new network for what `text_model` returns, which learns at `lr`."""
-        ...
-
-    def create_network_from_file(self, model: nn.Module, path: Path, multiplier: float = 1.0) -> LoRANetwork:
-        """Make the part of a file's network that is for `model`."""
-        ...
-
-    def create_text_network_from_file(
-        self, model: nn.Module, path: Path, multiplier: float = 1.0
-    ) -> LoRANetwork:
-        """Make the part of a file's network that is for what `text_model` returns."""
+    def create_text_network(self, model: nn.Module, request: NetworkRequest) -> LoRANetwork:
+        """Make a new network for what `text_model` returns."""
         ...
 
 
@@ -101,8 +69,7 @@ def load_network_module(name: str) -> NetworkModule:
     try:
         module = importlib.import_module(_STAND_INS.get(name, name))
     except ModuleNotFoundError as error:
-        there = [f"networks.{file.stem}" for file in sorted(Path(__file__).parent.glob("lora_*.py"))]
-        there.append(LYCORIS)
+        there = [*(family.module for family in FAMILIES), LYCORIS]
         raise ConfigError(
             f"--network_module {name}: there is no module '{error.name}'; there is {', '.join(there)}."
         ) from error
@@ -131,12 +98,32 @@ def check_layers(options: NetworkOptions, layers: Iterable[str]) -> None:
     """Check the network's arguments and files against the paths of the DiT's linear layers. Torch-free.
 
     Raises:
-        ConfigError: an argument that does not fit the model. CheckpointError: a file of another model.
+        ConfigError: a module for another family, or an argument that does not fit the model.
+        CheckpointError: a file of another model.
     """
     weights = () if options.network_weights is None else (options.network_weights,)
     files = [inspect_lora(path) for path in (*weights, *options.base_weights)]
+    layers = list(layers)
+    family = family_of(layers)
+    if family is not None:
+        family.check_text_encoder(options)
     module = load_network_module(options.network_module)
     module.check_layers(options.args_by_key(), files, layers, dit=options.trains_dit)
+
+
+def check_saving(options: NetworkOptions, saving: SavingOptions) -> None:
+    """Check that files can have the names that `--save_format` asks for. Torch-free.
+
+    Raises:
+        ConfigError: what is trained cannot be written so.
+    """
+    if saving.save_format == DIFFUSERS:
+        reason = load_network_module(options.network_module).no_diffusers(options)
+        if reason is not None:
+            raise ConfigError(
+                f"--save_format {DIFFUSERS} cannot be used: {reason}; leave it out, for files with "
+                f"kohya's names."
+            )
 
 
 def apply_base_weights(options: NetworkOptions, model: nn.Module) -> None:
@@ -147,9 +134,7 @@ def apply_base_weights(options: NetworkOptions, model: nn.Module) -> None:
     """
     from networks.lora import merge  # here, because it imports torch
 
-    module = load_network_module(options.network_module)
-    networks = [module.create_network_from_file(model, path, strength) for path, strength in options.bases()]
-    merge(model, networks)
+    merge(model, [create_network_from_file(model, path, strength) for path, strength in options.bases()])
     for path, strength in options.bases():
         _log.info("merged %s into the model, times %g", path, strength)
 
@@ -162,9 +147,8 @@ def apply_base_text_weights(options: NetworkOptions, encoder: nn.Module) -> None
     """
     from networks.lora import merge  # here, because it imports torch
 
-    module = load_network_module(options.network_module)
-    model, files = module.text_model(encoder), _base_text_files(options)
-    merge(model, [module.create_text_network_from_file(model, path, strength) for path, strength in files])
+    model, files = text_model(encoder), _base_text_files(options)
+    merge(model, [create_text_network_from_file(model, path, strength) for path, strength in files])
     for path, strength in files:
         _log.info("merged %s into the text encoder, times %g", path, strength)
 
@@ -226,7 +210,7 @@ def install_new_network(
     from networks.lora import JointNetwork  # here, because it imports torch
 
     if not options.trains_text_encoder:
-        _log.info("training a LoRA on the DiT only; for the text encoder: --network_train_text_encoder")
+        _log.info("only the DiT is trained, not the text encoder")
         return _on_dit(options, model, seed, device)
     networks = [_on_text_encoder(options, load_encoder(), seed, learning_rate, device)]
     if options.trains_dit:
@@ -235,16 +219,8 @@ def install_new_network(
 
 
 def _on_dit(options: NetworkOptions, model: nn.Module, seed: int, device: torch.device | None) -> LoRANetwork:
-    network = load_network_module(options.network_module).create_network(
-        model,
-        dim=options.network_dim,
-        alpha=options.network_alpha,
-        dropout=options.network_dropout,
-        args=options.args_by_key(),
-        seed=seed,
-        sizes_from=inspect_lora(options.network_weights) if options.dim_from_weights else None,
-        device=device,
-    )
+    module = load_network_module(options.network_module)
+    network = module.create_network(model, _request(options, seed, device))
     network.apply_to(model)
     return network
 
@@ -257,20 +233,23 @@ def _on_text_encoder(
     device: torch.device | None,
 ) -> LoRANetwork:
     module = load_network_module(options.network_module)
-    model = module.text_model(encoder)
-    network = module.create_text_network(
-        model,
+    model = text_model(encoder)
+    lr = options.text_encoder_lr[0] if options.text_encoder_lr else learning_rate
+    network = module.create_text_network(model, replace(_request(options, seed, device), lr=lr))
+    network.apply_to(model)
+    return network
+
+
+def _request(options: NetworkOptions, seed: int, device: torch.device | None) -> NetworkRequest:
+    return NetworkRequest(
         dim=options.network_dim,
         alpha=options.network_alpha,
-        lr=options.text_encoder_lr[0] if options.text_encoder_lr else learning_rate,
         dropout=options.network_dropout,
         args=options.args_by_key(),
         seed=seed,
         sizes_from=inspect_lora(options.network_weights) if options.dim_from_weights else None,
         device=device,
     )
-    network.apply_to(model)
-    return network
 
 
 def _check_parts(options: NetworkOptions, weights: LoRAFile) -> None:

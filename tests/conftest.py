@@ -1,19 +1,23 @@
 """What many tests share: the nano models, made once, and a way to run the scripts as a user does."""
 
 import os
-import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.warm_python import ColdPython, WarmPython
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Property tests measure behaviour, not a shared machine's speed; in CI they try the same examples every time.
 settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("house")
+# Of every script: one thread, no network, no warning.
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -34,25 +38,30 @@ def nano(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory):
-    """Run Python in the repository, in a process of its own: `run_script("x.py", "--flag", ...)`."""
+def python():
+    """What starts scripts: where it can be, a Python that has imported the library; see warm_python.py."""
+    python = WarmPython(os.environ | QUIET) if sys.platform == "linux" else ColdPython()
+    yield python
+    python.close()
+
+
+@pytest.fixture(scope="session")
+def run_script(tmp_path_factory, python):
+    """Run a script in the repository, in a process of its own: `run_script("x.py", "--flag", ...)`.
+
+    It starts with the library imported, unless `cold`, or variables are given, or words for Python itself.
+    """
     cache = tmp_path_factory.mktemp("cache")
 
-    def run(script, *arguments, **environment):
-        variables = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "XDG_CACHE_HOME": str(cache),
-        }
-        done = subprocess.run(
-            [sys.executable, script, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=variables | environment,
-            stdin=subprocess.DEVNULL,
-        )
-        return Result(done.returncode, done.stdout, done.stderr)
+    def run(script, *arguments, cold=False, **variables):
+        words = [str(script), *map(str, arguments)]
+        environment = os.environ | QUIET | {"XDG_CACHE_HOME": str(cache)} | variables
+        fresh = cold or variables or not words[0].endswith(".py")
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            starter = ColdPython() if fresh else python
+            process = starter.start(words, environment, out.fileno(), err.fileno())
+            process.join()
+            out.seek(0), err.seek(0)
+            return Result(process.exitcode, out.read(), err.read())
 
     return run

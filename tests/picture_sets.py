@@ -12,9 +12,12 @@ from torch.nn.functional import avg_pool2d
 
 from library.core.hashing import HashLedger
 from library.data.batch import Condition
+from library.data.images import load_source
 from library.data.items import Manifest
+from library.data.prompt import Prompt
 from library.data.scan import scan
 from library.data.schema import load_datasets
+from library.data.tensors import pixels_to_tensor
 from library.options.dataset import DatasetOptions
 
 STRIDE = 8
@@ -23,14 +26,20 @@ STRIDE = 8
 class Encoders:
     """Stand-ins that count: how often a model was loaded, and what it was given.
 
-    A latent is an average of pixels, a token the code of a letter: what comes out tells what went in, and
-    never depends on the rest of the batch.
+    A latent is an average of pixels, a token the code of a letter or, behind those, a row of the source's
+    latents: what comes out tells what went in, and never depends on the rest of the batch.
     """
 
     def __init__(self) -> None:
         self.loads = 0
         self.picture_batches: list[tuple[int, ...]] = []
-        self.texts: list[str] = []
+        self.prompts: list[Prompt] = []
+        self.text_batches: list[int] = []
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the prompts that were encoded."""
+        return [prompt.text for prompt in self.prompts]
 
     @property
     def pictures(self) -> int:
@@ -49,10 +58,20 @@ class Encoders:
         self.picture_batches.append(tuple(pixels_B3HW.shape))
         return avg_pool2d(pixels_B3HW, STRIDE) * 1.7
 
-    def encode_texts(self, texts: list[str]) -> list[Condition]:
-        self.texts += texts
-        codes = [torch.tensor([2, *text.encode()], dtype=torch.float32) for text in texts]
-        return [Condition(torch.stack([c, c / 7, c.cos()], dim=1)) for c in codes]
+    def encode_texts(self, prompts: list[Prompt]) -> list[Condition]:
+        self.prompts += prompts
+        self.text_batches.append(len(prompts))
+        return [Condition(tokens_of(prompt)) for prompt in prompts]
+
+
+def tokens_of(prompt: Prompt) -> Tensor:
+    """Return what `Encoders` makes of a prompt."""
+    codes = torch.tensor([2, *prompt.text.encode()], dtype=torch.float32)
+    tokens_L3 = torch.stack([codes, codes / 7, codes.cos()], dim=1)
+    if prompt.source is None:
+        return tokens_L3
+    pixels_3HW = pixels_to_tensor(load_source(prompt.source))
+    return torch.cat([tokens_L3, avg_pool2d(pixels_3HW, STRIDE).mean(1).T])
 
 
 def write_picture(path: Path, size: tuple[int, int], seed: int, alpha: bool = False) -> None:
@@ -73,7 +92,9 @@ def write_pictures(
     return folder
 
 
-def manifest_of(folder: Path, *, dataset: str = "", subset: str = "", resolution: int = 64) -> Manifest:
+def manifest_of(
+    folder: Path, *, dataset: str = "", subset: str = "", resolution: int = 64, edits: bool = False
+) -> Manifest:
     """Scan a folder of pictures as one dataset; `dataset` and `subset` are further lines of TOML."""
     config = folder.parent / f"{folder.name}.toml"
     config.write_text(
@@ -82,5 +103,5 @@ def manifest_of(folder: Path, *, dataset: str = "", subset: str = "", resolution
         f"caption_extension = '.txt'\n{subset}\n",
         encoding="utf-8",
     )
-    datasets = load_datasets(DatasetOptions(dataset_config=config), stride=16)
+    datasets = load_datasets(DatasetOptions(dataset_config=config), stride=16, edits=edits)
     return scan(datasets, skip_bad_images=False, ledger=HashLedger(folder.parent / "hashes.json"))

@@ -73,7 +73,7 @@ def test_training_finds_the_latents(nano, manifest, tmp_path):
     for place in (CachePlace(True), CachePlace(False)):
         source = LatentSource(place, files.latent_identity)
         assert cache_latents(source, manifest.items, never, RUN) == Counts(cached=3, encoded=0)
-        latents, _ = source.get(manifest.items[0], flip=True)
+        latents = source.get(manifest.items[0], flip=True).picture
         assert latents.shape == (16, 8, 8)
 
 

@@ -37,12 +37,15 @@ TORCH_FREE = [
     "library.models.gemma2_tokenizer",
     "library.models.lumina2_format",
     "library.models.lumina2_identity",
+    "library.models.qwen2_5_vl_format",
     "library.training.trainer",
     "library.training.prepare",
     "networks.lora_lumina",
+    "networks.lora_kandinsky5",
     "networks.lycoris.module",
     "lumina_train_network",
     "lumina_minimal_inference",
+    "kandinsky5_minimal_inference",
 ]
 
 

@@ -28,6 +28,7 @@ from library.models.lumina2 import load_nextdit, velocity
 from library.options.request import ImageRequest
 from networks.files import save_network
 from networks.lora_lumina import create_network
+from networks.request import NetworkRequest
 from tools.make_nano_models import make_nano_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,9 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Nano:
     torch.set_num_threads(1)  # at this size threads cost more than they bring
     folder = tmp_path_factory.mktemp("nano")
     paths = make_nano_models(folder, seed=3, layout="diffusers")
-    network = create_network(load_nextdit(paths.dit, device=CPU, dtype=torch.float32), dim=4, alpha=4)
+    network = create_network(
+        load_nextdit(paths.dit, device=CPU, dtype=torch.float32), NetworkRequest(dim=4, alpha=4)
+    )
     generator = torch.Generator().manual_seed(0)
     for lora in network.loras.values():
         nn.init.normal_(lora.up, std=0.2, generator=generator)
@@ -148,6 +151,21 @@ def test_prompts_of_a_file(nano: Nano, tmp_path: Path) -> None:
 
 def test_offload_changes_nothing_in_the_picture(nano: Nano, tmp_path: Path) -> None:
     assert np.array_equal(one(nano, tmp_path / "a"), one(nano, tmp_path / "b", "--offload"))
+
+
+def test_block_swap_changes_nothing_in_the_picture(nano: Nano, tmp_path: Path) -> None:
+    def with_lora(name: str, *words: str) -> np.ndarray:
+        return one(nano, tmp_path / name, "--lora_weights", str(nano.lora), *words)
+
+    swap = ("--blocks_to_swap", "5", "--offload")
+    assert np.array_equal(with_lora("applied"), with_lora("applied, swapped", *swap))
+    merge = "--merge_lora_weights"
+    assert np.array_equal(with_lora("merged", merge), with_lora("merged, swapped", merge, *swap))
+
+
+def test_sequential_guidance_draws_the_same_picture(nano: Nano, tmp_path: Path) -> None:
+    together = one(nano, tmp_path / "a", "--negative_prompt", "fog")
+    assert_close(one(nano, tmp_path / "b", "--negative_prompt", "fog", "--sequential_cfg"), together)
 
 
 def library_model(nano: Nano) -> ImageModel:
@@ -274,6 +292,8 @@ def test_help_answers_in_half_a_second_of_work() -> None:
         (["--gemma2_path", "{broken}"], "not a complete safetensors file"),
         (["--from_file", "absent.txt"], "absent.txt cannot be read"),
         (["--output_dir", "{file}/below"], "--output_dir"),
+        (["--lora_weights", "{other}"], "has LoRAs for 1 layers that this model lacks: lora_unet_blocks_0_q"),
+        (["--blocks_to_swap", "99"], "--blocks_to_swap is 99, but the model has 6 blocks"),
         (
             ["--lora_weights", "{lora}", "--from_file", "{prompts}"],
             "--m gives 2 multipliers, but --lora_weights names 1",
@@ -288,7 +308,10 @@ def test_mistakes_end_with_a_sentence_before_torch_is_imported(
         "gemma2": nano.gemma2,
         "lora": nano.lora,
         "broken": tmp_path / "broken.safetensors",
+        "other": tmp_path / "other.safetensors",
     }
+    other = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)}
+    save_network(places["other"], {f"lora_unet_blocks_0_q.{key}": value for key, value in other.items()}, {})
     places |= {"file": tmp_path / "file", "prompts": tmp_path / "p.txt"}
     (tmp_path / "file").write_text("")
     (tmp_path / "p.txt").write_text("a fox --m 1,2")

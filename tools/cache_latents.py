@@ -79,7 +79,7 @@ def fill(options: Options, manifest: Manifest, identity: str) -> None:
         processes.rank,
         processes.world,
         processes.barrier,
-        pinned=processes.device.type == "cuda",
+        device=processes.device,
     )
     cache_latents(LatentSource(place, identity), manifest.items, load_encoder, run)
 

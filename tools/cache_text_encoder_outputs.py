@@ -68,6 +68,8 @@ def fill(options: Options, manifest: Manifest, identity: str) -> None:
     """Run the pass; torch is imported here."""
     from library.core.device import dtype_named
     from library.core.dist import Processes
+    from library.data.batch import Condition
+    from library.data.prompt import Prompt
     from library.data.sources import CachePlace, TextSource
     from library.training.caching import PassRun, cache_texts
 
@@ -85,9 +87,14 @@ def fill(options: Options, manifest: Manifest, identity: str) -> None:
             dtype=dtype,
             quant=options.quant,
         )
-        return lambda texts: encode_prompts(
-            encoder, tokenizer, texts, model.gemma2_max_token_length, batch_size=len(texts)
-        )
+
+        def encode(prompts: list[Prompt]) -> list[Condition]:
+            texts = [prompt.text for prompt in prompts]
+            return encode_prompts(
+                encoder, tokenizer, texts, model.gemma2_max_token_length, batch_size=len(texts)
+            )
+
+        return encode
 
     source = TextSource(
         CachePlace(True, caching.cache_directory, caching.cache_dtype),
@@ -95,7 +102,13 @@ def fill(options: Options, manifest: Manifest, identity: str) -> None:
         max_variants=caching.max_caption_variants,
         prompt_of=partial(format_prompt, model.system_prompt),
     )
-    run = PassRun(caching.text_encoder_batch_size, processes.rank, processes.world, processes.barrier)
+    run = PassRun(
+        caching.text_encoder_batch_size,
+        processes.rank,
+        processes.world,
+        processes.barrier,
+        device=processes.device,
+    )
     cache_texts(source, manifest.items, load_encoder, run, length=tokenizer.count)
 
 

@@ -160,7 +160,7 @@ def write(
 
     from library.core.device import dtype_named
     from networks.files import save_network
-    from networks.names import ALPHA, DORA
+    from networks.names import ALPHA, DORA, MAGNITUDE
 
     total: dict[str, Tensor] = {}
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
@@ -173,7 +173,7 @@ def write(
             else:
                 total[name] = tensor.float().mul_(weight)
     dtype = dtype_named(options.save_precision)
-    state = {name: t if name.endswith((ALPHA, DORA)) else t.to(dtype) for name, t in total.items()}
+    state = {name: t if name.endswith((ALPHA, DORA, MAGNITUDE)) else t.to(dtype) for name, t in total.items()}
     save_network(options.output, state, checkpoints[-1].metadata | {"ss_weights": told})
 
 

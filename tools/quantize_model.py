@@ -19,8 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from library.core.entry import run_script  # noqa: E402
 from library.core.errors import ConfigError  # noqa: E402
 from library.core.log import setup_logging  # noqa: E402
-from library.models.lumina2_format import inspect_lumina2  # noqa: E402
-from library.models.quant_file import SCHEME_KEY  # noqa: E402
+from library.models.lumina2_format import (  # noqa: E402
+    inspect_lumina2,
+    parameter_shapes,
+    quantisable_layers,
+)
+from library.models.quant_file import SCHEME_KEY, check_widths  # noqa: E402
 from library.options.group import REQUIRED, OptionGroup, option, parse_options  # noqa: E402
 from library.options.quant import SCHEMES, QuantOptions  # noqa: E402
 
@@ -59,6 +63,8 @@ def main() -> None:
     found = inspect_lumina2(chosen.pretrained_model_name_or_path)
     if found.quant.scheme is not None:
         raise ConfigError(f"{found.checkpoint.path} is quantised already, to {found.quant.scheme}.")
+    layers, shapes = quantisable_layers(found.params), parameter_shapes(found.params)
+    check_widths(chosen.base_quant, layers, shapes, found.checkpoint.path)
     import torch
     from safetensors.torch import save
 

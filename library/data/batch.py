@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from library.data.items import Draw
+from library.data.prompt import SourcePicture
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Condition:
     tokens_LD: Tensor
     pooled_D: Tensor | None = None
     source_Chw: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """Return the condition with `function` done to each of its tensors."""
+        return Condition(*(_mapped(getattr(self, f.name), function) for f in fields(self)))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the text's features as named tensors for a cache file; latents have files of their own."""
@@ -43,6 +48,10 @@ class Batch:
     None when no picture of the batch has one. weights_B weighs each picture's loss. `names` are the pictures'
     paths, for messages.
 
+    Where pictures are edits, `sources` are what they are edits of, as text encoders take it, and
+    `source_latents` or `source_pixels` are that as the model takes it; None for a picture without one, and
+    () or None when no picture of the batch has one.
+
     The noise is made ahead, where it can be: see `library.training.noising`. `sigmas` are those of sigma_B.
     `perturbation` is what the input has in noise beyond what the target tells.
     """
@@ -55,6 +64,9 @@ class Batch:
     pixels: tuple[Tensor, ...] | None = None
     conditions: tuple[Condition, ...] | None = None
     masks: tuple[Tensor, ...] | None = None
+    sources: tuple[SourcePicture | None, ...] = ()
+    source_latents: tuple[Tensor | None, ...] | None = None
+    source_pixels: tuple[Tensor | None, ...] | None = None
     network_multiplier: float = 1.0
     preserved: tuple[bool, ...] = ()
     sigmas: tuple[float, ...] = ()
@@ -71,7 +83,7 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Condition):
-        return Condition(*(_mapped(getattr(value, f.name), function) for f in fields(value)))
+        return value.map(function)
     if isinstance(value, tuple):
         return tuple(_mapped(each, function) for each in value)
     return value

@@ -24,6 +24,8 @@ from functools import lru_cache
 from library.core.errors import DataError
 from library.data.items import BucketOptions, Geometry, Size
 
+_LONGEST_SOURCE = 50  # times the bucket's area that a source may cover before it is cut
+
 
 def geometry(size: Size, options: BucketOptions) -> Geometry:
     """Return where a picture of `size` lands: resized to cover its bucket, cut in the middle.
@@ -44,6 +46,27 @@ def cover(size: Size, bucket: Size) -> Geometry:
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     width, height = (max(b, round(s * scale)) for b, s in zip(bucket, size, strict=True))
     return Geometry((width, height), ((width - bucket[0]) // 2, (height - bucket[1]) // 2), bucket)
+
+
+def source_geometry(source: Size, target: Size, place: Geometry) -> Geometry:
+    """Return where the picture lands that a picture of size `target`, which lands at `place`, is an edit of.
+
+    With the same proportions (one could be the other, resized and rounded to whole pixels) it is resized and
+    cut exactly like its target, so that what was not edited lies at the same pixels in both. With others it
+    covers the bucket, cut in the middle.
+
+    Raises:
+        DataError: it is so long and thin that hardly anything of it would be left.
+    """
+    if abs(source[0] * target[1] - source[1] * target[0]) <= max(*source, *target):
+        return place
+    own = cover(source, place.bucket)
+    if math.prod(own.resized) > _LONGEST_SOURCE * math.prod(own.bucket):
+        raise DataError(
+            f"it has {source[0]} x {source[1]} pixels, and less than 1/{_LONGEST_SOURCE} would be left "
+            f"of it when it is cut to {own.bucket[0]} x {own.bucket[1]}"
+        )
+    return own
 
 
 def bucket_sizes(options: BucketOptions) -> tuple[Size, ...]:

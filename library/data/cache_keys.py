@@ -12,7 +12,9 @@ from pathlib import Path
 
 from library.core.errors import ConfigError
 from library.core.hashing import sha256_text
+from library.data.images import drawn_source
 from library.data.items import Dataset, ImageOptions, Item
+from library.data.prompt import Prompt, SourcePicture
 
 HIDDEN_FOLDER = ".flow-cache"
 
@@ -23,7 +25,9 @@ _TEXTS_VERSION = 1
 
 
 def latents_key(item: Item, encoder_identity: str, dtype: str) -> str:
-    """Return the key of a picture's latents, flipped latents and mask, which share an entry.
+    """Return the key of the latents of a picture and of its source, flipped and not, and of its mask.
+
+    They share an entry.
 
     Args:
         encoder_identity: names the autoencoder and its settings; any text that changes when its output would.
@@ -31,6 +35,7 @@ def latents_key(item: Item, encoder_identity: str, dtype: str) -> str:
     """
     geometry, options = item.geometry, item.subset.images
     numbers = (*geometry.resized, *geometry.crop, *geometry.bucket)
+    source = drawn_source(item, None, flip=False)
     return sha256_text(
         f"latents {_LATENTS_VERSION}",
         item.digest,
@@ -39,18 +44,26 @@ def latents_key(item: Item, encoder_identity: str, dtype: str) -> str:
         f"resize={options.resize_interpolation}",
         encoder_identity,
         dtype,
+        *_pixels_of(source),
     )
 
 
-def text_key(text: str, encoder_identity: str, dtype: str) -> str:
-    """Return the key of a text's features.
+def text_key(prompt: Prompt, encoder_identity: str, dtype: str) -> str:
+    """Return the key of a prompt's features.
 
     Args:
-        text: exactly what the encoder is given, with the system prompt where there is one.
+        prompt: exactly what the encoder is given, with the system prompt where there is one.
         encoder_identity: names the encoder, its tokenizer, the token limit and its settings.
         dtype: precision of the stored features, "bf16" or "fp32".
     """
-    return sha256_text(f"texts {_TEXTS_VERSION}", text, encoder_identity, dtype)
+    return sha256_text(
+        f"texts {_TEXTS_VERSION}", prompt.text, encoder_identity, dtype, *_pixels_of(prompt.source)
+    )
+
+
+def _pixels_of(source: SourcePicture | None) -> tuple[str, ...]:
+    """What decides a source's pixels. Without one it is nothing, so that such entries keep their keys."""
+    return () if source is None else (f"pixels {_LATENTS_VERSION}", source.identity)
 
 
 def cache_directory(item: Item, override: Path | None) -> Path:
@@ -77,6 +90,18 @@ def check_latents_cacheable(datasets: Sequence[Dataset]) -> None:
                 f"{' and '.join(drawn)} of {subset.image_dir or subset.metadata_file} cannot be used with "
                 f"--cache_latents: the pixels change from epoch to epoch, and the cache holds one latent a "
                 f"picture. Leave out one of the two."
+            )
+
+
+def check_texts_cacheable(datasets: Sequence[Dataset]) -> None:
+    """Raise ConfigError if what a text encoder sees of a subset's sources is drawn anew each epoch."""
+    for subset in (subset for dataset in datasets for subset in dataset.subsets if subset.source_dir):
+        drawn = _drawn_anew(subset.images)
+        if drawn:
+            raise ConfigError(
+                f"{' and '.join(drawn)} of {subset.image_dir} cannot be used with "
+                f"--cache_text_encoder_outputs: the text encoder sees the source pictures of "
+                f"{subset.source_dir}, which change from epoch to epoch. Leave out one of the two."
             )
 
 

@@ -1,8 +1,9 @@
-"""Pictures with their captions and masks, found on the disk. Nothing is decoded here."""
+"""Pictures with their captions, masks and sources, found on the disk. Nothing is decoded here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +20,12 @@ _USUAL_CAPTION_ENDINGS = (".txt", ".caption")
 
 @dataclass(frozen=True)
 class Found:
-    """A picture of a subset, the text beside it (all lines), and its mask."""
+    """A picture of a subset, the text beside it (all lines), its mask, and the picture it is an edit of."""
 
     path: Path
     text: str
     mask_path: Path | None = None
+    source_path: Path | None = None
 
 
 @dataclass
@@ -66,18 +68,22 @@ def _find_by_metadata(subset: Subset, findings: Findings) -> None:
             f'{_pictures(len(silent))} in {subset.metadata_file} with neither "caption" nor "tags": '
             f'{names_of(silent)}. Write "caption": "" to train one without a caption.'
         )
-    findings.found = [Found(entry.path, entry.text or "") for entry in entries]
+    sources = _sources(subset, [entry.path for entry in entries], findings)
+    findings.found = [
+        Found(entry.path, entry.text or "", source_path=sources.get(entry.path)) for entry in entries
+    ]
 
 
 def _find_by_folder(subset: Subset, findings: Findings) -> None:
     pictures = list(pictures_in(subset.image_dir, recursive=subset.recursive))
     masks = _masks(subset, pictures, findings)
+    sources = _sources(subset, pictures, findings)
     silent = []
     for path in pictures:
         text = _text_beside(path, subset, findings)
         if text is None:
             silent.append(path)
-        findings.found.append(Found(path, text or "", masks.get(path)))
+        findings.found.append(Found(path, text or "", masks.get(path), sources.get(path)))
     if silent:
         findings.problems.append(_no_caption(subset, silent))
 
@@ -100,25 +106,59 @@ def _caption_files(path: Path, subset: Subset) -> list[Path]:
     return [path.with_name(stem + subset.caption_extension) for stem in stems]
 
 
-def _masks(subset: Subset, pictures: Sequence[Path], findings: Findings) -> dict[Path, Path]:
-    """Each picture's mask: the file of the same name, or at least the same stem, in the folder of masks."""
-    folder = subset.conditioning_data_dir
+def _masks(subset: Subset, pictures: Sequence[Path], findings: Findings) -> Mapping[Path, Path]:
+    """Return each picture's mask."""
+    folder = subset.mask_dir
     if folder is None:
         return {}
-    by_name: dict[Path, Path] = {}
-    for mask in pictures_in(folder, recursive=subset.recursive):
-        place = mask.relative_to(folder)
-        by_name[place] = mask
-        by_name.setdefault(place.with_suffix(""), mask)
-    places = {path: path.relative_to(subset.image_dir) for path in pictures}
-    masks = {path: by_name.get(place) or by_name.get(place.with_suffix("")) for path, place in places.items()}
-    without = [path for path, mask in masks.items() if mask is None]
+    masks = _partners(subset, pictures, list(pictures_in(folder, recursive=subset.recursive)), folder)
+    without = [path for path in pictures if path not in masks]
     if without:
         findings.problems.append(
             f"{_pictures(len(without))} in {subset.image_dir} without a mask of the same name in {folder}: "
             f"{names_of(without)}."
         )
-    return {path: mask for path, mask in masks.items() if mask}
+    return masks
+
+
+def _sources(subset: Subset, pictures: Sequence[Path], findings: Findings) -> Mapping[Path, Path]:
+    """Return the picture that each is an edit of."""
+    folder = subset.source_dir
+    if folder is None:
+        return {}
+    # Names in a metadata file may lead into subfolders, whatever `recursive` says.
+    deep = subset.recursive or subset.metadata_file is not None
+    there = list(pictures_in(folder, recursive=deep))
+    sources = _partners(subset, pictures, there, folder)
+    without = [path for path in pictures if path not in sources]
+    if without:
+        findings.problems.append(
+            f"{_pictures(len(without))} in {subset.image_dir} without a source picture of the same name in "
+            f"{folder}: {names_of(without)}. Add those, or put what has none into a subset without "
+            f"conditioning_data_dir, which is trained from the captions alone."
+        )
+    unused = sorted(set(there) - set(sources.values()))
+    if unused:
+        findings.notes.append(
+            f"{_pictures(len(unused))} in {folder} are no picture's source and are not used: "
+            f"{names_of(unused)}."
+        )
+    return sources
+
+
+def _partners(
+    subset: Subset, pictures: Sequence[Path], others: Sequence[Path], folder: Path
+) -> dict[Path, Path]:
+    """Find each picture's partner in another folder: the same name, or at least the same up to the ending."""
+    by_name: dict[Path, Path] = {}
+    for other in others:
+        place = other.relative_to(folder)
+        by_name[place] = other
+        by_name.setdefault(place.with_suffix(""), other)
+    home = os.path.abspath(subset.image_dir)
+    places = {path: Path(os.path.relpath(os.path.abspath(path), home)) for path in pictures}
+    found = {path: by_name.get(place) or by_name.get(place.with_suffix("")) for path, place in places.items()}
+    return {path: other for path, other in found.items() if other}
 
 
 def _no_caption(subset: Subset, silent: Sequence[Path]) -> str:

@@ -39,27 +39,33 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"The folder {error.filename} cannot be read: {explain(error)}.") from error
 
 
-def source_from_options(options: DatasetOptions) -> dict[str, Any]:
+def source_from_options(options: DatasetOptions, *, edits: bool) -> dict[str, Any]:
     """Return the dataset configuration that --train_data_dir, --reg_data_dir and --in_json stand for.
 
+    Args:
+        edits: --conditioning_data_dir has what is edited, and not masks.
+
     Raises:
-        ConfigError: a folder is missing or not laid out as `<repeats>_<class tokens>`.
+        ConfigError: a folder is missing or not laid out as `<repeats>_<class tokens>`; flags that do not go
+            together.
     """
+    if options.conditioning_data_dir and not (options.masked_loss or edits):
+        raise ConfigError("--conditioning_data_dir has no effect without --masked_loss; add it.")
     if options.in_json:
         subset = {"metadata_file": str(options.in_json)}
         if options.train_data_dir:
             subset["image_dir"] = str(options.train_data_dir)
         return {"datasets": [{"subsets": [subset]}]}
     subsets = _subsets_of(options.train_data_dir, "--train_data_dir")
-    if options.reg_data_dir:
-        subsets += [s | {"is_reg": True} for s in _subsets_of(options.reg_data_dir, "--reg_data_dir")]
     if options.conditioning_data_dir:
-        if options.reg_data_dir:
+        if options.reg_data_dir and not edits:
             raise ConfigError("--conditioning_data_dir cannot go with --reg_data_dir; leave out one of them.")
         for subset in subsets:
             subset["conditioning_data_dir"] = str(
                 options.conditioning_data_dir / Path(subset["image_dir"]).name
             )
+    if options.reg_data_dir:
+        subsets += [s | {"is_reg": True} for s in _subsets_of(options.reg_data_dir, "--reg_data_dir")]
     return {"datasets": [{"subsets": subsets}]}
 
 

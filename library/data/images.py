@@ -4,6 +4,9 @@ A picture is turned as its EXIF orientation says, brought to 8-bit sRGB (16-bit 
 are converted, an embedded ICC profile is applied), and what is transparent becomes white, unless the alpha
 channel is the mask. Then it is resized, cut, and augmented as a function of the draw's key. Of an animation
 the first frame counts.
+
+The source of a picture, for models that edit, is augmented with it: cut at the same place, mirrored, and with
+the same change of colours, because what differs between the two is what is to be learnt.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from PIL import Image, ImageCms, ImageOps
 
 from library.core.errors import DataError, MissingPackageError
 from library.core.files import explain
+from library.core.hashing import sha256_file
 from library.core.seeds import rng, unit
-from library.data.buckets import cover
+from library.data.buckets import cover, source_geometry
 from library.data.items import DrawKey, Geometry, ImageOptions, Item, Size
+from library.data.prompt import SourcePicture
 
 _LANCZOS, _BOX = Image.Resampling.LANCZOS, Image.Resampling.BOX
 _BICUBIC, _BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
@@ -97,8 +102,8 @@ def load_pixels(item: Item, draw_key: DrawKey | None, *, flip: bool) -> tuple[np
         raise DataError(f"{item.path} changed while the program was running; start it again.")
     colours, alpha = _to_srgb(picture)
     mask = _mask(item, alpha)
-    if alpha is not None and not options.alpha_mask:
-        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
+    if not options.alpha_mask:
+        colours = _on_white(colours, alpha)
     geometry = drawn_geometry(item, draw_key)
     pixels = np.asarray(_cut(colours, geometry, options.resize_interpolation))
     weights = None if mask is None else np.asarray(_cut(mask, geometry, "area"), np.float32) / 255
@@ -107,6 +112,72 @@ def load_pixels(item: Item, draw_key: DrawKey | None, *, flip: bool) -> tuple[np
     if flip:
         pixels, weights = pixels[:, ::-1], None if weights is None else weights[:, ::-1]
     return np.ascontiguousarray(pixels), None if weights is None else np.ascontiguousarray(weights)
+
+
+def load_source(source: SourcePicture) -> np.ndarray:
+    """Return the pixels of a source picture, (H, W, 3) uint8. What is transparent in it is white.
+
+    Raises:
+        DataError: the picture has gone bad since it was looked at.
+    """
+    picture = _open(source.path)
+    if source.size is not None and picture.size != source.size:
+        raise DataError(f"{source.path} changed while the program was running; start it again.")
+    pixels = np.asarray(_cut(_on_white(*_to_srgb(picture)), source.geometry, source.interpolation))
+    if source.colours is not None:
+        pixels = _shift_colours(pixels, source.colours)
+    return np.ascontiguousarray(pixels[:, ::-1] if source.flipped else pixels)
+
+
+def drawn_source(
+    item: Item, draw_key: DrawKey | None, *, flip: bool, dropout: float = 0.0
+) -> SourcePicture | None:
+    """Return an item's source as a draw shows it; None if it has none, or the draw goes without.
+
+    Args:
+        draw_key: as for `load_pixels`; None never goes without.
+        dropout: share of the draws that go without.
+    """
+    source, options = item.source, item.subset.images
+    if source is None or (draw_key is not None and unit(*draw_key, "source dropout") < dropout):
+        return None
+    moves_along = source.geometry == item.geometry
+    return SourcePicture(
+        source.path,
+        drawn_geometry(item, draw_key) if moves_along else source.geometry,
+        source.digest,
+        options.resize_interpolation,
+        flipped=flip,
+        size=source.size,
+        colours=draw_key if options.color_aug else None,
+    )
+
+
+def source_variants(item: Item, dropout: float) -> tuple[SourcePicture | None, ...]:
+    """Return an item's source in every way that draws show it, if neither crops nor colours are drawn anew.
+
+    None is among them if draws may go without, and alone if there is no source.
+    """
+    plain = drawn_source(item, None, flip=False)
+    if plain is None or item.held_out:
+        return (plain,)
+    flipped = [drawn_source(item, None, flip=True)] if item.subset.images.flip_aug else []
+    return (plain, *flipped, *([None] if dropout > 0 else []))
+
+
+def source_picture(path: Path, size: Size) -> SourcePicture:
+    """Return a picture as what is edited into one of `size`: it covers that, cut in the middle.
+
+    Raises:
+        DataError: it is not there, cannot be decoded, or is so long and thin that hardly anything would be
+            left of it.
+    """
+    picture = _open(path)
+    try:
+        geometry = source_geometry(picture.size, size, cover(size, size))
+    except DataError as error:
+        raise DataError(f"{path}: {error}.") from error
+    return SourcePicture(path, geometry, sha256_file(path), size=picture.size)
 
 
 def is_flipped(item: Item, draw_key: DrawKey) -> bool:
@@ -188,6 +259,12 @@ def _to_srgb(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if profile:
         picture = _apply_profile(picture, profile)
     return picture.convert("RGB"), alpha
+
+
+def _on_white(colours: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    if alpha is None:
+        return colours
+    return Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
 
 
 def _to_8_bit(picture: Image.Image) -> Image.Image:

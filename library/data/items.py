@@ -60,7 +60,10 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class Subset:
-    """One folder or metadata file of a dataset."""
+    """One folder or metadata file of a dataset.
+
+    `conditioning_data_dir` holds masks where `kind` says so, else the pictures that are edited.
+    """
 
     kind: Kind
     image_dir: Path | None
@@ -76,6 +79,16 @@ class Subset:
     cache_directory: Path | None = None
     validation_split: float = 0.0
     custom_attributes: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def mask_dir(self) -> Path | None:
+        """The folder of the pictures' masks, if they have any."""
+        return self.conditioning_data_dir if self.kind == "conditioning" else None
+
+    @property
+    def source_dir(self) -> Path | None:
+        """The folder of the pictures that those of this subset are edits of, if they are."""
+        return None if self.kind == "conditioning" else self.conditioning_data_dir
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,20 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The picture that an item is an edit of: a file, and where it lands when the item is not augmented.
+
+    `geometry` is the item's own where both pictures have the same proportions: they are then always resized
+    and cut in the same way, also when that is drawn anew each time.
+    """
+
+    path: Path
+    size: Size  # after EXIF orientation
+    geometry: Geometry
+    digest: str  # SHA-256 of the file's bytes
+
+
+@dataclass(frozen=True)
 class Item:
     """One picture of one dataset, ready to be planned. `index` is its place in `Manifest.items`.
 
@@ -121,6 +148,7 @@ class Item:
     repeats: int
     digest: str  # SHA-256 of the picture's bytes (and of its mask's, when it has one)
     mask_path: Path | None = None
+    source: Source | None = None
     held_out: bool = False
 
 

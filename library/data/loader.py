@@ -17,9 +17,10 @@ from library.core.ahead import map_ahead
 from library.data.batch import Batch, Condition
 from library.data.captions import draw_caption
 from library.data.delivery import carrier_for, delivered
-from library.data.images import is_flipped, load_pixels
-from library.data.items import PRESERVED, Draw, Item, Manifest
+from library.data.images import drawn_source, is_flipped, load_pixels, load_source
+from library.data.items import PRESERVED, Draw, DrawKey, Item, Manifest
 from library.data.plan import Plan
+from library.data.prompt import SourcePicture
 from library.data.sources import LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
 
@@ -38,7 +39,8 @@ class LoaderSettings:
 
     total_steps: optimizer steps of the run, for what changes in its course. workers: threads; 0 prepares each
     batch when it is asked for. latent_stride: pixels along one side of a latent pixel. prior_loss_weight:
-    loss weight of regularisation pictures. device: where batches go; a GPU fetches them ahead.
+    loss weight of regularisation pictures. source_dropout: share of the draws of an edited picture that go
+    without its source. device: where batches go; a GPU fetches them ahead.
     """
 
     seed: int
@@ -47,7 +49,29 @@ class LoaderSettings:
     workers: int = 0
     latent_stride: int = 8
     prior_loss_weight: float = 1.0
+    source_dropout: float = 0.0
     device: torch.device = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _View:
+    """An item as a draw shows it. key: decides its pixels; None for a held-out one, which never changes."""
+
+    item: Item
+    caption: str
+    key: DrawKey | None
+    flip: bool
+    source: SourcePicture | None
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """What a view holds: latents (C, h, w) or pixels (3, H, W), fp32, of the picture and of its source, and
+    the mask (h, w)."""
+
+    picture: Tensor
+    mask: Tensor | None
+    source: Tensor | None
 
 
 class BatchLoader:
@@ -101,19 +125,24 @@ class BatchLoader:
         """Return the batch of these draws, which must be of datasets with the same network_multiplier."""
         if not draws:
             return Batch(draws=(), names=(), captions=(), weights_B=torch.zeros(0))
-        items = [self._manifest.items[draw.item] for draw in draws]
-        captions = [self._caption(*pair) for pair in zip(items, draws, strict=True)]
-        pairs = [self._picture(*pair) for pair in zip(items, draws, strict=True)]
-        pictures = tuple(picture for picture, _ in pairs)
+        views = [self._view(draw) for draw in draws]
+        items = [view.item for view in views]
+        held = [self._picture(view) for view in views]
+        pictures = tuple(each.picture for each in held)
+        sources = tuple(each.source for each in held) if any(view.source for view in views) else None
+        cached = self._sources.latents is not None
         return Batch(
             draws=tuple(draws),
             names=tuple(str(item.path) for item in items),
-            captions=tuple(captions),
+            captions=tuple(view.caption for view in views),
             weights_B=torch.tensor([self._weight(item) for item in items], dtype=torch.float32),
-            latents=pictures if self._sources.latents else None,
-            pixels=None if self._sources.latents else pictures,
-            conditions=self._conditions(items, captions),
-            masks=_masks(pairs, 1 if self._sources.latents else self._settings.latent_stride),
+            latents=pictures if cached else None,
+            pixels=None if cached else pictures,
+            conditions=self._conditions(views),
+            masks=_masks(held, 1 if cached else self._settings.latent_stride),
+            sources=() if sources is None else tuple(view.source for view in views),
+            source_latents=sources if cached else None,
+            source_pixels=None if cached else sources,
             network_multiplier=items[0].dataset.network_multiplier,
             preserved=tuple(bool(item.subset.custom_attributes.get(PRESERVED)) for item in items),
         )
@@ -132,16 +161,22 @@ class BatchLoader:
         """Put a batch's tensors where a GPU can fetch them without anyone waiting, if it goes to one."""
         return batch.map(Tensor.pin_memory) if self._settings.device.type == "cuda" else batch
 
-    def _picture(self, item: Item, draw: Draw) -> tuple[Tensor, Tensor | None]:
-        """Return latents (C, h, w) or pixels (3, H, W), fp32, and the mask (h, w) if there is one."""
+    def _view(self, draw: Draw) -> _View:
+        item = self._manifest.items[draw.item]
         key = None if item.held_out else draw.key(self._settings.seed)
         flip = key is not None and is_flipped(item, key)
+        source = drawn_source(item, key, flip=flip, dropout=self._settings.source_dropout)
+        return _View(item, self._caption(item, draw), key, flip, source)
+
+    def _picture(self, view: _View) -> _Picture:
         if self._sources.latents:
-            latents, mask = self._sources.latents.get(item, flip=flip)
-            return latents.float(), mask
-        pixels, mask_HW = load_pixels(item, key, flip=flip)
+            kept = self._sources.latents.get(view.item, flip=view.flip)
+            source = kept.source if view.source else None
+            return _Picture(kept.picture.float(), kept.mask, None if source is None else source.float())
+        pixels, mask_HW = load_pixels(view.item, view.key, flip=view.flip)
         mask = None if mask_HW is None else mask_to_latent_size(mask_HW, self._settings.latent_stride)
-        return pixels_to_tensor(pixels), mask
+        source = pixels_to_tensor(load_source(view.source)) if view.source else None
+        return _Picture(pixels_to_tensor(pixels), mask, source)
 
     def _caption(self, item: Item, draw: Draw) -> str:
         """With cached features a caption is one of the cached variants; without, draws are unlimited."""
@@ -155,25 +190,26 @@ class BatchLoader:
             max_variants=self._sources.texts.max_variants if self._sources.texts else None,
         )
 
-    def _conditions(self, items: Sequence[Item], captions: Sequence[str]) -> tuple[Condition, ...] | None:
-        if self._sources.texts is None:
+    def _conditions(self, views: Sequence[_View]) -> tuple[Condition, ...] | None:
+        texts = self._sources.texts
+        if texts is None:
             return None
-        return tuple(map(self._sources.texts.condition, items, captions))
+        return tuple(texts.condition(view.item, view.caption, view.source) for view in views)
 
     def _weight(self, item: Item) -> float:
         return self._settings.prior_loss_weight if item.subset.is_reg else 1.0
 
 
-def _masks(pairs: Sequence[tuple[Tensor, Tensor | None]], stride: int) -> tuple[Tensor, ...] | None:
+def _masks(pictures: Sequence[_Picture], stride: int) -> tuple[Tensor, ...] | None:
     """Return a mask (h, w) for each picture, or None if no picture has one; without one it is wanted whole.
 
     Args:
-        pairs: the pictures, as latents or pixels, with their masks.
         stride: what a side of such a picture is divided by to have that of the latents.
     """
-    if all(mask is None for _, mask in pairs):
+    if all(each.mask is None for each in pictures):
         return None
+    sizes = [(each.picture.shape[1] // stride, each.picture.shape[2] // stride) for each in pictures]
     return tuple(
-        torch.ones(picture.shape[1] // stride, picture.shape[2] // stride) if mask is None else mask
-        for picture, mask in pairs
+        torch.ones(size) if each.mask is None else each.mask
+        for each, size in zip(pictures, sizes, strict=True)
     )

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.items import Geometry
+from library.data.items import DrawKey, Geometry, Size
 
 
 @dataclass(frozen=True)
 class SourcePicture:
     """A picture that is edited. It is cut to the size of the picture that is made of it.
 
-    digest: SHA-256 of the file's bytes. interpolation: how it is resized, as in a dataset's options.
+    digest: SHA-256 of the file's bytes. interpolation: how it is resized, as in a dataset's options. size:
+    the file's, after orientation; None if nobody knows. colours: the draw whose change of colours it shares.
     """
 
     path: Path
@@ -20,13 +21,16 @@ class SourcePicture:
     digest: str
     interpolation: str | None = None
     flipped: bool = False
+    size: Size | None = None
+    colours: DrawKey | None = None
 
     @property
     def identity(self) -> str:
         """Everything that decides its pixels, as a text; where it lies and what it is called do not."""
         geometry = self.geometry
         numbers = (*geometry.resized, *geometry.crop, *geometry.bucket)
-        return f"{self.digest} {' '.join(map(str, numbers))} {self.interpolation} flipped={self.flipped}"
+        drawn = f"flipped={self.flipped}" + (f" colours={self.colours}" if self.colours else "")
+        return f"{self.digest} {' '.join(map(str, numbers))} {self.interpolation} {drawn}"
 
 
 @dataclass(frozen=True)

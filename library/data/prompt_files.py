@@ -10,7 +10,7 @@ taken here too, and `tell` is given a sentence about it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from library.core.files import read_text
 from library.core.log import logger
 from library.core.suggest import did_you_mean
 from library.core.toml_file import read_content
+from library.data.prompt import SourcePicture
 from library.options.request import DRAWN_WITH_EULER, NOISE_SAMPLERS, SIZE_STEP, ImageRequest
 
 WHAT = "The prompt file"
@@ -44,6 +45,12 @@ def _negative(text: str) -> str:
     return "" if text == "-" else text
 
 
+def _picture(text: str) -> Path | None:
+    if not text:
+        raise ValueError("a path is not empty")
+    return None if text == "-" else Path(text)
+
+
 _INLINE = {
     "w": _Option("width", int, "a whole number"),
     "h": _Option("height", int, "a whole number"),
@@ -57,6 +64,7 @@ _INLINE = {
     "fs": _Option("discrete_flow_shift", float, "a number"),
     "ss": _Option("sampler", str, "text"),
     "m": _Option("lora_multipliers", _multipliers, "numbers separated by commas"),
+    "ci": _Option("source", _picture, "the path of a picture"),
 }
 _REFUSED = {
     "cn": "ControlNet pictures are not supported",
@@ -74,10 +82,14 @@ _TABLE_KEYS: dict[str, tuple[str, type]] = {
     "renorm_cfg": ("renorm_cfg", float),
     "discrete_flow_shift": ("discrete_flow_shift", float),
     "sample_sampler": ("sampler", str),
+    "control_image": ("source", Path),
+    "source": ("source", Path),
 }
 # Two names of the same thing: the second gives way to the first, as in sd-scripts.
-_STRONGER_AND_WEAKER = (("l", "g"), ("scale", "guidance_scale"))
-_KIND_NAMES = {str: "text", int: "a whole number", float: "a number"}
+_STRONGER_AND_WEAKER = (("l", "g"), ("scale", "guidance_scale"), ("source", "control_image"))
+_KIND_NAMES = {str: "text", int: "a whole number", float: "a number", Path: "the path of a picture"}
+_WRITTEN_AS = {float: (int, float), Path: str}  # in TOML and JSON; the others as themselves
+_NOT_SAID = Path("\0")  # stands for the source of a prompt that says nothing of it; no file is called so
 
 
 def parse_line(line: str, defaults: ImageRequest, tell: Tell = _log.info) -> ImageRequest:
@@ -119,7 +131,8 @@ def load_prompts(path: Path, defaults: ImageRequest, tell: Tell = _log.info) -> 
 
     `.txt`: one prompt a line, empty lines and lines that begin with # are skipped. `.json`: a list of such
     lines or of tables of keys. `.toml`: [prompt] with keys for all, and a [[prompt.subset]] for each prompt.
-    What a prompt does not set is taken from `defaults`, except the text.
+    What a prompt does not set is taken from `defaults`, except the text. A source picture's path is relative
+    to the file's folder.
 
     Raises:
         ConfigError: the file cannot be read, holds no prompt, or has a mistake; the message names the place.
@@ -128,10 +141,13 @@ def load_prompts(path: Path, defaults: ImageRequest, tell: Tell = _log.info) -> 
     reader = readers.get(Path(path).suffix.lower())
     if reader is None:
         raise ConfigError(f"{WHAT} {path} must end in .txt, .json or .toml.")
-    requests = reader(Path(path), replace(defaults, prompt=""), tell)
+    requests = reader(Path(path), replace(defaults, prompt="", source=_NOT_SAID), tell)
     if not requests:
         raise ConfigError(f"{WHAT} {path} holds no prompt.")
-    return requests
+    return [
+        replace(request, source=_beside(path, request.source, otherwise=defaults.source))
+        for request in requests
+    ]
 
 
 def load_sample_prompts(path: Path, defaults: ImageRequest, tell: Tell = _log.debug) -> list[ImageRequest]:
@@ -148,6 +164,36 @@ def load_sample_prompts(path: Path, defaults: ImageRequest, tell: Tell = _log.de
         request if request.seed is not None else replace(request, seed=(defaults.seed + n) % 2**63)
         for n, request in enumerate(requests)
     ]
+
+
+def sources_of(requests: Sequence[ImageRequest], *, edits: bool) -> list[SourcePicture | None]:
+    """Return the picture that each request is to be an edit of, cut to the request's size.
+
+    Args:
+        edits: whether the model can.
+
+    Raises:
+        ConfigError: it cannot, and a request asks for it. DataError: a source cannot be used.
+    """
+    from library.data.images import source_picture  # here, because it imports Pillow and numpy
+
+    for request in requests:
+        if request.source is not None and not edits:
+            raise ConfigError(
+                f"--ci {request.source} cannot be used: this model makes pictures from text alone; leave it "
+                f"out."
+            )
+    return [
+        None if request.source is None else source_picture(request.source, (request.width, request.height))
+        for request in requests
+    ]
+
+
+def _beside(file: Path, source: Path | None, *, otherwise: Path | None) -> Path | None:
+    """Return a source as it is meant in a prompt file."""
+    if source == _NOT_SAID:
+        return otherwise
+    return None if source is None else Path(file).parent / source
 
 
 def _find_inline(name: str) -> _Option:
@@ -243,7 +289,10 @@ def _from_table(table: Mapping[str, object], defaults: ImageRequest, tell: Tell)
         if key not in _TABLE_KEYS:
             raise ConfigError(f"unknown key '{key}'{did_you_mean(key, _TABLE_KEYS) or '.'}")
         field, kind = _TABLE_KEYS[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        if isinstance(value, bool) or not isinstance(value, _WRITTEN_AS.get(kind, kind)):
             raise ConfigError(f"{key} = {value!r} is not {_KIND_NAMES[kind]}.")
-        changes[field] = kind(value)
+        try:
+            changes[field] = _picture(value) if kind is Path else kind(value)
+        except ValueError as error:
+            raise ConfigError(f"{key} = {value!r} is not {_KIND_NAMES[kind]}.") from error
     return replace(defaults, **_drawable(changes, tell))

@@ -17,11 +17,11 @@ from library.core.ahead import map_ahead
 from library.core.errors import DataError
 from library.core.files import explain
 from library.core.hashing import HashLedger, sha256_text
-from library.data.buckets import geometry
+from library.data.buckets import geometry, source_geometry
 from library.data.facts import FactLedger
 from library.data.find import Found, find
 from library.data.images import PictureFacts, face_in_name
-from library.data.items import Dataset, Item, Manifest, Subset
+from library.data.items import Dataset, Geometry, Item, Manifest, Source, Subset
 from library.data.split import split
 
 _THREADS = min(8, os.cpu_count() or 1)  # Pillow's decoders and the hash release the interpreter lock
@@ -56,7 +56,7 @@ def scan(datasets: Sequence[Dataset], *, skip_bad_images: bool, ledger: HashLedg
         ledger: remembers digests of files; what is known of pictures is kept beside it in `pictures.json`.
 
     Raises:
-        DataError: pictures, masks or captions that cannot be used, all of them named; a subset without
+        DataError: pictures, masks, sources or captions that cannot be used, all named; a subset without
             pictures; a validation split that holds out nothing or everything.
     """
     uses, problems, notes = _find_all(datasets)
@@ -101,7 +101,7 @@ def _find_all(datasets: Sequence[Dataset]) -> tuple[list[_Use], list[str], list[
 
 
 def _decode_all(uses: Sequence[_Use], ledger: HashLedger) -> _Files:
-    """Decode all pictures and masks whose content is not known yet."""
+    """Decode all pictures, masks and sources whose content is not known yet."""
     facts = FactLedger(ledger.path.with_name("pictures.json"))
 
     def decode(path: Path) -> _Decoded | str:
@@ -113,8 +113,9 @@ def _decode_all(uses: Sequence[_Use], ledger: HashLedger) -> _Files:
         except DataError as error:
             return str(error)
 
-    paths = [path for use in uses for path in (use.found.path, use.found.mask_path) if path]
-    paths = list(dict.fromkeys(paths))
+    found = [use.found for use in uses]
+    named = [path for f in found for path in (f.path, f.mask_path, f.source_path) if path]
+    paths = list(dict.fromkeys(named))
     try:
         decoded = map_ahead(decode, paths, threads=_THREADS, ahead=16 * _THREADS)
         told = tqdm(decoded, "checking pictures", total=len(paths), delay=2, unit="picture")
@@ -161,7 +162,25 @@ def _item(use: _Use, files: _Files) -> Item:
         repeats=use.subset.num_repeats,
         digest=digest,
         mask_path=found.mask_path,
+        source=_source_of(found, picture.facts, place, files),
     )
+
+
+def _source_of(found: Found, target: PictureFacts, place: Geometry, files: _Files) -> Source | None:
+    """Return the source of a picture that lands at `place`; what is wrong with it is wrong with the pair."""
+    path = found.source_path
+    if path is None:
+        return None
+    pair = f"It is the source of {found.path}, which cannot be trained without it."
+    try:
+        source = _usable(files[path])
+    except DataError as error:
+        raise DataError(f"{error} {pair}") from error
+    try:
+        own = source_geometry(source.facts.size, target.size, place)
+    except DataError as error:
+        raise DataError(f"{path}: {error}. {pair}") from error
+    return Source(path, source.facts.size, own, source.digest)
 
 
 def _usable(decoded: _Decoded | str) -> _Decoded:
@@ -175,7 +194,7 @@ def _emptied(uses: Sequence[_Use], items: Sequence[Item]) -> list[str]:
     left = {id(item.subset) for item in items}
     emptied = {id(use.subset): use.subset for use in uses if id(use.subset) not in left}
     return [
-        f"{_source(subset)} has no picture that can be used; the first: {next(_paths_of(subset, uses))}."
+        f"{_home(subset)} has no picture that can be used; the first: {next(_paths_of(subset, uses))}."
         for subset in emptied.values()
     ]
 
@@ -184,7 +203,7 @@ def _paths_of(subset: Subset, uses: Sequence[_Use]) -> Iterator[Path]:
     return (use.found.path for use in uses if use.subset is subset)
 
 
-def _source(subset: Subset) -> Path | None:
+def _home(subset: Subset) -> Path | None:
     return subset.metadata_file or subset.image_dir
 
 
@@ -245,12 +264,26 @@ def _missing_in_pictures(items: Sequence[Item], files: _Files) -> list[str]:
     for subset in {id(item.subset): item.subset for item in items}.values():
         paths = [item.path for item in items if item.subset is subset]
         if subset.images.alpha_mask and not any(_usable(files[path]).facts.has_alpha for path in paths):
-            notes.append(f"alpha_mask masks nothing: no picture of {_source(subset)} has an alpha channel.")
+            notes.append(f"alpha_mask masks nothing: no picture of {_home(subset)} has an alpha channel.")
         if subset.images.face_crop_aug_range and not any(map(face_in_name, paths)):
             notes.append(
-                f"face_crop_aug_range does nothing: no file name of {_source(subset)} ends in a face's "
+                f"face_crop_aug_range does nothing: no file name of {_home(subset)} ends in a face's "
                 f"_<x>_<y>_<width>_<height>."
             )
+    return notes
+
+
+def without_sources(manifest: Manifest) -> list[str]:
+    """Sentences about what a model that edits pictures is trained on without a source."""
+    notes = []
+    for index, dataset in enumerate(manifest.datasets):
+        for subset in dataset.subsets:
+            if subset.source_dir is None:
+                count = sum(item.subset is subset for item in manifest.items)
+                notes.append(
+                    f"{_home(subset)} (datasets[{index}]) has no conditioning_data_dir: its {count} pictures "
+                    f"are trained from their captions alone, without a source picture"
+                )
     return notes
 
 

@@ -41,11 +41,13 @@ _NOT_FOR_VALIDATION = (
 _ATTRIBUTES_READ = frozenset({PRESERVED})  # keys of custom_attributes that something acts on
 
 
-def load_datasets(options: DatasetOptions, *, stride: int) -> tuple[Dataset, ...]:
+def load_datasets(options: DatasetOptions, *, stride: int, edits: bool = False) -> tuple[Dataset, ...]:
     """Read and check the datasets that the options name.
 
     Args:
         stride: pixels that sides of trained pictures must be multiples of (VAE stride times patch size).
+        edits: the model edits pictures, and `conditioning_data_dir` has those that are edited; else it has
+            masks.
 
     Raises:
         ConfigError: all mistakes in one message.
@@ -53,9 +55,9 @@ def load_datasets(options: DatasetOptions, *, stride: int) -> tuple[Dataset, ...
     if options.dataset_config:
         content = read_config(options.dataset_config, "The dataset configuration")
     else:
-        content = source_from_options(options)
+        content = source_from_options(options, edits=edits)
     report = Report(options.dataset_config)
-    datasets = _Builder(options, stride, report).datasets(content)
+    datasets = _Builder(options, stride, edits, report).datasets(content)
     report.raise_if_any()
     return tuple(datasets)
 
@@ -63,9 +65,10 @@ def load_datasets(options: DatasetOptions, *, stride: int) -> tuple[Dataset, ...
 class _Builder:
     """Builds datasets level by level; a mistake goes to the report, and what depends on it is left out."""
 
-    def __init__(self, options: DatasetOptions, stride: int, report: Report) -> None:
+    def __init__(self, options: DatasetOptions, stride: int, edits: bool, report: Report) -> None:
         self.options = options
         self.stride = stride
+        self.edits = edits
         self.report = report
 
     def datasets(self, content: Table) -> list[Dataset]:
@@ -147,10 +150,11 @@ class _Builder:
         for key in _PATHS:
             if key in merged:
                 merged[key] = Path(merged[key])
-        kind = _kind(merged)
+        kind = _kind(merged, self.edits)
         mistakes = [
             *_kind_mistakes(kind, table, self.options),
             *_path_mistakes(kind, merged),
+            *(_source_mistakes(merged) if self.edits else ()),
             *_other_mistakes(merged),
         ]
         for key, sentence in mistakes:
@@ -200,10 +204,8 @@ class _Builder:
         subsets = [subset for dataset in datasets for subset in dataset.subsets]
         masked = any(s.kind == "conditioning" or s.images.alpha_mask for s in subsets)
         if subsets and self.options.masked_loss and not masked:
-            self.report.add(
-                ("--masked_loss",),
-                "no subset has masks; give one conditioning_data_dir (folder of masks) or alpha_mask = true",
-            )
+            folder = "" if self.edits else "conditioning_data_dir (folder of masks) or "
+            self.report.add(("--masked_loss",), f"no subset has masks; give one {folder}alpha_mask = true")
 
 
 def _merged(levels: Sequence[Table | None]) -> Table:
@@ -265,8 +267,8 @@ def _bucket_mistakes(buckets: BucketOptions, stride: int) -> list[tuple[str, str
     return mistakes
 
 
-def _kind(merged: Table) -> Kind:
-    if "conditioning_data_dir" in merged:
+def _kind(merged: Table, edits: bool) -> Kind:
+    if "conditioning_data_dir" in merged and not edits:
         return "conditioning"
     return "finetuning" if "metadata_file" in merged else "dreambooth"
 
@@ -298,6 +300,26 @@ def _path_mistakes(kind: Kind, merged: Table) -> list[tuple[str, str]]:
         elif not file.is_file():
             mistakes.append(("metadata_file", f"the file {file} does not exist"))
     return mistakes
+
+
+def _source_mistakes(merged: Table) -> list[tuple[str, str]]:
+    """What is wrong with a folder of pictures that are edited."""
+    if "conditioning_data_dir" not in merged:
+        return []
+    key, folder, pictures = "conditioning_data_dir", merged["conditioning_data_dir"], merged.get("image_dir")
+    if pictures is None:
+        return [(key, "pairs pictures by where they lie in image_dir; say what that is")]
+    if folder.resolve() == pictures.resolve():
+        return [(key, f"{folder} is image_dir itself: every picture would be an edit of itself")]
+    if merged.get("recursive") and folder.resolve().is_relative_to(pictures.resolve()):
+        return [
+            (
+                key,
+                f"{folder} lies in image_dir, whose subfolders are trained on too (recursive = true); put it "
+                f"elsewhere",
+            )
+        ]
+    return []
 
 
 def _other_mistakes(merged: Table) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from torch import Tensor
 from library.data.batch import Condition
 from library.data.cache import CacheStore
 from library.data.cache_keys import cache_directory, latents_key, text_key
+from library.data.captions import caption_variants
+from library.data.images import source_variants
 from library.data.items import Item
+from library.data.prompt import Prompt, SourcePicture
 
 FLIPPED = "_flipped"  # ends the names of a mirrored picture's tensors
 Tensors = dict[str, Tensor]
@@ -64,6 +68,15 @@ class Entries:
                 store.remember()
 
 
+class Latents(NamedTuple):
+    """What is kept of a picture: its latents (C, h, w), its mask (h, w), the latents of what it is an edit
+    of."""
+
+    picture: Tensor
+    mask: Tensor | None
+    source: Tensor | None
+
+
 class LatentSource:
     """Latents and masks of pictures, as `library.training.caching.cache_latents` left them.
 
@@ -78,15 +91,17 @@ class LatentSource:
         """Return the key of a picture's entry."""
         return latents_key(item, self._identity, self.entries.place.dtype)
 
-    def get(self, item: Item, *, flip: bool) -> tuple[Tensor, Tensor | None]:
-        """Return a picture's latents (C, h, w) and its mask (h, w), if it has one; mirrored if `flip`.
+    def get(self, item: Item, *, flip: bool) -> Latents:
+        """Return what is kept of a picture, mirrored if `flip`.
 
         Raises:
             DataError: the entry has gone or was damaged since the pass.
         """
         tensors = self.entries.get(item, self.key(item))
         suffix = FLIPPED if flip else ""
-        return tensors["latents" + suffix], tensors.get("mask" + suffix)
+        return Latents(
+            tensors["latents" + suffix], tensors.get("mask" + suffix), tensors.get("source" + suffix)
+        )
 
 
 class TextSource:
@@ -96,6 +111,8 @@ class TextSource:
         identity: names the encoder, its tokenizer, the token limit and its settings.
         max_variants: how many texts are kept for a picture whose caption is drawn anew each time.
         prompt_of: makes what the encoder is given from a caption (the system prompt is added here).
+        source_dropout: share of the draws of an edited picture that go without its source; above 0, captions
+            are kept without it too.
     """
 
     def __init__(
@@ -105,24 +122,29 @@ class TextSource:
         *,
         max_variants: int,
         prompt_of: Callable[[str], str] = str,
+        source_dropout: float = 0.0,
     ) -> None:
         self.entries = Entries("texts", place)
         self.max_variants = max_variants
-        self.prompt_of = prompt_of
+        self._prompt_of = prompt_of
+        self._source_dropout = source_dropout
         self._identity = identity
 
-    def key(self, prompt: str) -> str:
-        """Return the key of a prompt's entry; `prompt` is what the encoder is given."""
+    def key(self, prompt: Prompt) -> str:
+        """Return the key of a prompt's entry."""
         return text_key(prompt, self._identity, self.entries.place.dtype)
 
-    def condition(self, item: Item, caption: str) -> Condition:
-        """Return the features of a picture's caption.
+    def prompts(self, item: Item) -> list[Prompt]:
+        """Return everything that the encoder can be given for an item."""
+        captions = caption_variants(item, self.max_variants)
+        sources = source_variants(item, self._source_dropout)
+        return [Prompt(self._prompt_of(caption), source) for caption in captions for source in sources]
+
+    def condition(self, item: Item, caption: str, source: SourcePicture | None = None) -> Condition:
+        """Return the features of a picture's caption, with the source that the encoder sees.
 
         Raises:
             DataError: the entry has gone or was damaged since the pass.
         """
-        return Condition.from_tensors(self.entries.get(item, self.key(self.prompt_of(caption))))
-
-    def prompt(self, prompt: str) -> Condition:
-        """Return the features of one of the `prompts` that the pass was given; those are always in memory."""
-        return Condition.from_tensors(self.entries.memory[self.key(prompt)])
+        prompt = Prompt(self._prompt_of(caption), source)
+        return Condition.from_tensors(self.entries.get(item, self.key(prompt)))

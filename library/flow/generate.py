@@ -24,6 +24,7 @@ class ImageModel(Generic[Condition]):
     velocity: (x_BCHW fp32, sigma_B fp32, B conditions) -> velocity_BCHW, as defined in `flow.path`.
     decode: latents_BCHW fp32 -> pixels_B3HW in [-1, 1].
     sigmas: the sampler's steps; those of Lumina unless a family has its own.
+    sequential: prompt and negative prompt go through the model one after the other, which takes less memory.
     """
 
     velocity: Velocity[Condition]
@@ -32,6 +33,7 @@ class ImageModel(Generic[Condition]):
     latent_channels: int = 16
     latent_stride: int = 8  # pixels a latent
     sigmas: Callable[[int, float], list[float]] = sampler_sigmas  # of (steps, shift), from 1 to 0
+    sequential: bool = False
 
 
 @torch.no_grad()  # not inference_mode: tables that the network caches here must stay usable in training
@@ -57,7 +59,7 @@ def generate(
     noise_BCHW = torch.stack([_start(model, request) for request in requests]).to(model.device)
     sigmas = model.sigmas(first.steps, first.discrete_flow_shift)
     with tqdm(total=first.steps, desc="drawing", leave=False, disable=not progress) as bar:
-        velocity_at = guided(model.velocity, conditions, negatives, first)
+        velocity_at = guided(model.velocity, conditions, negatives, first, sequential=model.sequential)
         latents_BCHW = solve(velocity_at, noise_BCHW, sigmas, bar.update, sampler=first.sampler)
     # One by one: decoding takes the most memory of all, and a picture is then the same in every batch.
     latents = _finite(latents_BCHW).split(1)
@@ -85,6 +87,7 @@ def _settings(request: ImageRequest) -> ImageRequest:
 
 def _start(model: ImageModel[Condition], request: ImageRequest) -> Tensor:
     assert request.seed is not None, "seeds are filled in before drawing"
+    assert request.width is not None and request.height is not None, "so are sizes"
     height, width = request.height // model.latent_stride, request.width // model.latent_stride
     return initial_noise((model.latent_channels, height, width), request.seed)
 

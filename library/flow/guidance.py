@@ -1,4 +1,4 @@
-"""Classifier-free guidance as Lumina uses it: only in the noisy part of the way, and with a bounded norm."""
+"""Classifier-free guidance: all the way or only in its noisy part, and with a bounded norm if asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from library.options.request import ImageRequest
 Condition = TypeVar("Condition")
 # (x_BCHW, sigma_B, conditions) -> velocity_BCHW
 Velocity = Callable[[Tensor, Tensor, Sequence[Condition]], Tensor]
+_NO_GUIDANCE = 1e-6  # how near to 1 a scale is none, as in the official sampler of Kandinsky
 
 
 def guided(
@@ -21,22 +22,32 @@ def guided(
     conditions: Sequence[Condition],
     negatives: Sequence[Condition],
     request: ImageRequest,
+    *,
+    sequential: bool = False,
 ) -> VelocityAt:
     """Return the guided velocity of a batch.
 
-    u + guidance_scale * (c - u) while 1 - sigma < cfg_trunc_ratio, then c alone. Both halves go through
-    the model as one batch of 2B. A scale of 1 is c, without the work for u.
+    u + guidance_scale * (c - u) while 1 - sigma < cfg_trunc_ratio, then c alone. A scale of 1 is c, without
+    the work for u. Both go through the model as one batch of 2B, or with `sequential` one after the other:
+    less memory, and the same up to rounding.
     """
+
+    def both(x_BCHW: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        if sequential:
+            sigma_B = _filled(sigma, x_BCHW)
+            return velocity(x_BCHW, sigma_B, conditions), velocity(x_BCHW, sigma_B, negatives)
+        x_2BCHW = torch.cat([x_BCHW, x_BCHW])
+        velocity_2BCHW = velocity(x_2BCHW, _filled(sigma, x_2BCHW), [*conditions, *negatives])
+        conditional_BCHW, negative_BCHW = velocity_2BCHW.chunk(2)
+        return conditional_BCHW, negative_BCHW
 
     def velocity_at(x_BCHW: Tensor, sigma: float) -> Tensor:
         if 1 - sigma >= request.cfg_trunc_ratio:
             return velocity(x_BCHW, _filled(sigma, x_BCHW), conditions)
-        if request.guidance_scale == 1:
+        if abs(request.guidance_scale - 1) < _NO_GUIDANCE:
             conditional_BCHW = velocity(x_BCHW, _filled(sigma, x_BCHW), conditions)
             return renormalised(conditional_BCHW, conditional_BCHW, request.renorm_cfg)
-        both = torch.cat([x_BCHW, x_BCHW])
-        velocity_2BCHW = velocity(both, _filled(sigma, both), [*conditions, *negatives])
-        conditional_BCHW, negative_BCHW = velocity_2BCHW.chunk(2)
+        conditional_BCHW, negative_BCHW = both(x_BCHW, sigma)
         guided_BCHW = negative_BCHW + request.guidance_scale * (conditional_BCHW - negative_BCHW)
         return renormalised(guided_BCHW, conditional_BCHW, request.renorm_cfg)
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from library.core.errors import ConfigError
+from library.core.errors import UserError
 from library.data.prompt_files import next_request
 from library.options.request import ImageRequest
 
 INTRODUCTION = (
-    "Type a prompt, with options behind it: --w --h --s --d --g --n --ctr --rcfg --fs --m. "
+    "Type a prompt, with options behind it: --w --h --s --d --g --n --ctr --rcfg --fs --ss --m, and --ci for "
+    "models that edit pictures. "
     "Values stay for the next prompt, but seed and negative prompt do not. 'exit' ends."
 )
 
 
-def typed_requests(start: ImageRequest, check: Callable[[ImageRequest], None]) -> Iterator[ImageRequest]:
+def typed_requests(
+    start: ImageRequest, complete: Callable[[ImageRequest], ImageRequest]
+) -> Iterator[ImageRequest]:
     """Yield what is typed until 'exit' or the end of input; a mistake is explained and asked for again.
 
     Args:
         start: the values before the first prompt, and of seed and negative prompt before each.
-        check: raises ConfigError for a request that cannot be drawn with the models at hand.
+        complete: fills in what a request leaves open; raises UserError for one that cannot be drawn with the
+            models at hand.
     """
     print(INTRODUCTION)
     previous = start
@@ -29,12 +33,12 @@ def typed_requests(start: ImageRequest, check: Callable[[ImageRequest], None]) -
             continue
         try:
             request = next_request(line, previous, start)
-            check(request)
-        except ConfigError as error:
+            completed = complete(request)
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             continue
-        previous = request
-        yield request
+        previous = request  # not what was filled in, which may be another thing the next time
+        yield completed
 
 
 def _ask() -> str:

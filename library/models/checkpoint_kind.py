@@ -23,10 +23,14 @@ _KINDS = (
     (r"(^|\.)(input_blocks|down_blocks\.\d\.attentions)\.", "a Stable Diffusion U-Net"),
     (r"(^|\.)post_quant_conv\.", "a Stable Diffusion or SDXL autoencoder"),
     (r"(^|\.)decoder\.conv_in\.weight$", "an image autoencoder of the FLUX kind"),
-    (r"text_model\.encoder\.layers|\.resblocks\.\d+\.attn", "a CLIP text encoder"),
+    (r"text_model\.encoder\.layers|(^|\.)embeddings\.token_embedding\.", "a CLIP text encoder"),
+    (r"\.resblocks\.\d+\.attn", "a CLIP text encoder in OpenCLIP's layout"),
+    (r"(^|\.)visual\.blocks\.\d+\.mlp\.gate_proj\.", "a Qwen2.5-VL"),
+    (r"(^|\.)visual\.blocks\.\d+\.mlp\.fc1\.", "a Qwen2-VL"),
     (r"(^|\.)vision_(tower|model)\.|(^|\.)visual\.", "a vision-language model"),
     (r"\.self_attn\.q_norm\.", "a language model with query norms, such as Gemma3 or Qwen3"),
     (r"\.pre_feedforward_layernorm\.", "a Gemma2 text encoder"),
+    (r"^(?!.*encoder\.).*\.self_attn\.q_proj\.bias$", "the language model of a Qwen2 or Qwen2.5"),
     (r"\.self_attn\.q_proj\.", "a language model that is not Gemma2"),
     (r"\.SelfAttention\.q\.", "a T5 text encoder"),
 )
@@ -59,7 +63,7 @@ def require_tensors(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]
         near = did_you_mean(missing[0], checkpoint.tensors)
         raise CheckpointError(
             f"{checkpoint.path} is an incomplete {what}: {len(missing)} of {len(wanted)} tensors are missing "
-            f"({_some(missing)}{near.rstrip('?')}).{_shard_hint(checkpoint)}"
+            f"({_some(missing)}{near.rstrip('?')}).{shard_hint(checkpoint)}"
         )
     extra = [name for name in checkpoint.tensors if name not in wanted]
     if extra:
@@ -74,7 +78,8 @@ def require_tensors(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]
             )
 
 
-def _shard_hint(checkpoint: Checkpoint) -> str:
+def shard_hint(checkpoint: Checkpoint) -> str:
+    """Return a sentence for a message about a file that is not whole, if it is one shard of several."""
     is_shard = re.search(r"-\d+-of-\d+\.safetensors$", checkpoint.path.name)
     return " It is one shard of several: name their folder or the index." if is_shard else ""
 

@@ -7,18 +7,17 @@ The prefix is read off the names themselves, so their order and what else the fi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from library.core.checkpoint_files import Checkpoint, open_checkpoint
 from library.core.errors import CheckpointError
 from library.models.checkpoint_kind import refuse, require_tensors
+from library.models.model_config import Constants, config_beside, matrix_shape
 
-_WANTED = "a Gemma2 text encoder"
+_WHAT = "Gemma2 text encoder"
 _MARK = re.compile(
     r"(.*?)layers\.(\d+)\.pre_feedforward_layernorm\.weight"
 )  # Gemma2 and Gemma3 have such a norm
@@ -70,25 +69,25 @@ def inspect_gemma2(path: Path) -> Gemma2Checkpoint:
     found = open_checkpoint(path, subfolder="text_encoder")
     prefixes = {match[1] for name in found.tensors if (match := _MARK.fullmatch(name))}
     if len(prefixes) != 1 or any(".self_attn.q_norm." in name for name in found.tensors):
-        refuse(found, _WANTED)
+        refuse(found, f"a {_WHAT}")
     prefix = prefixes.pop()
     inside = found.with_prefix_stripped(prefix)
     weights = {name: info for name, info in inside.tensors.items() if not _BESIDE.fullmatch(name)}
     checkpoint = Checkpoint(found.path, weights, found.metadata, found.config)
     params = _read_params(checkpoint)
-    require_tensors(checkpoint, dict(parameter_shapes(params)), "Gemma2 text encoder")
+    require_tensors(checkpoint, dict(parameter_shapes(params)), _WHAT)
     return Gemma2Checkpoint(checkpoint, prefix, params)
 
 
 def _read_params(checkpoint: Checkpoint) -> Gemma2Params:
     """Read sizes off the shapes; what they do not tell is in the configuration, or as in published models."""
-    vocab, hidden = _shape(checkpoint, "embed_tokens.weight")
+    vocab, hidden = matrix_shape(checkpoint, "embed_tokens.weight", _WHAT)
     counted = 1 + max(int(match[2]) for name in checkpoint.tensors if (match := _MARK.fullmatch(name)))
     published_head_dim, published_scalar = _HEADS_OF_27B if hidden == _WIDTH_OF_27B else _HEADS
-    config = _Config(checkpoint)
+    config = _read_config(checkpoint)
     head_dim = int(config.number("head_dim", published_head_dim))
-    query_rows = _shape(checkpoint, "layers.0.self_attn.q_proj.weight")[0]
-    key_rows = _shape(checkpoint, "layers.0.self_attn.k_proj.weight")[0]
+    query_rows = matrix_shape(checkpoint, "layers.0.self_attn.q_proj.weight", _WHAT)[0]
+    key_rows = matrix_shape(checkpoint, "layers.0.self_attn.k_proj.weight", _WHAT)[0]
     if query_rows % head_dim or key_rows % head_dim:
         raise CheckpointError(
             f"{checkpoint.path}: attention of {query_rows} and {key_rows} rows does not divide into heads of "
@@ -101,7 +100,7 @@ def _read_params(checkpoint: Checkpoint) -> Gemma2Params:
         heads=query_rows // head_dim,
         kv_heads=key_rows // head_dim,
         head_dim=head_dim,
-        ffn_dim=_shape(checkpoint, "layers.0.mlp.gate_proj.weight")[0],
+        ffn_dim=matrix_shape(checkpoint, "layers.0.mlp.gate_proj.weight", _WHAT)[0],
         query_pre_attn_scalar=int(config.number("query_pre_attn_scalar", published_scalar)),
         sliding_window=int(config.number("sliding_window", Gemma2Params.sliding_window)),
         attn_logit_softcapping=config.number_or_none("attn_logit_softcapping", 50.0),
@@ -110,55 +109,25 @@ def _read_params(checkpoint: Checkpoint) -> Gemma2Params:
     )
 
 
-def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """Return a matrix's shape, or say that it is missing."""
-    shape = checkpoint.shape(name) if name in checkpoint.tensors else ()
-    if len(shape) != 2:
-        require_tensors(checkpoint, {name: (0, 0)}, "Gemma2 text encoder")
-    return shape
-
-
 _FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
-class _Config:
-    """The config.json beside the weights, or a copy in the file's metadata, if it is one of a Gemma2."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._path = checkpoint.path
-        candidates = (checkpoint.config, _json_object(checkpoint.metadata.get("config", "")))
-        values = next((c for c in candidates if c.get("model_type") == "gemma2"), {})
-        rope = values.get("rope_parameters")
-        self._values = {**values, **(rope if isinstance(rope, dict) else {})}
-        for key, usual in _FIXED.items():
-            if self._values.get(key, usual) != usual:
-                self._refuse(key, f"only {usual!r} is supported")
-        kinds = self._values.get("layer_types") or []
-        if any(kind != _LAYER_TYPES[number % 2] for number, kind in enumerate(kinds)):
-            self._refuse("layer_types", f"only {' and '.join(_LAYER_TYPES)} in turn are supported")
-
-    def _refuse(self, key: str, why: str) -> NoReturn:
-        raise CheckpointError(f"config.json of {self._path}: {key} is {self._values[key]!r}; {why}.")
-
-    def number(self, key: str, default: float) -> float:
-        """Return a number of the configuration."""
-        value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json of {self._path}: {key} is {value!r}, but must be a number.")
-        return value
-
-    def number_or_none(self, key: str, default: float) -> float | None:
-        """Return a number of the configuration, or None where it says null."""
-        return self.number(key, default) if self._values.get(key, default) is not None else None
+def _read_config(checkpoint: Checkpoint) -> Constants:
+    """Return the constants beside the weights; refuse a Gemma2 of another build."""
+    values = config_beside(checkpoint, ("gemma2",))
+    rope = values.get("rope_parameters")
+    config = Constants(checkpoint.path, {**values, **(rope if isinstance(rope, dict) else {})})
+    config.require(_FIXED)
+    if any(kind != _LAYER_TYPES[number % 2] for number, kind in enumerate(config.listed("layer_types"))):
+        config.refuse("layer_types", f"only {' and '.join(_LAYER_TYPES)} in turn are supported")
+    return config
 
 
-def _json_object(text: str) -> dict[str, object]:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+def quantisable_layers(params: Gemma2Params) -> list[str]:
+    """Return the paths of the layers that are kept in few bits: all linear ones."""
+    matrices = (name for name, shape in parameter_shapes(params) if len(shape) == 2)
+    return [name.removesuffix(".weight") for name in matrices if name != "embed_tokens.weight"]
 
 
 def parameter_shapes(p: Gemma2Params) -> Iterator[NamedShape]:

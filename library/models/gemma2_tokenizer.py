@@ -7,7 +7,6 @@ piece, `<bos>` typed into a prompt), transformers is followed, because Lumina wa
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,10 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Replace
 
 from library.core.checkpoint_files import TensorInfo, open_checkpoint
-from library.core.errors import CheckpointError, ConfigError
-from library.core.files import explain
+from library.core.errors import CheckpointError
+from library.models.tokenizer_files import TokenizerFiles, TokenizerPlaces
 
-HUB_REPOSITORY = "google/gemma-2-2b"
 PROMPT_START = "<Prompt Start>"
-_FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 _SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>", "<mask>")
 _BPE = 2  # TrainerSpec.model_type
 _CONTROL, _USER_DEFINED = 3, 4  # SentencePiece.type
@@ -65,17 +62,8 @@ class GemmaTokenizer:
 
 
 @dataclass(frozen=True)
-class TokenizerSource:
-    """The bytes of a tokenizer that was found: `tokenizer.json`, or a SentencePiece model."""
-
-    origin: str  # for messages
-    content: bytes
-    is_json: bool
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the content."""
-        return hashlib.sha256(self.content).hexdigest()
+class GemmaTokenizerFiles(TokenizerFiles):
+    """The tokenizer that was found: `tokenizer.json`, or a SentencePiece model."""
 
     def build(self) -> GemmaTokenizer:
         """Build the tokenizer: about a second for the real one.
@@ -83,13 +71,21 @@ class TokenizerSource:
         Raises:
             CheckpointError: damaged, or not Gemma's.
         """
-        if not self.is_json:
-            return GemmaTokenizer(_from_sentencepiece(self.content, self.origin), self.origin)
-        try:
-            tokenizer = Tokenizer.from_buffer(self.content)
-        except Exception as error:  # the package raises bare Exception
-            raise CheckpointError(f"{self.origin} is not a readable tokenizer.json: {error}.") from error
-        return GemmaTokenizer(tokenizer, self.origin)
+        if "tokenizer.json" in self.contents:
+            return GemmaTokenizer(self.from_json(), self.origin)
+        return GemmaTokenizer(_from_sentencepiece(self.contents["tokenizer.model"], self.origin), self.origin)
+
+
+_PLACES = TokenizerPlaces(
+    kind=GemmaTokenizerFiles,
+    model="Gemma2",
+    flag="--gemma2_tokenizer",
+    repository="google/gemma-2-2b",
+    file_sets=(("tokenizer.json",), ("tokenizer.model",)),
+    inside=(".", "tokenizer"),
+    beside=("tokenizer",),
+    hint=" (the hub's needs a login), or use ComfyUI's Gemma2 file, which has one inside",
+)
 
 
 def load_gemma2_tokenizer(
@@ -101,7 +97,7 @@ def load_gemma2_tokenizer(
 
 def find_tokenizer(
     weights_path: Path, tokenizer_path: Path | None = None, cache_dir: Path | None = None
-) -> TokenizerSource:
+) -> GemmaTokenizerFiles:
     """Find the tokenizer of a Gemma2 checkpoint; the first of these that there is:
 
     1. `tokenizer_path`: a `tokenizer.json`, a SentencePiece model, or a folder with one (--gemma2_tokenizer);
@@ -114,61 +110,19 @@ def find_tokenizer(
         CheckpointError: the weights cannot be read.
     """
     if tokenizer_path is not None:
-        return _given(Path(tokenizer_path))
+        return _PLACES.named(Path(tokenizer_path))
     checkpoint = open_checkpoint(weights_path, subfolder="text_encoder")
     for name, info in checkpoint.tensors.items():
         if name.rpartition(".")[2] == "spiece_model":
-            return TokenizerSource(f"The spiece_model in {info.file}", _tensor_bytes(info), is_json=False)
-    for folder in _folders_beside(Path(weights_path)):
-        if source := _in_folder(folder):
-            return source
-    return _from_hub(weights_path, cache_dir)
-
-
-def _given(path: Path) -> TokenizerSource:
-    if path.is_dir():
-        source = _in_folder(path) or _in_folder(path / "tokenizer")
-        if source is None:
-            raise ConfigError(f"--gemma2_tokenizer {path} holds neither tokenizer.json nor tokenizer.model.")
-        return source
-    return _read(path, "--gemma2_tokenizer ")
-
-
-def _folders_beside(weights: Path) -> tuple[Path, ...]:
-    folder = weights if weights.is_dir() else weights.parent
-    return folder, folder / "tokenizer", folder.parent / "tokenizer"
-
-
-def _in_folder(folder: Path) -> TokenizerSource | None:
-    return next((_read(folder / name) for name in _FILE_NAMES if (folder / name).is_file()), None)
-
-
-def _read(file: Path, flag: str = "") -> TokenizerSource:
-    try:
-        return TokenizerSource(str(file), file.read_bytes(), is_json=file.suffix.lower() == ".json")
-    except OSError as error:
-        raise ConfigError(f"{flag}{file} cannot be read: {explain(error)}.") from error
+            origin = f"The spiece_model in {info.file}"
+            return GemmaTokenizerFiles(origin, {"tokenizer.model": _tensor_bytes(info)})
+    weights_path = Path(weights_path)
+    return _PLACES.near(weights_path) or _PLACES.from_hub(weights_path, cache_dir)
 
 
 def _tensor_bytes(info: TensorInfo) -> bytes:
     with safe_open(info.file, framework="np") as handle:
         return handle.get_tensor(info.name).tobytes()
-
-
-def _from_hub(weights_path: Path, cache_dir: Path | None) -> TokenizerSource:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        file = hf_hub_download(HUB_REPOSITORY, "tokenizer.json", cache_dir=cache_dir)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"No tokenizer was found inside or beside {weights_path}, and the hub's {HUB_REPOSITORY} (which "
-            f"needs a login) could not be had ({type(error).__name__}). Name a tokenizer.model or "
-            f"tokenizer.json of Gemma2 with --gemma2_tokenizer, or use ComfyUI's Gemma2 file, which has one "
-            f"inside."
-        ) from error
-    return _read(Path(file))
 
 
 def _from_sentencepiece(model: bytes, origin: str) -> Tokenizer:

@@ -3,86 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.core.device import keep_freed_memory
 from library.data.batch import Condition
 from library.models.lumina2_format import Lumina2Checkpoint, inspect_lumina2, quantisable_layers
 from library.models.nextdit import NextDiT
-from library.nn.attention import check_kernel
-from library.nn.block_swap import chosen_blocks, device_of_weights, make_ring
-from library.nn.quant import stored_names, use_quant_layers
-from library.nn.weights import Source, load_module
-from library.options.quant import QuantOptions
-from library.options.swap import SwapOptions
-
-_NO_SWAP, _WHOLE = SwapOptions(), QuantOptions()
+from library.models.transformer_loading import LoadOptions, load_transformer
 
 
-def load_nextdit(
-    source: Path | Lumina2Checkpoint,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str = "auto",
-    mmap: bool = True,
-    swap: SwapOptions = _NO_SWAP,
-    weights_on: torch.device | None = None,
-    quant: QuantOptions = _WHOLE,
-) -> NextDiT:
+def load_nextdit(source: Path | Lumina2Checkpoint, **how: Any) -> NextDiT:
     """Load a transformer from any layout, frozen and in eval mode.
+
+    The timestep embedder stays fp32: bf16 cannot tell neighbouring times apart, and it is a thousandth of the
+    model.
 
     Args:
         source: a path, or what `inspect_lumina2` returned for it.
-        dtype: of weights and activations. The timestep embedder stays fp32: bf16 cannot tell neighbouring
-            times apart, and it is a thousandth of the model.
-        attention: a kernel of `library.nn.attention`; on the meta device one that is nearest to it.
-        mmap: map the files into memory; else read them.
-        swap: how many blocks wait in the computer's memory until it is their turn.
-        weights_on: where the weights go, if not to `device`; the caller takes them there.
-        quant: in how many bits the linear layers of the blocks are kept, but for modulation. A file whose
-            layers are quantised already keeps them as they are.
+        how: `LoadOptions`; `device` and `dtype` must be given.
 
     Raises:
         CheckpointError: the file is not a whole Lumina Image 2.0 transformer.
         ConfigError, MissingPackageError: the attention kernel cannot be used here, the model has fewer
             blocks than are to be swapped, or layers that the scheme cannot quantise.
     """
-    device = torch.device(device)
-    if device.type == "meta":
-        attention = "auto" if attention in ("auto", "varlen", "flash") else "torch"
-    check_kernel(attention, device, dtype)
-    if device.type == "cpu":
-        keep_freed_memory()
+    options = LoadOptions(**how)
+    options.check()
     found = source if isinstance(source, Lumina2Checkpoint) else inspect_lumina2(source)
-    with torch.device("meta"):
-        model = NextDiT(found.params)
-    if found.quant.scheme is not None:
-        use_quant_layers(model, found.quant.layers, found.quant.scheme)
-    elif quant.transformer is not None:
-        use_quant_layers(model, quantisable_layers(found.params), quant.transformer)
-    swapped = [] if device.type == "meta" else chosen_blocks(model.runner.blocks, swap)
-    sources = {name: Source(names) for name, names in found.sources.items()}
-    stored = set(stored_names(model))
-    load_module(
-        model,
-        found.checkpoint,
-        sources,
-        device=weights_on or device_of_weights(model, swapped, device),
-        dtype=lambda name: None if name in stored else _dtype_of(name, dtype),
-        mmap=mmap,
-        quantise_on=quant.quantise_on,
-    )
-    model.runner.ring = make_ring(swapped, device, swap)
-    model.use_attention(attention)
-    return model.eval()
-
-
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if name.startswith("t_embedder.") else dtype
+    layers = quantisable_layers(found.params)
+    build = partial(NextDiT, found.params)
+    return load_transformer(build, found, options, quantisable=layers, in_fp32="t_embedder.")
 
 
 def velocity(model: NextDiT, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]) -> Tensor:

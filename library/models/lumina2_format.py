@@ -11,23 +11,28 @@ beside it, else it is as in the released 2B model.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.checkpoint_files import Checkpoint, open_checkpoint
 from library.core.errors import CheckpointError
 from library.models.checkpoint_kind import refuse, require_tensors
+from library.models.checkpoint_sizes import (
+    NamedShape,
+    Shapes,
+    check_axes,
+    linear_shapes,
+    read_settings,
+    same_name,
+)
 from library.models.quant_file import QuantFile, read_quantised
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 _WANTED = "a Lumina Image 2.0 transformer"
 _UNUSED = "norm_final.weight"  # in the original file, and read by nobody
-_Naming = Callable[[str], tuple[str, ...]]
-NamedShape = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def inspect_lumina2(path: Path) -> Lumina2Checkpoint:
     found, quant = read_quantised(whole)
     checkpoint, layout = _detect(found)
     params = _read_params(checkpoint, layout)
-    name_in_file = diffusers_names if layout == DIFFUSERS else _same_name
+    name_in_file = diffusers_names if layout == DIFFUSERS else same_name
     wanted: dict[str, tuple[int, ...]] = {}
     sources: dict[str, tuple[str, ...]] = {}
     for name, shape in parameter_shapes(params):
@@ -130,8 +135,9 @@ def _detect(found: Checkpoint) -> tuple[Checkpoint, str]:
 
 def _read_params(checkpoint: Checkpoint, layout: str) -> NextDiTParams:
     """Read sizes off shapes and the rest off settings; tensors that are missing get named later."""
-    shapes = _Shapes(checkpoint, diffusers_names if layout == DIFFUSERS else _same_name)
-    settings = _settings(checkpoint)
+    naming = diffusers_names if layout == DIFFUSERS else same_name
+    shapes = Shapes(checkpoint, "Lumina Image 2.0 transformer", naming)
+    settings = read_settings(checkpoint, _speaks_of_lumina)
     released = NextDiTParams()
     head_dim = shapes.rows("layers.0.attention.q_norm.weight")
     heads, rest = divmod(shapes.columns("layers.0.attention.out.weight"), head_dim)
@@ -163,99 +169,18 @@ def _read_params(checkpoint: Checkpoint, layout: str) -> NextDiTParams:
         # diffusers builds these norms with its own constant; the original takes its norm class's default
         qk_norm_eps=settings.number("qk_norm_eps", 1e-5 if layout == DIFFUSERS else 1e-6),
     )
-    if sum(params.axes_dims) != head_dim or any(dim < 2 or dim % 2 for dim in params.axes_dims):
-        raise CheckpointError(
-            f"{checkpoint.path}: axes_dims {list(params.axes_dims)} must be even and add up to "
-            f"{head_dim}, the features of a head."
-        )
+    check_axes(checkpoint, params.axes_dims, head_dim)
     return params
+
+
+def _speaks_of_lumina(config: Mapping[str, object]) -> bool:
+    return config.get("_class_name") == "Lumina2Transformer2DModel" or "axes_dims" in config
 
 
 def _axes_of(head_dim: int) -> tuple[int, int, int]:
     """Divide a head among caption, row and column: equally, as in the 2B model; the rest to the caption."""
     spatial = head_dim // 6 * 2
     return head_dim - 2 * spatial, spatial, spatial
-
-
-class _Shapes:
-    """Shapes of a checkpoint's tensors by the network's own names."""
-
-    def __init__(self, checkpoint: Checkpoint, names: _Naming) -> None:
-        self._checkpoint = checkpoint
-        self._names = names
-
-    def rows(self, name: str) -> int:
-        """First dimension; summed over the parts that a fused tensor is stored in."""
-        return sum(self._shape(part, 0) for part in self._names(name))
-
-    def columns(self, name: str) -> int:
-        """Second dimension of a matrix."""
-        return self._shape(self._names(name)[0], 1)
-
-    def count(self, blocks: str) -> int:
-        """How many blocks a list has: the highest number that occurs, so that a gap is found out later."""
-        found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in self._checkpoint.tensors)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
-
-    def _shape(self, name: str, dimension: int) -> int:
-        if name not in self._checkpoint.tensors:
-            raise CheckpointError(
-                f"{self._checkpoint.path} is an incomplete Lumina Image 2.0 transformer: it lacks '{name}'."
-            )
-        shape = self._checkpoint.shape(name)
-        if len(shape) <= dimension or not shape[dimension]:
-            raise CheckpointError(f"{self._checkpoint.path}: '{name}' has the impossible shape {shape}.")
-        return shape[dimension]
-
-
-# ---- settings beside the shapes ----
-
-
-class _Settings:
-    """Values from the safetensors metadata, then from a config.json that speaks of this model."""
-
-    def __init__(self, path: Path, values: Mapping[str, object]) -> None:
-        self._path = path
-        self._values = values
-
-    def number(self, key: str, default: float) -> float:
-        """A positive number, or the default."""
-        value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise CheckpointError(f"{self._path}: setting {key} is {value!r}, but must be a positive number.")
-        return value
-
-    def integer(self, key: str, default: int) -> int:
-        """A positive whole number, or the default."""
-        value = self.number(key, default)
-        if value != int(value):
-            raise CheckpointError(f"{self._path}: setting {key} is {value!r}, but must be a whole number.")
-        return int(value)
-
-    def integers(self, keys: tuple[str, ...], default: tuple[int, ...]) -> tuple[int, ...]:
-        """Three whole numbers under the first of `keys` that is there, or the default."""
-        key = next((key for key in keys if key in self._values), None)
-        if key is None:
-            return default
-        value = self._values[key]
-        if not isinstance(value, list) or len(value) != 3 or not all(type(v) is int for v in value):
-            raise CheckpointError(
-                f"{self._path}: setting {key} is {value!r}, but must be three whole numbers."
-            )
-        return tuple(value)
-
-
-def _settings(checkpoint: Checkpoint) -> _Settings:
-    config = checkpoint.config
-    ours = config.get("_class_name") == "Lumina2Transformer2DModel" or "axes_dims" in config
-    values = dict(config) if ours else {}
-    for key, text in checkpoint.metadata.items():
-        try:
-            value = json.loads(text)
-        except ValueError:
-            continue  # metadata is free text; only values that read as JSON are settings
-        values |= value if key == "config" and isinstance(value, dict) else {key: value}
-    return _Settings(checkpoint.path, values)
 
 
 # ---- names ----
@@ -276,19 +201,19 @@ def quantisable_layers(params: NextDiTParams) -> list[str]:
 def parameter_shapes(params: NextDiTParams) -> Iterator[NamedShape]:
     """Yield every parameter of the network by its original name, with its shape."""
     p = params
-    yield from _linear("x_embedder", p.dim, p.patch_dim)
-    yield from _linear("t_embedder.mlp.0", p.time_dim, p.time_frequencies)
-    yield from _linear("t_embedder.mlp.2", p.time_dim, p.time_dim)
+    yield from linear_shapes("x_embedder", p.dim, p.patch_dim)
+    yield from linear_shapes("t_embedder.mlp.0", p.time_dim, p.time_frequencies)
+    yield from linear_shapes("t_embedder.mlp.2", p.time_dim, p.time_dim)
     yield "cap_embedder.0.weight", (p.cap_feat_dim,)
-    yield from _linear("cap_embedder.1", p.dim, p.cap_feat_dim)
+    yield from linear_shapes("cap_embedder.1", p.dim, p.cap_feat_dim)
     for index in range(p.n_noise_refiners):
         yield from _block(f"noise_refiner.{index}", p, modulated=True)
     for index in range(p.n_context_refiners):
         yield from _block(f"context_refiner.{index}", p, modulated=False)
     for index in range(p.n_layers):
         yield from _block(f"layers.{index}", p, modulated=True)
-    yield from _linear("final_layer.linear", p.patch_dim, p.dim)
-    yield from _linear("final_layer.adaLN_modulation.1", p.dim, p.time_dim)
+    yield from linear_shapes("final_layer.linear", p.patch_dim, p.dim)
+    yield from linear_shapes("final_layer.adaLN_modulation.1", p.dim, p.time_dim)
 
 
 def _block(name: str, p: NextDiTParams, *, modulated: bool) -> Iterator[NamedShape]:
@@ -302,16 +227,7 @@ def _block(name: str, p: NextDiTParams, *, modulated: bool) -> Iterator[NamedSha
     for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
         yield f"{name}.{norm}.weight", (p.dim,)
     if modulated:
-        yield from _linear(f"{name}.adaLN_modulation.1", 4 * p.dim, p.time_dim)
-
-
-def _linear(name: str, rows: int, columns: int) -> Iterator[NamedShape]:
-    yield f"{name}.weight", (rows, columns)
-    yield f"{name}.bias", (rows,)
-
-
-def _same_name(name: str) -> tuple[str, ...]:
-    return (name,)
+        yield from linear_shapes(f"{name}.adaLN_modulation.1", 4 * p.dim, p.time_dim)
 
 
 def diffusers_names(name: str) -> tuple[str, ...]:

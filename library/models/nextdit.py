@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -42,19 +41,13 @@ from library.nn.layers import (
     scaled_rms_norm,
     swiglu,
 )
-from library.nn.packing import Packing
+from library.nn.packing import Layout, Packing
+from library.nn.patches import grid_of, to_patches
 from library.nn.products import Linear
 from library.nn.recompute import costly
 from library.nn.rope import RopeTables
 from library.nn.runner import BlockRunner
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a packed sequence belong: to which sample, and at which position in it."""
-
-    packing: Packing
-    rope_TP2: Tensor
+from library.nn.transformer import Transformer
 
 
 class Attention(nn.Module):
@@ -171,7 +164,7 @@ class FinalLayer(nn.Module):
         )
 
 
-class NextDiT(nn.Module):
+class NextDiT(Transformer):
     """The network; see the module's docstring. `runner` says how its blocks are run."""
 
     def __init__(self, params: NextDiTParams) -> None:
@@ -210,27 +203,18 @@ class NextDiT(nn.Module):
         Returns:
             (C, h, w) a sample, in the model's dtype.
         """
-        grids = [self._grid(sample) for sample in x]
+        patch, channels = self.params.patch_size, self.params.in_channels
+        grids = [grid_of(sample, patch, channels) for sample in x]
         text, image, joint = self._layouts([len(caption) for caption in captions], grids, x[0].device)
         time_BE = self.t_embedder(t_B).to(self.dtype)
         text_TD = self._run(self.context_refiner, self._embed_captions(captions, text.packing), text)
         image_TD = self._run(self.noise_refiner, self._embed_images(x), image, time_BE)
-        pairs = zip(_split(text_TD, text), _split(image_TD, image), strict=True)
+        pairs = zip(text.split(text_TD), image.split(image_TD), strict=True)
         x_TD = torch.cat([tokens for pair in pairs for tokens in pair])
         x_TD = self._run(self.layers, x_TD, joint, time_BE)
-        pairs = zip(_split(x_TD, joint), text.packing.lengths, strict=True)
-        patches = _split(self.final_layer([tokens[length:] for tokens, length in pairs], time_BE), image)
+        pairs = zip(joint.split(x_TD), text.packing.lengths, strict=True)
+        patches = image.split(self.final_layer([tokens[length:] for tokens, length in pairs], time_BE))
         return [self._unpatchify(tokens, grid) for tokens, grid in zip(patches, grids, strict=True)]
-
-    def _grid(self, x_Chw: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        patch, (channels, height, width) = self.params.patch_size, x_Chw.shape
-        if channels != self.params.in_channels or height % patch or width % patch:
-            raise ValueError(
-                f"latents of shape {tuple(x_Chw.shape)} do not fit: {self.params.in_channels} channels, and "
-                f"a height and width divisible by {patch} are needed"
-            )
-        return height // patch, width // patch
 
     def _layouts(
         self, text_lengths: Sequence[int], grids: Sequence[tuple[int, int]], device: torch.device
@@ -244,9 +228,9 @@ class NextDiT(nn.Module):
         text_ropes = [rope[:length] for rope, length in zip(ropes, text_lengths, strict=True)]
         image_ropes = [rope[length:] for rope, length in zip(ropes, text_lengths, strict=True)]
         return (
-            Layout(Packing.of(text_lengths, device), _join(text_ropes)),
-            Layout(Packing.of(image_lengths, device), _join(image_ropes)),
-            Layout(Packing.of(joint_lengths, device), _join(ropes)),
+            Layout.of(text_lengths, text_ropes, device),
+            Layout.of(image_lengths, image_ropes, device),
+            Layout.of(joint_lengths, ropes, device),
         )
 
     def _embed_captions(self, captions: Sequence[Tensor], packing: Packing) -> Tensor:
@@ -255,8 +239,7 @@ class NextDiT(nn.Module):
         return linear(scaled_rms_norm(features_TD, norm.gain(), packing, norm.eps))
 
     def _embed_images(self, x: Sequence[Tensor]) -> Tensor:
-        patch = self.params.patch_size
-        patches = [rearrange(x_Chw, "c (h p) (w q) -> (h w) (p q c)", p=patch, q=patch) for x_Chw in x]
+        patches = [to_patches(x_Chw, self.params.patch_size) for x_Chw in x]
         return self.x_embedder(torch.cat(patches).to(self.dtype))
 
     def _unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -273,12 +256,3 @@ class NextDiT(nn.Module):
 
 def _blocks(params: NextDiTParams, count: int, modulated: bool) -> nn.ModuleList:
     return nn.ModuleList(Block(params, modulated) for _ in range(count))
-
-
-def _split(x_TD: Tensor, layout: Layout) -> Sequence[Tensor]:
-    return x_TD.split(list(layout.packing.lengths))
-
-
-def _join(tables: Sequence[Tensor]) -> Tensor:
-    """One table for the whole batch. It is no view: where one begins would be a reason to compile again."""
-    return torch.cat(tables)

@@ -7,12 +7,13 @@ weights are put back by name and shape, for its inspection only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from library.core.checkpoint_files import Checkpoint
 from library.core.errors import CheckpointError, ConfigError
-from library.options.quant import SCHEMES, STORED
+from library.options.quant import SCHEMES, STORED, check_width
 
 SCHEME_KEY = "flow_scripts.quant"
 # How many weights a number of the codes stands for.
@@ -40,6 +41,22 @@ class QuantFile:
         stored = [f"{layer}.{part}" for layer in self.layers for part in STORED[self.scheme]]
         kept = {name: names for name, names in plain.items() if name not in weights}
         return kept | {name: (name,) for name in stored}
+
+
+def check_widths(
+    scheme: str | None,
+    layers: Collection[str],
+    shapes: Iterable[tuple[str, tuple[int, ...]]],
+    file: Path,
+) -> None:
+    """Raise ConfigError if one of the layers that are to be quantised is of a width that the scheme cannot
+    group. `shapes`: of the parameters of `file`, by name."""
+    if scheme is None:
+        return
+    weights = {f"{layer}.weight" for layer in layers}
+    for name, shape in shapes:
+        if name in weights:
+            check_width(scheme, shape[1], f"{file}: '{name}'")
 
 
 def read_quantised(checkpoint: Checkpoint) -> tuple[Checkpoint, QuantFile]:

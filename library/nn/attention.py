@@ -1,5 +1,5 @@
 """Attention over packed sequences: the tokens of all samples lie end to end, and each sample attends to
-itself alone.
+itself alone. In cross-attention keys and values are a packed sequence of their own, of other lengths.
 
 There is no padding and no mask. Keys and values may have fewer heads than queries (grouped queries); they
 are not repeated, except for xFormers. Kernels:
@@ -11,7 +11,8 @@ are not repeated, except for xFormers. Kernels:
 - `sage`: the sageattention package, one call a sample, in 8 bits. CUDA, bf16 or fp16; has no backward pass.
 - `auto`: `varlen` where it can be used and the batch has several samples, else `torch`.
 
-Shape legend: T packed tokens, H query heads, K key/value heads, D features of a head.
+Shape legend: T packed tokens, S those of keys and values, H query heads, K key/value heads, D features of a
+head.
 """
 
 from __future__ import annotations
@@ -68,24 +69,40 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing, kernel: str = "auto") -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v within each sample, (T, H * D)."""
+def attention(
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    packing: Packing,
+    kernel: str = "auto",
+    *,
+    keys: Packing | None = None,
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v within each sample, (T, H * D).
+
+    Args:
+        packing: of the queries, and of keys and values too unless `keys` is given.
+        keys: of keys and values, with as many samples; each has at least one key.
+    """
+    keys = packing if keys is None else keys
     if kernel == "auto":
         kernel = "varlen" if _varlen_is_better(q_THD, packing) else "torch"
     if kernel in _OF_A_BATCH:
-        return _OF_A_BATCH[kernel](q_THD, k_TKD, v_TKD, packing).flatten(1)
+        return _OF_A_BATCH[kernel](q_THD, k_SKD, v_SKD, packing, keys).flatten(1)
     call = _OF_A_SAMPLE[kernel]
-    parts = [call(*sample) for sample in _samples(q_THD, k_TKD, v_TKD, packing)]
+    parts = [call(*sample) for sample in _samples(q_THD, k_SKD, v_SKD, packing, keys)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
 
-def plain_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing) -> Tensor:
+def plain_attention(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, packing: Packing, keys: Packing | None = None
+) -> Tensor:
     """The formula, written out for one sample after another; returns (T, H, D). Reference for the kernels."""
     parts = []
-    for q, k, v in _samples(q_THD, k_TKD, v_TKD, packing):
+    for q, k, v in _samples(q_THD, k_SKD, v_SKD, packing, packing if keys is None else keys):
         k, v = _for_every_query(q, k), _for_every_query(q, v)
-        scores_HTT = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-        parts.append(torch.einsum("hqk,khd->qhd", scores_HTT.softmax(-1), v))
+        scores_HTS = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        parts.append(torch.einsum("hqk,khd->qhd", scores_HTS.softmax(-1), v))
     return torch.cat(parts)
 
 
@@ -101,28 +118,30 @@ def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _samples(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> zip[tuple[Tensor, Tensor, Tensor]]:
-    lengths = list(packing.lengths)
-    return zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+def _samples(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, keys: Packing
+) -> zip[tuple[Tensor, Tensor, Tensor]]:
+    ours, theirs = list(packing.lengths), list(keys.lengths)
+    return zip(q.split(ours), k.split(theirs), v.split(theirs), strict=True)
 
 
-def _for_every_query(q_THD: Tensor, x_TKD: Tensor) -> Tensor:
+def _for_every_query(q_THD: Tensor, x_SKD: Tensor) -> Tensor:
     """Repeat key or value heads until there is one for each query head."""
-    return x_TKD.repeat_interleave(q_THD.shape[1] // x_TKD.shape[1], dim=1)
+    return x_SKD.repeat_interleave(q_THD.shape[1] // x_SKD.shape[1], dim=1)
 
 
-# ---- kernels that take one sample: q (T, H, D), k and v (T, K, D) -> (T, H, D) ----
+# ---- kernels that take one sample: q (T, H, D), k and v (S, K, D) -> (T, H, D) ----
 
 
-def _torch(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-    dtype, grouped = product_dtype(q_THD), q_THD.shape[1] != k_TKD.shape[1]
+def _torch(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+    dtype, grouped = product_dtype(q_THD), q_THD.shape[1] != k_SKD.shape[1]
     wide = q_THD.dtype != dtype
-    sample = (cheap(_as, x, dtype) if wide else x for x in (q_THD, k_TKD, v_TKD))
-    q_1HTD, k_1KTD, v_1KTD = (x.transpose(0, 1).unsqueeze(0) for x in sample)
+    sample = (cheap(_as, x, dtype) if wide else x for x in (q_THD, k_SKD, v_SKD))
+    q_1HTD, k_1KSD, v_1KSD = (x.transpose(0, 1).unsqueeze(0) for x in sample)
     if q_THD.is_meta:  # SDPA would take the one kernel there that keeps the table of scores
-        out_1HTD = _ON_META[device_kind(q_THD)](q_1HTD, k_1KTD, v_1KTD)[0]
+        out_1HTD = _ON_META[device_kind(q_THD)](q_1HTD, k_1KSD, v_1KSD)[0]
     else:
-        out_1HTD = F.scaled_dot_product_attention(q_1HTD, k_1KTD, v_1KTD, enable_gqa=grouped)
+        out_1HTD = F.scaled_dot_product_attention(q_1HTD, k_1KSD, v_1KSD, enable_gqa=grouped)
     return out_1HTD.squeeze(0).transpose(0, 1).to(q_THD.dtype)
 
 
@@ -130,36 +149,39 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _xformers(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+def _xformers(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    k_THD, v_THD = _for_every_query(q_THD, k_TKD), _for_every_query(q_THD, v_TKD)
-    return memory_efficient_attention(q_THD[None], k_THD[None], v_THD[None]).squeeze(0)
+    k_SHD, v_SHD = _for_every_query(q_THD, k_SKD), _for_every_query(q_THD, v_SKD)
+    return memory_efficient_attention(q_THD[None], k_SHD[None], v_SHD[None]).squeeze(0)
 
 
-def _sage(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+def _sage(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
     assert not q_THD.requires_grad, "SageAttention has no backward pass"
     from sageattention import sageattn
 
-    return sageattn(q_THD[None], k_TKD[None], v_TKD[None], tensor_layout="NHD").squeeze(0)
+    return sageattn(q_THD[None], k_SKD[None], v_SKD[None], tensor_layout="NHD").squeeze(0)
 
 
 # ---- kernels that take a whole batch ----
 
 
-def _varlen(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing) -> Tensor:
+def _varlen(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, packing: Packing, keys: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    ends, longest = packing.ends, max(packing.lengths)
-    grouped = q_THD.shape[1] != k_TKD.shape[1]
-    return varlen_attn(q_THD, k_TKD, v_TKD, ends, ends, longest, longest, enable_gqa=grouped)
+    grouped = q_THD.shape[1] != k_SKD.shape[1]
+    return varlen_attn(q_THD, k_SKD, v_SKD, *_places(packing, keys), enable_gqa=grouped)
 
 
-def _flash(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing) -> Tensor:
+def _flash(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, packing: Packing, keys: Packing) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    ends, longest = packing.ends, max(packing.lengths)
-    return flash_attn_varlen_func(q_THD, k_TKD, v_TKD, ends, ends, longest, longest)
+    return flash_attn_varlen_func(q_THD, k_SKD, v_SKD, *_places(packing, keys))
+
+
+def _places(packing: Packing, keys: Packing) -> tuple[Tensor, Tensor, int, int]:
+    """Where samples end, of queries and of keys, and the longest of either."""
+    return packing.ends, keys.ends, max(packing.lengths), max(keys.lengths)
 
 
 _OF_A_SAMPLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -168,7 +190,7 @@ _OF_A_SAMPLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "xformers": _xformers,
     "sage": _sage,
 }
-_OF_A_BATCH: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
+_OF_A_BATCH: dict[str, Callable[[Tensor, Tensor, Tensor, Packing, Packing], Tensor]] = {
     "varlen": _varlen,
     "flash": _flash,
 }

@@ -69,8 +69,17 @@ def make_ring(swapped: Sequence[nn.Module], device: torch.device, options: SwapO
 
 def spared_bytes(swapped: Sequence[nn.Module], ring_size: int) -> int:
     """Return how much less of the device's memory the model takes: the swapped weights, less the ring."""
-    sizes = [_Weights([getattr(*place) for place in _owned_by(block)]).size for block in swapped]
-    return sum(sizes) - min(ring_size, len(sizes)) * max(sizes, default=0)
+    return sum(_sizes(swapped)) - ring_bytes(swapped, ring_size)
+
+
+def ring_bytes(swapped: Sequence[nn.Module], ring_size: int) -> int:
+    """Return how much of the device's memory the ring takes."""
+    sizes = _sizes(swapped)
+    return min(ring_size, len(sizes)) * max(sizes, default=0)
+
+
+def _sizes(swapped: Sequence[nn.Module]) -> list[int]:
+    return [_Weights([getattr(*place) for place in _owned_by(block)]).size for block in swapped]
 
 
 class BlockSwap:
@@ -125,6 +134,15 @@ class BlockSwap:
         self._weights[number].point_into(room.memory)
         self._held = number
 
+    def release(self) -> None:
+        """Give the ring's memory back, until the next `hold`. The blocks have their master copies again."""
+        for room in self._rooms:
+            if room.block is not None:
+                self._copier.await_copies(room.copied)
+        for weights in self._weights:
+            weights.leave()
+        self._rooms, self._held = [], None
+
     def saved_tensors(self, block: nn.Module) -> AbstractContextManager[object]:
         """Return the context to run a held block in when backward will need its weights.
 
@@ -149,19 +167,31 @@ class BlockSwap:
 
         return saved_tensors_hooks(pack, unpack)
 
+    def move_others(self, model: nn.Module, device: torch.device | str) -> None:
+        """Move all of `model` but the blocks' weights, which wait where they are; the ring is given back."""
+        self.release()
+        waiting = {id(getattr(*place)) for owned in self._owned for place in owned}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in waiting:
+                tensor.data = tensor.data.to(device)
+
     def _start(self) -> None:
-        """Take the weights as they are now for the master copies, and make the ring."""
-        self._weights = [_Weights([getattr(*place) for place in owned]) for owned in self._owned]
-        if self._pinned:
-            _pin(self._weights)
+        """Make the ring; the first time, take the weights as they are now for the master copies."""
+        first = not self._weights
+        if first:
+            self._weights = [_Weights([getattr(*place) for place in owned]) for owned in self._owned]
+            if self._pinned:
+                _pin(self._weights)
         size = max(weights.size for weights in self._weights)
         self._rooms = [_Room(self._copier.room(size)) for _ in range(self._ahead + 1)]
-        _log.info(
-            "weights of %d blocks (%.2f GiB) wait in %smemory of the computer; %d have room on %s (%.2f GiB)",
-            *(len(self._weights), sum(weights.size for weights in self._weights) / _GIB),
-            "page-locked " if self._pinned else "",
-            *(len(self._rooms), self._device, len(self._rooms) * size / _GIB),
-        )
+        if first:
+            _log.info(
+                "weights of %d blocks (%.2f GiB) wait in %smemory of the computer; %d have room on %s "
+                "(%.2f GiB)",
+                *(len(self._weights), sum(weights.size for weights in self._weights) / _GIB),
+                "page-locked " if self._pinned else "",
+                *(len(self._rooms), self._device, len(self._rooms) * size / _GIB),
+            )
 
     def _room_of(self, number: int) -> _Room:
         return next(room for room in self._rooms if room.block == number)
@@ -251,6 +281,11 @@ class _Weights:
     def point_to_masters(self) -> None:
         """Let the block have its master copies, as whoever looks at its weights expects."""
         self._point_to(self._masters)
+
+    def leave(self) -> None:
+        """Let the block have its master copies, and forget the rooms: their memory is to be freed."""
+        self.point_to_masters()
+        self._views.clear()
 
     def _point_to(self, places: Sequence[Tensor]) -> None:
         for tensor, place in zip(self._tensors, places, strict=True):

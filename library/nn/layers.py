@@ -52,6 +52,14 @@ class RMSNorm(nn.Module):
         return f"{len(self.weight)}, eps={self.eps:g}"
 
 
+def sinusoid(t_B: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+    """Return cosines and then sines of a time at `width` / 2 frequencies, in fp32, (B, width)."""
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t_B.device)
+    angles = t_B.float()[:, None] * torch.exp(-math.log(max_period) * steps / half)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoid of a time in [0, 1] (unscaled, cosines first), then a two-layer perceptron.
 
@@ -66,10 +74,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t_B: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        half = self.frequencies // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
-        angles = t_B.float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)
-        features = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        features = sinusoid(t_B, self.frequencies, self.max_period)
         return self.mlp(features.to(next(self.parameters()).dtype))
 
 
@@ -142,10 +147,10 @@ class _ScaledRMSNorm(torch.autograd.Function):
         lengths = (tokens,) if len(gain_BD) == 1 else lengths
         y_TD = torch.empty_like(x_TD)
         rstd_T1 = torch.empty(tokens, 1, dtype=wide(x_TD), device=x_TD.device)
-        for rows, sample in _row_blocks(lengths, dim):
+        for rows, sample in row_blocks(lengths, dim):
             x = x_TD[rows].to(rstd_T1.dtype)
             rstd = _reciprocal_rms(x, eps, rstd_T1[rows])
-            with _wide_room(y_TD[rows]) as y:
+            with wide_room(y_TD[rows]) as y:
                 torch.mul(x, rstd, out=y).mul_(gain_BD[sample])
                 if stream_TD is not None:
                     y.add_(stream_TD[rows])
@@ -160,13 +165,13 @@ class _ScaledRMSNorm(torch.autograd.Function):
         need_x, need_gain, need_stream, _, _ = ctx.needs_input_grad
         grad_x_TD = torch.empty_like(x_TD) if need_x else None
         grad_gain_BD = torch.zeros_like(gain_BD) if need_gain else None
-        for rows, sample in _row_blocks(ctx.lengths, x_TD.shape[-1]):
+        for rows, sample in row_blocks(ctx.lengths, x_TD.shape[-1]):
             rstd = rstd_T1[rows]
             x, grad = x_TD[rows].to(rstd.dtype), grad_TD[rows].to(rstd.dtype)
             if need_gain:
                 grad_gain_BD[sample] += (x * rstd).mul_(grad).sum(0)
             if need_x:
-                with _wide_room(grad_x_TD[rows]) as grad_x:
+                with wide_room(grad_x_TD[rows]) as grad_x:
                     torch.mul(grad, gain_BD[sample], out=grad_x)
                     _through_rms(grad_x, x, rstd)
         return grad_x_TD, grad_gain_BD, grad_TD if need_stream else None, None, None
@@ -225,19 +230,20 @@ class _SwiGLU(torch.autograd.Function):
 # ---- queries and keys: a norm a head, then the rotary embedding ----
 
 
-def plain_norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
+def plain_norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor | None, eps: float) -> Tensor:
     """rotate(x / rms(x) * gain), the norm over each head's own features."""
     normed_THF = F.rms_norm(x_THF.to(wide(x_THF)), x_THF.shape[-1:], eps=eps) * gain_HF
-    return rotate(normed_THF, table_TP2).to(x_THF.dtype)
+    turned_THF = normed_THF if table_TP2 is None else rotate(normed_THF, table_TP2)
+    return turned_THF.to(x_THF.dtype)
 
 
-def norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
+def norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor | None, eps: float) -> Tensor:
     """Return rotate(x / rms(x) * gain), contiguous, in the dtype of x.
 
     Args:
         x_THF: heads of queries and of keys, one after another.
         gain_HF: the norm's weight for each of these heads, fp32.
-        table_TP2: cos and sin of each token and pair, see `library.nn.rope`.
+        table_TP2: cos and sin of each token and pair, see `library.nn.rope`; None: nothing is turned.
     """
     if torch.compiler.is_compiling():
         return plain_norm_and_rotate(x_THF, gain_HF, table_TP2, eps)
@@ -246,21 +252,36 @@ def norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor, eps: floa
     return cheap(function, x_THF, gain_HF, table_TP2, eps)
 
 
+def official_norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor | None, eps: float) -> Tensor:
+    """Return what `norm_and_rotate` does, rounded as by Kandinsky's official code.
+
+    That rounds to the dtype of x after the norm, and after the rotation to bf16, whatever the dtype of x. It
+    is there for comparison: it is slow and keeps every step for backward.
+    """
+    normed_THF = plain_norm_and_rotate(x_THF, gain_HF, None, eps)
+    if table_TP2 is None:
+        return normed_THF
+    return rotate(normed_THF, table_TP2).to(torch.bfloat16).to(x_THF.dtype)
+
+
 class _NormAndRotate(torch.autograd.Function):
     """rotate(x / rms(x) * gain). A pair is turned as one complex number, which is a single operation."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor | None, eps: float
+    ) -> Tensor:
         tokens, heads, _ = x_THF.shape
         y_THF = torch.empty_like(x_THF, memory_format=torch.contiguous_format)
         rstd_TH1 = torch.empty(tokens, heads, 1, dtype=wide(x_THF), device=x_THF.device)
-        turns_T1P = torch.view_as_complex(table_TP2.to(rstd_TH1.dtype)).unsqueeze(1)
+        turns_T1P = _turns(table_TP2, rstd_TH1.dtype)
         for rows in _blocks(x_THF):
             x = x_THF[rows].to(rstd_TH1.dtype)
             rstd = _reciprocal_rms(x, eps, rstd_TH1[rows])
-            with _wide_room(y_THF[rows]) as y:
+            with wide_room(y_THF[rows]) as y:
                 torch.mul(x, rstd, out=y).mul_(gain_HF)
-                _pairs(y).mul_(turns_T1P[rows])
+                if turns_T1P is not None:
+                    _pairs(y).mul_(turns_T1P[rows])
         ctx.save_for_backward(x_THF, gain_HF, table_TP2, rstd_TH1)
         return y_THF
 
@@ -271,19 +292,28 @@ class _NormAndRotate(torch.autograd.Function):
         need_x, need_gain, _, _ = ctx.needs_input_grad
         grad_x_THF = torch.empty_like(x_THF, memory_format=torch.contiguous_format) if need_x else None
         grad_gain_HF = torch.zeros_like(gain_HF) if need_gain else None
-        turns_T1P = torch.view_as_complex(table_TP2.to(rstd_TH1.dtype)).conj_physical().unsqueeze(1)
+        turns_T1P = _turns(table_TP2, rstd_TH1.dtype, back=True)
         for rows in _blocks(x_THF):
             rstd = rstd_TH1[rows]
             x = x_THF[rows].to(rstd.dtype)
             grad = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_THF[rows])
-            _pairs(grad).mul_(turns_T1P[rows])
+            if turns_T1P is not None:
+                _pairs(grad).mul_(turns_T1P[rows])
             if need_gain:
                 grad_gain_HF += (x * rstd).mul_(grad).sum(0)
             if need_x:
-                with _wide_room(grad_x_THF[rows]) as grad_x:
+                with wide_room(grad_x_THF[rows]) as grad_x:
                     torch.mul(grad, gain_HF, out=grad_x)
                     _through_rms(grad_x, x, rstd)
         return grad_x_THF, grad_gain_HF, None, None
+
+
+def _turns(table_TP2: Tensor | None, dtype: torch.dtype, *, back: bool = False) -> Tensor | None:
+    """What complex pairs of all heads are multiplied by to turn them, or to turn them back."""
+    if table_TP2 is None:
+        return None
+    turns_TP = torch.view_as_complex(table_TP2.to(dtype))
+    return (turns_TP.conj_physical() if back else turns_TP).unsqueeze(1)
 
 
 def _pairs(x_THF: Tensor) -> Tensor:
@@ -337,7 +367,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def _wide_room(result: Tensor) -> Iterator[Tensor]:
+def wide_room(result: Tensor) -> Iterator[Tensor]:
     """Lend room to compute `result` in fp32: its own memory, or scratch that is rounded into it after."""
     room = result if result.dtype == wide(result) else torch.empty_like(result, dtype=wide(result))
     yield room
@@ -345,7 +375,7 @@ def _wide_room(result: Tensor) -> Iterator[Tensor]:
         result.copy_(room)
 
 
-def _row_blocks(lengths: tuple[int, ...], width: int) -> Iterator[tuple[slice, int]]:
+def row_blocks(lengths: tuple[int, ...], width: int) -> Iterator[tuple[slice, int]]:
     """Cut packed rows into blocks that end where samples end; yield the rows and the sample's index."""
     step, start = max(1, _BLOCK_ELEMENTS // width), 0
     for sample, length in enumerate(lengths):
@@ -359,4 +389,4 @@ def _blocks(x: Tensor) -> Iterator[slice]:
     if device_kind(x) != "cpu":
         yield slice(None)
     else:
-        yield from (rows for rows, _ in _row_blocks((len(x),), x[0].numel() if len(x) else 1))
+        yield from (rows for rows, _ in row_blocks((len(x),), x[0].numel() if len(x) else 1))

@@ -1,4 +1,7 @@
-"""Where the samples of a packed batch lie: the tokens of all samples are one sequence, end to end."""
+"""Where the samples of a packed batch lie: the tokens of all samples are one sequence, end to end.
+
+Shape legend: T tokens, B samples, D features, P pairs of features of a head.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,24 @@ class Packing:
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         ends = ends.pin_memory() if device.type == "cuda" else ends
         return cls(tuple(lengths), ends.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a packed sequence belong: to which sample, and at which position in it."""
+
+    packing: Packing
+    rope_TP2: Tensor
+
+    def split(self, x_TD: Tensor) -> Sequence[Tensor]:
+        """Return each sample's tokens."""
+        return x_TD.split(list(self.packing.lengths))
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], ropes: Sequence[Tensor], device: torch.device) -> Layout:
+        """Join samples, each with its own table. The joint one is no view: where that begins would be a
+        reason to compile again."""
+        return cls(Packing.of(lengths, device), torch.cat(ropes))
 
 
 def spread(rows_BD: Tensor, packing: Packing, tokens: int) -> Tensor:

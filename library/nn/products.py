@@ -56,6 +56,20 @@ class Linear(nn.Linear):
         return _WideLinear.apply(x, self.weight, self.bias)
 
 
+class Fp32Linear(Linear):
+    """A linear layer that takes, computes and returns fp32, in whatever dtype its weight is kept.
+
+    Backward widens the weight again, so that no wide copy is kept.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return _WideLinear.apply(x, self.weight, self.bias)
+
+
 class _WideLinear(torch.autograd.Function):
     """`F.linear` through fp32. The input is kept for backward only when the weight needs a gradient."""
 
@@ -63,6 +77,7 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _, need_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_weight else None, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         wide_bias = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
 
@@ -75,7 +90,7 @@ class _WideLinear(torch.autograd.Function):
         rows = wide.flatten(0, -2)
         grad_x = (wide @ weight.float()).to(grad.dtype) if need_x else None
         grad_weight = (rows.t() @ x.float().flatten(0, -2)).to(weight.dtype) if need_weight else None
-        grad_bias = rows.sum(0).to(grad.dtype) if need_bias else None
+        grad_bias = rows.sum(0).to(ctx.bias_dtype) if need_bias else None
         return grad_x, grad_weight, grad_bias
 
 

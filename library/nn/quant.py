@@ -28,12 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from library.core.errors import ConfigError
 from library.nn.products import Linear, layer_dtype
-from library.options.quant import STORED
+from library.options.quant import GROUP, STORED, check_width
 
-_GROUP = 64  # weights that share a scale in the 4-bit schemes, where the width of the layer allows it
-_SMALLEST_GROUP = 16
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _TINY = 1e-12  # in place of the scale of a row or group of zeros
 
@@ -142,11 +139,7 @@ class QuantLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, scheme: str) -> None:
         """Raises ConfigError for an odd width that a 4-bit scheme cannot group."""
-        if scheme in ("int4", "nf4") and math.gcd(in_features, _GROUP) < _SMALLEST_GROUP:
-            raise ConfigError(
-                f"A layer with {in_features} inputs cannot be quantised to {scheme}: a multiple of "
-                f"{_SMALLEST_GROUP} is needed. Use int8 or fp8."
-            )
+        check_width(scheme, in_features)
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
@@ -244,7 +237,7 @@ def _largest_of_rows(weight_OI: Tensor) -> Tensor:
 
 def _grouped(weight_OI: Tensor) -> Tensor:
     """(O, I) -> fp32 (O, G, S)."""
-    return weight_OI.float().unflatten(1, (-1, math.gcd(weight_OI.shape[1], _GROUP)))
+    return weight_OI.float().unflatten(1, (-1, math.gcd(weight_OI.shape[1], GROUP)))
 
 
 def _two_a_byte(codes: Tensor) -> Tensor:

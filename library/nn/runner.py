@@ -52,10 +52,10 @@ class BlockRunner:
         self.ring: Ring | None = None
         self._modes = dict.fromkeys(self.blocks, "none")
 
-    def keep(self, mode: str, *, every: int = 1) -> None:
-        """Choose a mode for every n-th block, beginning with the first; the others keep everything."""
+    def keep(self, mode: str, *, every: int = 1, between: str = "none") -> None:
+        """Choose a mode for every n-th block, beginning with the first, and one for those between them."""
         for number, block in enumerate(self.blocks):
-            self.keep_of(block, mode if number % every == 0 else "none")
+            self.keep_of(block, mode if number % every == 0 else between)
 
     def keep_of(self, block: nn.Module, mode: str) -> None:
         """Choose the mode of one block."""

@@ -15,6 +15,7 @@ _FOREIGN_BACKENDS = (
     "tvm",
 )
 _COMPILER_CHOOSES = ("selective", "feed_forward")
+CHECKPOINTS = ("feed_forward", "full", "offload")  # modes that compute products again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,15 @@ class ComputeOptions(AttentionOptions):
     )
     checkpoint_mode: str | None = option(
         None,
-        "what a block keeps: full (its input only; the default), offload (that, in the computer's memory), "
-        "feed_forward (all but the wide middle of its feed-forward), selective (results of products and "
-        "attention; only what is cheap is computed again)",
-        choices=("full", "offload", "feed_forward", "selective"),
+        "what a block keeps for backward: none computes nothing again, so it keeps everything; selective "
+        "keeps results of products and attention, and is the default; with --gradient_checkpointing: "
+        "feed_forward the same without the wide middle of its feed-forward, full its input only (the default "
+        "there), offload that in the computer's memory",
+        choices=("none", "selective", *CHECKPOINTS),
     )
-    checkpoint_every_n_blocks: int = option(1, "do that in every Nth block; the others keep everything")
+    checkpoint_every_n_blocks: int = option(
+        1, "with --gradient_checkpointing: do that in every Nth block; the others keep as much as without it"
+    )
     cpu_offload_checkpointing: bool = option(
         False, "with --gradient_checkpointing: the same as --checkpoint_mode offload"
     )
@@ -75,15 +79,25 @@ class ComputeOptions(AttentionOptions):
             raise ConfigError(
                 f"--checkpoint_every_n_blocks is {self.checkpoint_every_n_blocks}; it must be 1 or more."
             )
-        if not self.gradient_checkpointing and (self.checkpoint_mode or self.checkpoint_every_n_blocks > 1):
-            name = "checkpoint_mode" if self.checkpoint_mode else "checkpoint_every_n_blocks"
-            raise ConfigError(f"--{name} needs --gradient_checkpointing.")
-        if self.cpu_offload_checkpointing and self.checkpoint_mode not in (None, "offload"):
-            raise ConfigError(
-                f"--checkpoint_mode {self.checkpoint_mode} and --cpu_offload_checkpointing are two modes; "
-                "choose one."
-            )
+        self._check_mode()
         self._check_compiling()
+
+    def _check_mode(self) -> None:
+        mode = self.checkpoint_mode
+        if not self.gradient_checkpointing:
+            if self.checkpoint_every_n_blocks > 1:
+                raise ConfigError("--checkpoint_every_n_blocks needs --gradient_checkpointing.")
+            if mode in CHECKPOINTS:
+                raise ConfigError(f"--checkpoint_mode {mode} needs --gradient_checkpointing.")
+        elif self.cpu_offload_checkpointing and mode not in (None, "offload"):
+            raise ConfigError(
+                f"--checkpoint_mode {mode} and --cpu_offload_checkpointing are two modes; choose one."
+            )
+        elif mode == "none":
+            raise ConfigError(
+                "--checkpoint_mode none keeps everything, and --gradient_checkpointing is there to keep "
+                "less; leave one of them out."
+            )
 
     def _check_compiling(self) -> None:
         if not 0 <= self.activation_memory_budget <= 1:
@@ -103,11 +117,11 @@ class ComputeOptions(AttentionOptions):
                 f"--dynamo_backend {self.dynamo_backend} cannot be used to train here; choose one of "
                 f"{', '.join(BACKENDS)}."
             )
-        if self.keeps in _COMPILER_CHOOSES:
+        if self.checkpoint_mode in _COMPILER_CHOOSES:
             raise ConfigError(
-                f"--checkpoint_mode {self.keeps} and --torch_compile do not go together: the compiler itself "
-                "chooses what to compute again. Leave out --checkpoint_mode and --gradient_checkpointing; "
-                "with --activation_memory_budget 0.5 it keeps half."
+                f"--checkpoint_mode {self.checkpoint_mode} and --torch_compile do not go together: the "
+                "compiler itself chooses what to compute again. Leave out --checkpoint_mode and "
+                "--gradient_checkpointing; with --activation_memory_budget 0.5 it keeps half."
             )
 
     @property
@@ -118,9 +132,15 @@ class ComputeOptions(AttentionOptions):
     @property
     def keeps(self) -> str:
         """What a block keeps for backward: a mode of `library.nn.runner`."""
-        if not self.gradient_checkpointing:
-            return "none"
-        return "offload" if self.cpu_offload_checkpointing else self.checkpoint_mode or "full"
+        if self.checkpoint_mode is not None:
+            return self.checkpoint_mode
+        if self.gradient_checkpointing:
+            return "offload" if self.cpu_offload_checkpointing else "full"
+        return "none" if self.compiles else "selective"
+
+    def keeps_between(self, mode: str) -> str:
+        """What the others keep where every Nth block is in `mode`."""
+        return "none" if self.compiles or mode not in CHECKPOINTS else "selective"
 
     @property
     def attention(self) -> str:

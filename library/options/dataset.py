@@ -41,7 +41,9 @@ class DatasetOptions(OptionGroup):
     reg_data_dir: Path | None = option(None, "such a folder of folders with regularisation pictures")
     in_json: Path | None = option(None, "metadata file (.json or .jsonl) with captions of the pictures")
     conditioning_data_dir: Path | None = option(
-        None, "masks for --train_data_dir, in folders of the same names; needs --masked_loss"
+        None,
+        "masks for --train_data_dir, in folders of the same names; needs --masked_loss. For models that edit "
+        "pictures: what is edited, the --train_data_dir showing what becomes of it",
     )
     masked_loss: bool = option(False, "weigh the loss by masks (conditioning_data_dir or alpha_mask)")
     cache_info: bool = option(
@@ -100,11 +102,6 @@ class DatasetOptions(OptionGroup):
     token_warmup_step: float = option(0.0, "steps until all tags are there; below 1 a share of all steps")
 
     def __post_init__(self) -> None:
-        self._require_one_source()
-        if self.conditioning_data_dir and not self.masked_loss and not self.dataset_config:
-            raise ConfigError("--conditioning_data_dir has no effect without --masked_loss; add it.")
-
-    def _require_one_source(self) -> None:
         if self.dataset_config:
             return
         if self.in_json:

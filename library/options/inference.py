@@ -1,17 +1,18 @@
-"""Options of lumina_minimal_inference.py."""
+"""Options that every family's inference script has."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from library.core.errors import ConfigError
 from library.options.attention import AttentionOptions
-from library.options.group import REQUIRED, OptionGroup, option
-from library.options.model import DEFAULT_TOKEN_LIMIT
+from library.options.group import OptionGroup, option
 from library.options.quant import QuantOptions
 from library.options.request import SAMPLERS, ImageRequest
+from library.options.swap import SwapOptions
 
 DEFAULT_PROMPT = "A beautiful sunset over the mountains"
 DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32", "float")
@@ -38,32 +39,9 @@ def parse_lora_weight(word: str) -> LoraWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceModelOptions(OptionGroup):
-    """Models.
+class LoraOptions(OptionGroup):
+    """LoRAs."""
 
-    Weight files may be in the original, ComfyUI, all-in-one or diffusers layout.
-    """
-
-    pretrained_model_name_or_path: Path = option(
-        REQUIRED, "the DiT: a .safetensors file, an index, or a folder"
-    )
-    gemma2_path: Path = option(
-        REQUIRED, "the Gemma2 text encoder: a .safetensors file, an index, or a folder"
-    )
-    ae_path: Path = option(REQUIRED, "the FLUX autoencoder: a .safetensors file or a folder")
-    gemma2_tokenizer: Path | None = option(
-        None,
-        "tokenizer.model, tokenizer.json or a folder with one; default: from inside or beside --gemma2_path",
-    )
-    tokenizer_cache_dir: Path | None = option(
-        None, "hub cache folder, used only when no local tokenizer is found"
-    )
-    gemma2_max_token_length: int = option(DEFAULT_TOKEN_LIMIT, "prompts are cut after this many tokens")
-    dtype: str = option("bf16", "precision of the DiT", choices=DTYPES)
-    gemma2_dtype: str = option("bf16", "precision of the text encoder", choices=DTYPES)
-    ae_dtype: str = option("bf16", "precision of the autoencoder", choices=DTYPES)
-    device: str | None = option(None, "device such as cuda, cuda:1, mps or cpu; default: the best there is")
-    offload: bool = option(False, "keep each model on the device only while it is used")
     lora_weights: tuple[LoraWeight, ...] = option(
         (),
         "LoRA files, each as path or path;multiplier",
@@ -74,12 +52,24 @@ class InferenceModelOptions(OptionGroup):
     merge_lora_weights: bool = option(False, "add the LoRAs to the weights once, instead of at every step")
 
     def __post_init__(self) -> None:
-        if self.gemma2_max_token_length < 1:
-            raise ConfigError(
-                f"--gemma2_max_token_length is {self.gemma2_max_token_length}; it must be 1 or more."
-            )
         if self.merge_lora_weights and not self.lora_weights:
             raise ConfigError("--merge_lora_weights needs --lora_weights.")
+
+    @property
+    def multipliers(self) -> tuple[float, ...]:
+        """How strongly each LoRA acts, unless a prompt says otherwise."""
+        return tuple(lora.multiplier for lora in self.lora_weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(OptionGroup):
+    """Where models lie, and how much goes through them at once."""
+
+    device: str | None = option(None, "device such as cuda, cuda:1, mps or cpu; default: the best there is")
+    offload: bool = option(False, "keep each model on the device only while it is used")
+    sequential_cfg: bool = option(
+        False, "let prompt and negative prompt go through the DiT one after the other: less memory"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +81,8 @@ class PictureOptions(OptionGroup):
 
     prompt: str = option(DEFAULT_PROMPT, "what to draw")
     negative_prompt: str = option("", "what to draw away from")
-    image_width: int = option(1024, "width in pixels, a multiple of 16")
-    image_height: int = option(1024, "height in pixels, a multiple of 16")
+    image_width: int | None = option(1024, "width in pixels, a multiple of 16")
+    image_height: int | None = option(1024, "height in pixels, a multiple of 16")
     steps: int = option(36, "steps of the sampler")
     seed: int | None = option(None, "seed of the noise; default: a random one, which the file name tells")
     guidance_scale: float = option(3.5, "strength of classifier-free guidance; 1 is none, and twice as fast")
@@ -104,13 +94,9 @@ class PictureOptions(OptionGroup):
     sampler: str = option(
         "euler", "euler; heun, which asks the model twice a step; dpmsolver++ (2M)", choices=SAMPLERS
     )
-    system_prompt: str = option("", "put before the prompt, followed by <Prompt Start>")
-    add_system_prompt_to_negative_prompt: bool = option(False, "put it before the negative prompt as well")
 
     def __post_init__(self) -> None:
         self.request()
-        if self.add_system_prompt_to_negative_prompt and not self.system_prompt:
-            raise ConfigError("--add_system_prompt_to_negative_prompt needs --system_prompt.")
 
     def request(self) -> ImageRequest:
         """Return the picture that these options describe. Raises ConfigError for one that cannot be drawn."""
@@ -144,16 +130,24 @@ class InferenceRunOptions(OptionGroup):
             raise ConfigError("--interactive and --from_file both say where prompts come from; give one.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LuminaInferenceOptions:
-    """All options of lumina_minimal_inference.py."""
+@dataclass(frozen=True)
+class InferenceOptions:
+    """What every family's inference script can be told; a family says what its models are."""
 
-    models: InferenceModelOptions
-    attention: AttentionOptions
-    quant: QuantOptions
+    models: OptionGroup
     picture: PictureOptions
     run: InferenceRunOptions
+    loras: LoraOptions
+    where: DeviceOptions
+    swap: SwapOptions
+    quant: QuantOptions
+    attention: AttentionOptions
 
     def __post_init__(self) -> None:
         if self.run.from_file is not None and self.picture.prompt != DEFAULT_PROMPT:
             raise ConfigError("--prompt and --from_file both say what to draw; give one.")
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag that is given but has no effect, with the reason."""
+        for f in fields(self):
+            yield from getattr(self, f.name).adjustments()

@@ -1,4 +1,4 @@
-"""Options of kandinsky5_train_network.py that other families do not have, or have with other defaults."""
+"""Which weight files of Kandinsky 5.0 Image, and how text and pictures are encoded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from pathlib import Path
 
 from library.core.errors import ConfigError
 from library.options.group import REQUIRED, OptionGroup, option
-from library.options.legacy import Kandinsky5LegacyOptions
 from library.options.model import TransformerOptions
-from library.options.timesteps import TimestepOptions
-from library.options.train import TrainOptions
 
 T2I, I2I = "t2i", "i2i"
 # What users of other tools write: the families' names of checkpoints, and musubi-tuner's of tasks.
@@ -126,24 +123,3 @@ class Kandinsky5ModelOptions(
         if task_named(self.task) == T2I:
             names = ("source_dropout_rate", "edit_prompt_crop")
             yield from self.without_effect(names, f"--task {self.task} has no source pictures")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kandinsky5TimestepOptions(TimestepOptions):
-    """Noise levels in training.
-
-    sigma is the share of noise, from 0 (the picture) to 1 (noise only).
-    """
-
-    discrete_flow_shift: float = option(
-        3.0, "shift towards noise of the samplings 'shift' and 'sigma'; 3 is what the model was trained with"
-    )
-
-
-@dataclass(frozen=True)
-class Kandinsky5TrainOptions(TrainOptions):
-    """The options of kandinsky5_train_network.py."""
-
-    timesteps: Kandinsky5TimestepOptions
-    model: Kandinsky5ModelOptions
-    legacy: Kandinsky5LegacyOptions

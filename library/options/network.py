@@ -20,7 +20,9 @@ class NetworkOptions(OptionGroup):
     """
 
     network_module: str = option(
-        REQUIRED, "kind of the network: networks.lora_lumina, or lycoris.kohya (docs/lycoris.md)"
+        REQUIRED,
+        "kind of the network: networks.lora_lumina or networks.lora_kandinsky5, as the model is, or "
+        "lycoris.kohya (docs/lycoris.md)",
     )
     network_dim: int = option(4, "rank of the LoRA: how much it can hold, and how large its file is")
     network_alpha: float = option(1.0, "strength: the LoRA is scaled by alpha / rank; 0 means the rank")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,18 @@ STORED = {
     "nf4": ("codes", "scale"),
 }
 SCHEMES = tuple(STORED)
+GROUP = 64  # weights that share a scale in the 4-bit schemes, where the width of the layer allows it
+_SMALLEST_GROUP = 16
 _FP8_FLAGS = ("fp8_base", "fp8_base_unet", "fp8_scaled")
+
+
+def check_width(scheme: str, inputs: int, what: str = "A layer") -> None:
+    """Raise ConfigError if a scheme cannot keep a weight of so many inputs."""
+    if scheme in ("int4", "nf4") and math.gcd(inputs, GROUP) < _SMALLEST_GROUP:
+        raise ConfigError(
+            f"{what} with {inputs} inputs cannot be quantised to {scheme}: a multiple of {_SMALLEST_GROUP} "
+            f"is needed. Use int8 or fp8."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

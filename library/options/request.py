@@ -23,10 +23,10 @@ MAX_STEPS = 1000  # the sampler's table has as many
 class ImageRequest:
     """Everything that decides a picture, given the models.
 
-    width, height: pixels. seed: None until one is chosen. cfg_trunc_ratio: guidance acts while 1 - sigma is
-    below it. renorm_cfg: bound of the guided velocity's norm, as a multiple of the conditional one's; 0 is no
-    bound. sampler: one of SAMPLERS. lora_multipliers: () means those of the command line. source: the
-    picture that is edited, for families that can.
+    width, height: pixels; None until they are chosen. seed: None until one is chosen. cfg_trunc_ratio:
+    guidance acts while 1 - sigma is below it. renorm_cfg: bound of the guided velocity's norm, as a multiple
+    of the conditional one's; 0 is no bound. sampler: one of SAMPLERS. lora_multipliers: () means those of the
+    command line. source: the picture that is edited, for families that can.
 
     Raises:
         ConfigError: a value that cannot be drawn.
@@ -34,8 +34,8 @@ class ImageRequest:
 
     prompt: str = ""
     negative_prompt: str = ""
-    width: int = 1024
-    height: int = 1024
+    width: int | None = 1024
+    height: int | None = 1024
     steps: int = 36
     seed: int | None = None
     guidance_scale: float = 3.5
@@ -65,8 +65,8 @@ class ImageRequest:
             raise ConfigError(f"discrete_flow_shift is {self.discrete_flow_shift}; it must be above 0.")
 
 
-def _check_side(name: str, pixels: int) -> None:
-    if pixels >= SIZE_STEP and pixels % SIZE_STEP == 0:
+def _check_side(name: str, pixels: int | None) -> None:
+    if pixels is None or pixels >= SIZE_STEP and pixels % SIZE_STEP == 0:
         return
     below = pixels // SIZE_STEP * SIZE_STEP
     nearest = f"{below} and {below + SIZE_STEP}" if below > 0 else f"{SIZE_STEP} and up"

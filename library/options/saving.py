@@ -9,6 +9,7 @@ from pathlib import Path
 from library.core.errors import ConfigError
 from library.options.group import REQUIRED, OptionGroup, option
 
+KOHYA, DIFFUSERS = "kohya", "diffusers"  # whose names a network's file has
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -25,6 +26,12 @@ class SavingOptions(OptionGroup):
     )
     save_precision: str | None = option(
         None, "precision of the saved weights (default: as trained, fp32)", choices=("float", "fp16", "bf16")
+    )
+    save_format: str = option(
+        KOHYA,
+        "whose names the file has: kohya, which sd-scripts and ComfyUI read, or diffusers, whose pipelines "
+        "load it",
+        choices=(KOHYA, DIFFUSERS),
     )
     save_every_n_epochs: int | None = option(None, "save the network after every N epochs")
     save_every_n_steps: int | None = option(None, "save the network after every N steps")
@@ -44,6 +51,11 @@ class SavingOptions(OptionGroup):
             value = getattr(self, f.name)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"--{f.name} is {value}; it must be 1 or more.")
+        if self.save_format == DIFFUSERS and self.save_model_as != "safetensors":
+            raise ConfigError(
+                f"--save_format {DIFFUSERS} needs --save_model_as safetensors: diffusers reads settings from "
+                f"the file's metadata, for which {self.save_model_as} has no place."
+            )
         if self.save_last_n_files is not None and not (self.saves_by_epoch or self.save_every_n_steps):
             raise ConfigError(
                 "--save_last_n_files says which files to keep, but none are saved: add --save_every_n_epochs "

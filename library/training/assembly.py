@@ -137,7 +137,8 @@ def _load_model(context: RunContext) -> nn.Module:
     model = context.trainer.load_transformer(
         context.device, context.dtype, weights_on=None if sharding is None else torch.device("cpu")
     )
-    model.runner.keep(compute.keeps, every=compute.checkpoint_every_n_blocks)
+    keeps, every = compute.keeps, compute.checkpoint_every_n_blocks
+    model.runner.keep(keeps, every=every, between=compute.keeps_between(keeps))
     if compute.compiles:
         model.runner.compile(part_compiler(compute))
     apply_base_weights(context.options.network, model)

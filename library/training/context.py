@@ -124,6 +124,7 @@ class RunContext:
             workers=training.max_data_loader_n_workers,
             latent_stride=self.trainer.family.latent_stride,
             prior_loss_weight=training.prior_loss_weight,
+            source_dropout=self.trainer.source_dropout(),
             device=self.device,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from library.core.dist import Processes
 from library.data.batch import Batch, Condition
+from library.data.images import load_source
 from library.data.items import Item, Manifest
+from library.data.prompt import Prompt, SourcePicture
 from library.data.sources import CachePlace, LatentSource, TextSource
+from library.data.tensors import pixels_to_tensor
 from library.options.train import TrainOptions
 from library.training.caching import PassRun, cache_latents, cache_texts
 from library.training.family import ModelFiles
@@ -39,7 +43,8 @@ class Inputs:
         self.encoders = Lending(lambda: trainer.load_text_encoders(device, dtype), device)
         self.latent_source = _latent_source(options, files)
         self.text_source = _text_source(trainer, files)
-        self._prompts: dict[str, Condition] = {}
+        self._prompts: dict[Prompt, Condition] = {}
+        self._edited: dict[SourcePicture, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -62,28 +67,31 @@ class Inputs:
         return self._encode_pictures(batch.pixels)
 
     def conditions(self, batch: Batch) -> list[Condition]:
-        """Return a batch's conditions on this process's device."""
-        if batch.conditions is not None:
-            return [self._on_device(c) for c in batch.conditions]
-        texts = [self._trainer.format_prompt(caption) for caption in batch.captions]
-        if self._options.network.trains_text_encoder:
-            return self._trainer.encode_prompts(self.encoders.get(), texts)  # with a graph, to train through
-        return self._encode(texts)
+        """Return a batch's conditions on this process's device, with the latents of what is edited."""
+        conditions, sources = self._text_conditions(batch), self._source_latents(batch)
+        return [
+            condition if source_Chw is None else replace(condition, source_Chw=source_Chw)
+            for condition, source_Chw in zip(conditions, sources, strict=True)
+        ]
 
-    def prompts(self, texts: Sequence[str]) -> list[Condition]:
-        """Return the conditions of formatted texts for previews, each encoded once in the run.
+    def prompts(self, prompts: Sequence[Prompt]) -> list[Condition]:
+        """Return the conditions of prompts for previews, each encoded once in the run.
 
         Where the text encoder is trained, they are encoded every time.
-        Each goes through the encoder alone, as in the inference script, so that the pictures are the same.
+        Each goes through the encoder alone, as in the inference script, so that the pictures are the same,
+        unless the family wants more at once.
+        The autoencoder stays loaded, if there was a source to encode, until `release_vae`.
         """
         if self._options.network.trains_text_encoder:
             self._prompts.clear()
-        new = [text for text in dict.fromkeys(texts) if text not in self._prompts]
-        for text in new:
-            (self._prompts[text],) = self._encode([text])
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
+        at_once = self._trainer.texts_at_once(1)
+        for start in range(0, len(new), at_once):
+            some = new[start : start + at_once]
+            self._prompts |= zip(some, self._encode(some), strict=True)
         if new and self.text_source is not None:
             self.encoders.release()
-        return [self._on_device(self._prompts[text]) for text in texts]
+        return [self._on_device(self._with_source(prompt)) for prompt in prompts]
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Return pixels in [-1, 1]; the autoencoder stays loaded until `release_vae`."""
@@ -93,6 +101,37 @@ class Inputs:
         """Let the autoencoder go after previews, unless training itself encodes with it."""
         if self.latent_source is not None:
             self.vae.release()
+
+    def _text_conditions(self, batch: Batch) -> list[Condition]:
+        if batch.conditions is not None:
+            return [self._on_device(c) for c in batch.conditions]
+        sources = batch.sources or (None,) * len(batch.captions)
+        prompts = [
+            Prompt(self._trainer.format_prompt(caption), source)
+            for caption, source in zip(batch.captions, sources, strict=True)
+        ]
+        if self._options.network.trains_text_encoder:
+            return self._trainer.encode_prompts(self.encoders.get(), prompts)  # with a graph to train through
+        return self._encode(prompts)
+
+    def _source_latents(self, batch: Batch) -> Sequence[Tensor | None]:
+        """Return the latents (C, h, w) of what each picture of a batch is an edit of, or None."""
+        if batch.source_latents is not None:
+            device = self._processes.device
+            return [None if s is None else s.to(device, non_blocking=True) for s in batch.source_latents]
+        if batch.source_pixels is None:
+            return [None] * len(batch.draws)
+        encoded = iter(self._encode_pictures([s for s in batch.source_pixels if s is not None]))
+        return [None if source is None else next(encoded) for source in batch.source_pixels]
+
+    def _with_source(self, prompt: Prompt) -> Condition:
+        """Return the condition of an encoded prompt with the latents of its source, each encoded once."""
+        condition, source = self._prompts[prompt], prompt.source
+        if source is None:
+            return condition
+        if source not in self._edited:
+            (self._edited[source],) = self._encode_pictures([pixels_to_tensor(load_source(source))])
+        return replace(condition, source_Chw=self._edited[source])
 
     def _encode_pictures(self, pixels: Sequence[Tensor]) -> list[Tensor]:
         """Encode pictures, those of one size together."""
@@ -106,11 +145,11 @@ class Inputs:
                 latents |= zip(places, latents_BCHW.unbind(0), strict=True)
         return [latents[place] for place in range(len(pixels))]
 
-    def _encode(self, texts: Sequence[str]) -> list[Condition]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[Condition]:
         with torch.no_grad():
-            return self._trainer.encode_prompts(self.encoders.get(), list(texts))
+            return self._trainer.encode_prompts(self.encoders.get(), list(prompts))
 
-    def _load_text_encoder(self) -> Callable[[Sequence[str]], list[Condition]]:
+    def _load_text_encoder(self) -> Callable[[Sequence[Prompt]], list[Condition]]:
         self.encoders.get()
         return self._encode
 
@@ -118,7 +157,7 @@ class Inputs:
         return min(self._trainer.count_tokens(text))  # the text's, or as many as the encoder takes
 
     def _fill_texts(self, source: TextSource, items: Sequence[Item]) -> None:
-        size = self._options.caching.text_encoder_batch_size
+        size = self._trainer.texts_at_once(self._options.caching.text_encoder_batch_size)
         cache_texts(source, items, self._load_text_encoder, self._pass_run(size), length=self._tokens)
         self.encoders.release()
 
@@ -140,16 +179,12 @@ class Inputs:
             processes.barrier,
             processes.gather,
             check=check,
-            pinned=processes.device.type == "cuda",
+            device=processes.device,
         )
 
     def _on_device(self, condition: Condition) -> Condition:
         device = self._processes.device
-        pooled = condition.pooled_D
-        return Condition(
-            condition.tokens_LD.to(device, non_blocking=True),
-            None if pooled is None else pooled.to(device, non_blocking=True),
-        )
+        return condition.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _latent_source(options: TrainOptions, files: ModelFiles) -> LatentSource | None:
@@ -169,4 +204,5 @@ def _text_source(trainer: NetworkTrainer, files: ModelFiles) -> TextSource | Non
         files.text_identity,
         max_variants=caching.max_caption_variants,
         prompt_of=trainer.format_prompt,
+        source_dropout=trainer.source_dropout(),
     )

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from library.core.files import require_name_fits, require_writable_directory
 from library.core.hashing import HashLedger
 from library.core.log import setup_logging
-from library.data.cache_keys import check_latents_cacheable
+from library.data.cache_keys import check_latents_cacheable, check_texts_cacheable
 from library.data.items import Manifest
-from library.data.prompt_files import load_sample_prompts
-from library.data.scan import scan
+from library.data.prompt_files import load_sample_prompts, sources_of
+from library.data.scan import scan, without_sources
 from library.data.schema import load_datasets
 from library.options.request import ImageRequest
 from library.options.saving import SavingOptions
@@ -22,7 +22,7 @@ from library.training.output.hub import check_uploads, fetch_state
 from library.training.state.checkpoint import SavedState, check_state_folders, find_resumed
 from library.training.state.identity import check_resumed, dataset_digest, settings_of
 from library.training.watch.trackers import check_trackers
-from networks.module import check_network
+from networks.module import check_network, check_saving
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
@@ -61,12 +61,16 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     check_uploads(options.hub, options.state)
     options.ema.check_samples(options.sampling)
     check_network(options.network)
+    check_saving(options.network, options.saving)
     options.network.check_caches(options.caching)
     trainer.check_files()
     resumed = find_resumed(fetch_state(options.hub, options.state), options.saving)
-    datasets = load_datasets(options.dataset, stride=trainer.family.pixel_stride)
+    edits = trainer.edits_pictures()
+    datasets = load_datasets(options.dataset, stride=trainer.family.pixel_stride, edits=edits)
     if options.caching.latents:
         check_latents_cacheable(datasets)
+    if options.caching.texts:
+        check_texts_cacheable(datasets)
     ledger = HashLedger()
     manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
     if trainer.token_budget is not None:
@@ -76,7 +80,10 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     if not manifest.validation:
         adjustments += options.validation.without_pictures()
     if options.sampling.prompts is not None:
-        load_sample_prompts(options.sampling.prompts, ImageRequest(seed=0), adjustments.append)
+        requests = load_sample_prompts(options.sampling.prompts, ImageRequest(seed=0), adjustments.append)
+        sources_of(requests, edits=edits)
+    if edits:
+        adjustments += without_sources(manifest)
     settings = settings_of(options, files, manifest, ledger)
     ledger.save()
     changes: list[str] = []

@@ -92,7 +92,7 @@ class TrainingRun:
                 norms = self._limit_norms()
                 if parts.ema is not None:
                     parts.ema.update(step + 1)
-                numbers = self._numbers(step, result) | norms
+                numbers = self._numbers(shares, result) | norms
                 parts.metrics.step(step + 1, result.loss, numbers, peak_memory_bytes(context.device))
                 self._happen(events, context.moment(step + 1))
 
@@ -138,10 +138,10 @@ class TrainingRun:
             "max_norm/max_key_norm": done.largest,
         }
 
-    def _numbers(self, step: int, result: StepResult) -> dict[str, float]:
+    def _numbers(self, shares: Sequence[Share], result: StepResult) -> dict[str, float]:
         """Return what is recorded of a step beside its loss."""
         parts = self.parts
-        pictures = sum(len(micro.draws) for micro in self.context.plan.step(step))
+        pictures = sum(share.total for share in shares)
         grad_norm = {"grad_norm": result.grad_norm}
         return grad_norm | learning_rates(parts.optimizer) | result.gauged | parts.clock.read(pictures)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.data.batch import Condition
+    from library.data.prompt import Prompt
 
 
 class NetworkTrainer(ABC):
@@ -75,8 +76,8 @@ class NetworkTrainer(ABC):
         """Return pixels in [-1, 1]."""
 
     @abstractmethod
-    def encode_prompts(self, encoders: object, texts: Sequence[str]) -> list[Condition]:
-        """Encode formatted texts, one unpadded condition each."""
+    def encode_prompts(self, encoders: object, prompts: Sequence[Prompt]) -> list[Condition]:
+        """Encode prompts, one unpadded condition each; the latents of their sources are put in afterwards."""
 
     @abstractmethod
     def velocities(
@@ -104,6 +105,32 @@ class NetworkTrainer(ABC):
     def format_prompt(self, text: str, *, negative: bool = False) -> str:
         """Return the text that the encoder sees for a caption or prompt."""
         return text
+
+    def edits_pictures(self) -> bool:
+        """Whether the model makes pictures out of others: `conditioning_data_dir` then has those, and not
+        masks, and sample prompts may name one. Torch-free.
+        """
+        return False
+
+    def source_dropout(self) -> float:
+        """Return the share of the draws of an edited picture that are trained without its source. Torch-free.
+
+        0 to 1.
+        """
+        return 0.0
+
+    def text_encoder_bytes(self, encoders: nn.Module) -> int:
+        """Return how many bytes the weights of the text encoders take on the device."""
+        from library.training.look.simulate import weight_bytes
+
+        return weight_bytes(encoders)
+
+    def texts_at_once(self, batch_size: int) -> int:
+        """Return how many prompts `encode_prompts` is given at once, where `batch_size` are asked for.
+
+        More, for an encoder that divides them itself and does better if it knows them all.
+        """
+        return batch_size
 
     def sample_defaults(self) -> ImageRequest:
         """Return what sample prompts do not set, but for seed and sampler. Torch-free."""

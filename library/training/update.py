@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from library.core.device import sent
 from library.core.dist import Processes
 from library.core.errors import NonFiniteError
 from library.core.log import logger
@@ -51,8 +52,11 @@ class Gauge(Protocol):
 
     shared: bool
 
-    def measure(self) -> Tensor:
-        """Return the step's numbers (N,), fp32; nothing waits for the device."""
+    def measure(self, step: int) -> Tensor:
+        """Return the numbers (N,) of a step, counted from 0, fp32; nothing waits for the device.
+
+        A gauge that is not `shared` may have none in some steps.
+        """
 
     def named(self, numbers: Sequence[float]) -> dict[str, float]:
         """Return what these numbers are called in the log."""
@@ -130,18 +134,21 @@ class Updater:
         loss = self._backward(step, shares, between)
         self._processes.sum_gradients(self._parameters)
         self._scaler.unscale_(self._optimizer)
-        loss_value, norm_value, gauged = self._read(loss, self._clip())
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(norms_of(gradients))
+        loss_value, norm_value, gauged = self._read(step, loss, norm)
         updated = self._check(step, shares, loss_value, norm_value)
         if updated:
+            self._clip(gradients, norm_value)
             self._optimizer.step()  # not the scaler's `step`, which would wait to learn what the norm told
         self._scaler.update()
         for parameter in self._parameters:
             parameter.grad = None
         return StepResult(loss_value, norm_value, updated, gauged)
 
-    def _read(self, loss: Tensor, norm: Tensor) -> tuple[float, float, dict[str, float]]:
+    def _read(self, step: int, loss: Tensor, norm: Tensor) -> tuple[float, float, dict[str, float]]:
         """Bring the numbers of the step over from the device: the only time that a step waits for it."""
-        measured = [gauge.measure() for gauge in self._gauges]
+        measured = [gauge.measure(step) for gauge in self._gauges]
         shared = sum(gauge.shared for gauge in self._gauges)
         summed = self._processes.sum(torch.cat([loss.view(1), *measured[:shared]]))
         loss_value, *numbers = torch.cat([summed, *measured[shared:], norm.view(1)]).tolist()
@@ -170,13 +177,11 @@ class Updater:
             total += loss.detach()
         return total
 
-    def _clip(self) -> Tensor:
-        """Return the gradient's norm; scale the gradient down to --max_grad_norm unless that is 0."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(norms_of(gradients))
-        if self._max_grad_norm > 0:
-            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + _TINY)).clamp_max(1.0))
-        return norm
+    def _clip(self, gradients: Sequence[Tensor], norm: float) -> None:
+        """Scale the gradient, which has this norm, down to --max_grad_norm unless that is 0."""
+        if self._max_grad_norm > 0 and norm + _TINY > self._max_grad_norm:
+            factor = (self._max_grad_norm / (torch.tensor(norm) + _TINY)).clamp_max(1.0)
+            torch._foreach_mul_(gradients, sent(factor, gradients[0].device))
 
     def _check(self, step: int, shares: Sequence[Share], loss: float, norm: float) -> bool:
         """Return whether the update will happen; raise before weights move on anything that is not finite."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from library.data.batch import Condition
-from library.data.prompt_files import load_sample_prompts
+from library.data.prompt import Prompt
+from library.data.prompt_files import load_sample_prompts, sources_of
 from library.flow.generate import ImageModel
 from library.options.request import ImageRequest
 from library.training.assembly import Assembly
@@ -37,6 +38,7 @@ def encode_sample_prompts(context: RunContext) -> None:
     if not options.network.trains_text_encoder:
         requests = load_sample_prompts(options.sampling.prompts, _defaults(context))
         _encode(context, requests)
+        context.inputs.release_vae()
 
 
 def _validation(context: RunContext, parts: Assembly, stop: StopRequest) -> Validation:
@@ -99,9 +101,16 @@ def _defaults(context: RunContext) -> ImageRequest:
 
 
 def _encode(context: RunContext, requests: Sequence[ImageRequest]) -> Encoded:
-    """Return the conditions of the prompts and of the negative prompts."""
-    trainer = context.trainer
-    prompts = [trainer.format_prompt(request.prompt) for request in requests]
-    negatives = [trainer.format_prompt(request.negative_prompt, negative=True) for request in requests]
+    """Return the conditions of the prompts and of the negative prompts, which share their sources.
+
+    Raises:
+        ConfigError, DataError: a source cannot be used.
+    """
+    format_prompt = context.trainer.format_prompt
+    pairs = list(zip(requests, sources_of(requests, edits=context.trainer.edits_pictures()), strict=True))
+    prompts = [Prompt(format_prompt(request.prompt), source) for request, source in pairs]
+    negatives = [
+        Prompt(format_prompt(request.negative_prompt, negative=True), source) for request, source in pairs
+    ]
     encoded = context.inputs.prompts(prompts + negatives)
     return encoded[: len(requests)], encoded[len(requests) :]

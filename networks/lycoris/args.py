@@ -135,8 +135,8 @@ def read_args(args: Mapping[str, str]) -> LycorisArgs:
     chosen = parse_args(LycorisArgs, args, {})
     if chosen.train_norm:
         raise ConfigError(
-            "--network_args train_norm=True: LyCORIS trains layer and group norms, and the model has neither "
-            "(its norms are RMS norms); leave it out."
+            "--network_args train_norm=True is not made here: LyCORIS trains layer and group norms, of which "
+            "Lumina has none (its norms are RMS norms) and Kandinsky two small ones; leave it out."
         )
     read_preset(chosen.preset)
     return chosen

@@ -1,12 +1,7 @@
 """LyCORIS files, told from their headers: which kind each layer has, and which tensor is which. Torch-free.
 
-Names of layers:
-
-    lora_unet_layers_0_attention_qkv.lokr_w1           kohya's names, which LyCORIS has in sd-scripts
-    lycoris_layers_0_attention_qkv.lokr_w1             those of the package's own wrapper
-    diffusion_model.layers.0.attention.qkv.lokr_w1     ai-toolkit and ComfyUI
-
-Names of tensors are those of the table in `networks/lycoris/kinds.py`.
+Names of layers are those of `networks/families/known.py`, names of tensors those of the table in
+`networks/lycoris/kinds.py`.
 """
 
 from __future__ import annotations
@@ -18,15 +13,13 @@ from typing import TYPE_CHECKING
 from library.core.checkpoint_files import Checkpoint
 from library.core.errors import CheckpointError
 from library.core.suggest import shorten
+from networks.families.known import place_in_file
 from networks.names import ALPHA
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _WITH_WEIGHT = ("lora_up", "lora_down")  # these are modules in files, with a weight
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "lycoris_unet_", "lycoris_")
-_DIT, _TEXT_ENCODER = "lora_unet_", "lora_te_"
-
 # By kind: the tensors that must be there, and those that may. `a|b+c`: a, or else b and c.
 _TENSORS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lora": (("lora_up", "lora_down"), ("alpha", "dora_scale")),
@@ -113,7 +106,13 @@ def lycoris_layers(checkpoint: Checkpoint) -> dict[str, LycorisLayer]:
     found: dict[str, dict[str, str]] = {}
     for key in checkpoint.tensors:
         layer, name = _parted(key)
-        found.setdefault(_kohya(layer), {})[name] = key
+        place = place_in_file(layer)
+        if place.part is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: '{layer}' is one of q, k and v, which are one layer here; of such "
+                f"parts only plain LoRAs and DoRAs can be joined."
+            )
+        found.setdefault(place.path, {})[name] = key
     return {layer: _layer(checkpoint, layer, keys) for layer, keys in sorted(found.items())}
 
 
@@ -137,16 +136,6 @@ def _parted(key: str) -> tuple[str, str]:
         if before and (last in (*_WITH_WEIGHT, "lora_mid") or (len(last) == 2 and last[0] in "ab")):
             return before, last
     return layer, name
-
-
-def _kohya(layer: str) -> str:
-    """Return kohya's name of a layer by any of the names above."""
-    if layer.startswith((_DIT, _TEXT_ENCODER)):
-        return layer
-    for prefix in _PREFIXES:
-        if layer.startswith(prefix):
-            return _DIT + layer.removeprefix(prefix).replace(".", "_")
-    return layer  # the model has no layer of such a name, which is said when the layers are known
 
 
 def _layer(checkpoint: Checkpoint, layer: str, keys: Mapping[str, str]) -> LycorisLayer:

@@ -1,4 +1,4 @@
-"""LyCORIS for Lumina Image 2.0: what `--network_module lycoris.kohya` stands for here.
+"""LyCORIS for any family of models: what `--network_module lycoris.kohya` stands for here.
 
 The lycoris-lora package says which layers get a network, of which kind and of which sizes
 (`networks/lycoris/package.py`), so that arguments and presets mean what they mean in sd-scripts. What is
@@ -14,34 +14,23 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.core.log import logger
 from library.options.network import NetworkOptions
-from networks import lora_lumina
 from networks.files import LoRAFile, LycorisFile, inspect_lora
-from networks.lora_lumina import DIT, TEXT_ENCODER, text_model
+from networks.from_file import dit_paths, text_paths
 from networks.lycoris.args import PRESETS, read_args, without_effect
+from networks.names import DIT, TEXT_ENCODER
+from networks.request import NetworkRequest
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from networks.lora import LoRANetwork
     from networks.lycoris.layer import LycorisSize
     from networks.lycoris.network import LycorisNetwork
 
-__all__ = [
-    "check_layers",
-    "check_options",
-    "create_network",
-    "create_network_from_file",
-    "create_text_network",
-    "create_text_network_from_file",
-    "text_model",
-]
 _FOR_TRAINING = {
     *("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"),
     *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
@@ -79,103 +68,65 @@ def check_layers(
     Raises:
         CheckpointError: a file for other layers.
     """
-    lora_lumina.check_layers({}, files, layers, dit=False)
+    layers = list(layers)
+    for file in files:
+        dit_paths(file, layers)
 
 
-def create_network(
-    model: nn.Module,
-    *,
-    dim: int,
-    alpha: float | None,
-    dropout: float | None = None,
-    args: Mapping[str, str] | None = None,
-    seed: int = 0,
-    sizes_from: LoRAFile | None = None,
-    device: torch.device | None = None,
-) -> LycorisNetwork:
-    """Make a new network for `model`; see `networks.lora_lumina.create_network`.
+def no_diffusers(options: NetworkOptions) -> str:
+    """Return why what is trained cannot have diffusers' names in files."""
+    return "diffusers has no names for what --network_module lycoris.kohya trains"
+
+
+def create_network(model: nn.Module, request: NetworkRequest) -> LycorisNetwork:
+    """Make a new network for `model`; it has no effect until `apply_to` and training.
 
     Raises:
         ConfigError: arguments that cannot be, or that fit no layer.
         CheckpointError: `sizes_from` is not for this model.
     """
-    return _create(model, DIT, dim, alpha, dropout, args or {}, seed, sizes_from, device)
+    return _create(model, DIT, request)
 
 
-def create_text_network(
-    model: nn.Module,
-    *,
-    dim: int,
-    alpha: float | None,
-    lr: float,
-    dropout: float | None = None,
-    args: Mapping[str, str] | None = None,
-    seed: int = 0,
-    sizes_from: LoRAFile | None = None,
-    device: torch.device | None = None,
-) -> LycorisNetwork:
-    """Make a new network for what `text_model` returns, which learns at `lr`. Raises as `create_network`."""
-    network = _create(model, TEXT_ENCODER, dim, alpha, dropout, args or {}, seed, sizes_from, device)
-    network.rate = lr
+def create_text_network(model: nn.Module, request: NetworkRequest) -> LycorisNetwork:
+    """Make a new network for what `text_model` returns. Raises as `create_network`."""
+    network = _create(model, TEXT_ENCODER, request)
+    network.rate = request.lr
     return network
 
 
-def create_network_from_file(model: nn.Module, path: Path, multiplier: float = 1.0) -> LoRANetwork:
-    """Make the part of a file's network that is for the DiT; not applied yet.
-
-    Raises:
-        CheckpointError: the file is not for this model, or is damaged.
-    """
-    return lora_lumina.create_network_from_file(model, path, multiplier)
-
-
-def create_text_network_from_file(model: nn.Module, path: Path, multiplier: float = 1.0) -> LoRANetwork:
-    """Make the part of a file's network that is for what `text_model` returns; not applied yet.
-
-    Raises:
-        CheckpointError: the file is not for this encoder, or is damaged.
-    """
-    return lora_lumina.create_text_network_from_file(model, path, multiplier)
-
-
-def _create(
-    model: nn.Module,
-    prefix: str,
-    dim: int,
-    alpha: float | None,
-    dropout: float | None,
-    args: Mapping[str, str],
-    seed: int,
-    sizes_from: LoRAFile | None,
-    device: torch.device | None,
-) -> LycorisNetwork:
-    from networks.layer import Dropouts  # here, because it imports torch
+def _create(model: nn.Module, prefix: str, request: NetworkRequest) -> LycorisNetwork:
+    from networks.layer import Dropouts, linear_layers  # here, because it imports torch
     from networks.lycoris.network import LycorisNetwork, sizes_of_file
     from networks.lycoris.package import planned
 
-    chosen, for_text = read_args(args), prefix == TEXT_ENCODER
-    if sizes_from is None:
-        sizes = planned(model, chosen, dim=dim, alpha=alpha, text_encoder=for_text)
+    chosen, for_text = read_args(request.args), prefix == TEXT_ENCODER
+    if request.sizes_from is None:
+        sizes = planned(model, chosen, dim=request.dim, alpha=request.alpha, text_encoder=for_text)
     else:
-        sizes = sizes_of_file(model, sizes_from, prefix)
+        paths_in = text_paths if for_text else dit_paths
+        sizes = sizes_of_file(model, request.sizes_from, paths_in(request.sizes_from, linear_layers(model)))
         if not sizes:
-            raise ConfigError(f"--dim_from_weights: {sizes_from.path} has nothing for the {_part(for_text)}.")
+            raise ConfigError(
+                f"--dim_from_weights: {request.sizes_from.path} has nothing for the {_part(for_text)}."
+            )
     sizes = {path: replace(size, rescale_dropout=chosen.rank_dropout_scale) for path, size in sizes.items()}
     network = LycorisNetwork(
         model,
         sizes,
         dropouts=Dropouts(
-            (dropout or 0.0) if chosen.dropout is None else chosen.dropout,
+            (request.dropout or 0.0) if chosen.dropout is None else chosen.dropout,
             chosen.rank_dropout,
             chosen.module_dropout,
         ),
         loraplus_lr_ratio=chosen.lr_ratio(text_encoder=for_text),
-        seed=seed,
+        seed=request.seed,
         prefix=prefix,
         group="text_encoder" if for_text else "lora",
-        device=device,
+        device=request.device,
     )
-    _tell(_part(for_text), network, sizes.values(), args, from_file=sizes_from is not None)
+    from_file = request.sizes_from is not None
+    _tell(_part(for_text), network, sizes.values(), request.args, from_file=from_file)
     return network
 
 

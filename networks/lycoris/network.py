@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
-from library.core.suggest import did_you_mean
 from networks.files import LoRAFile, LycorisFile
 from networks.layer import linear_layers
 from networks.lora import LoRANetwork
 from networks.lycoris.files import LycorisLayer, ending
 from networks.lycoris.kinds import Settings
 from networks.lycoris.layer import LycorisSize
-from networks.names import ALPHA, ON_INPUT, kohya_name
+from networks.names import ALPHA, ON_INPUT
 
 
 class LycorisNetwork(LoRANetwork):
@@ -47,33 +46,16 @@ class LycorisNetwork(LoRANetwork):
         return [group for group in groups if group["params"]]
 
 
-def network_of_file(model: nn.Module, file: LoRAFile, prefix: str, multiplier: float) -> LycorisNetwork:
-    """Make the part of a file's network whose names begin with `prefix`, for a model; not applied yet.
+def sizes_of_file(model: nn.Module, file: LoRAFile, paths: Mapping[str, str]) -> dict[str, LycorisSize]:
+    """Return what a file has for the layers at `paths`, which are by name in it.
 
     Raises:
-        CheckpointError: the file is not for this model, or is damaged.
+        CheckpointError: one of the model's layers is of another size.
     """
-    network = LycorisNetwork(model, sizes_of_file(model, file, prefix), prefix=prefix)
-    network.load_state(file.read(_names(file, prefix)), str(file.path))
-    network.multiplier = multiplier
-    return network
-
-
-def sizes_of_file(model: nn.Module, file: LoRAFile, prefix: str) -> dict[str, LycorisSize]:
-    """Return what a file has for each layer of a model, by path; other parts of the file are left out.
-
-    Raises:
-        CheckpointError: the model lacks a layer, or one of its layers is of another size.
-    """
-    layers = linear_layers(model)
-    paths = {kohya_name(path, prefix): path for path in layers}
-    names = _names(file, prefix)
-    state, sizes = file.read(names), {}
-    for name in names:
-        if name not in paths:
-            near = did_you_mean(name, paths) or "."
-            raise CheckpointError(f"{file.path} is for a layer that this model lacks: {name}{near}")
-        found, base = _found(file, name, state), layers[paths[name]]
+    layers, state = linear_layers(model), file.read(paths)
+    sizes = {}
+    for name, path in paths.items():
+        found, base = _found(file, name, state), layers[path]
         shape = (found.out_features or base.out_features, found.in_features or base.in_features)
         if shape != (base.out_features, base.in_features):
             raise CheckpointError(
@@ -85,12 +67,8 @@ def sizes_of_file(model: nn.Module, file: LoRAFile, prefix: str) -> dict[str, Ly
             alpha=None if alpha is None else alpha.item(),
             on_input=bool(state.get(name + ON_INPUT, False)),
         )
-        sizes[paths[name]] = LycorisSize(found.kind, found.shapes, settings)
+        sizes[path] = LycorisSize(found.kind, found.shapes, settings)
     return sizes
-
-
-def _names(file: LoRAFile, prefix: str) -> list[str]:
-    return [name for name in file.ranks if name.startswith(prefix + "_")]
 
 
 def _found(file: LoRAFile, name: str, state: Mapping[str, Tensor]) -> LycorisLayer:

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.core.log import logger
+from networks.families.family import Family
+from networks.families.known import family_of
 from networks.layer import LoRALinear, linear_layers
 from networks.lycoris.args import LycorisArgs, read_preset
 from networks.lycoris.kinds import Settings
@@ -24,8 +26,6 @@ from networks.lycoris.layer import LycorisSize
 from networks.names import kohya_name
 
 _log = logger("network")
-# Presets know the classes of Lumina's original code; ours that are called otherwise.
-_ORIGINAL_NAMES = {"Block": "JointTransformerBlock", "Attention": "JointAttention"}
 _KINDS = {"locon": "lora", "kron": "lokr"}  # the package's modules have other names than its algorithms
 _SETTINGS = {"alpha", "on_input"}
 
@@ -40,11 +40,12 @@ def planned(
         MissingPackageError: the package is not installed.
     """
     kohya = _package()
-    preset = _preset(chosen.preset)
+    family = family_of(linear_layers(model))
+    preset = _preset(chosen.preset, family)
     prefix = "lora_te" if text_encoder else "lora_unet"
     paths = {kohya_name(path, prefix): path for path in linear_layers(model)}
     with FakeTensorMode(), _as_configured(kohya.LycorisNetworkKohya, preset), _its_warnings():
-        twin, nothing = _twin(model), nn.Module()
+        twin, nothing = _twin(model, family), nn.Module()
         try:
             network = kohya.LycorisNetworkKohya(
                 twin if text_encoder else None,
@@ -74,13 +75,17 @@ def _package() -> ModuleType:
     return kohya
 
 
-def _preset(name: str) -> dict[str, object]:
+def _preset(name: str, family: Family | None) -> dict[str, object]:
+    """Return a preset; what the package's own say of other models' classes they say of this family's too."""
     from lycoris.config import PRESET
     from lycoris.config_sdk import PresetConfig, PresetValidationError
 
     content = read_preset(name)
     if content is None:
-        return PRESET[name]
+        own = PRESET[name]
+        classes = own["unet_target_module"]
+        meant = {} if family is None else family.preset_classes
+        return own | {"unet_target_module": [*classes, *(c for key in classes for c in meant.get(key, ()))]}
     try:
         return PresetConfig.from_dict(content).to_dict()
     except PresetValidationError as error:
@@ -104,16 +109,16 @@ def _arguments(chosen: LycorisArgs, dim: int, alpha: float | None) -> dict[str, 
     }
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """Return a hollow copy of a model, with the class names of the original code."""
+def _twin(module: nn.Module, family: Family | None, path: str = "") -> nn.Module:
+    """Return a hollow copy of the module at `path` of a model, with the class names of the original code."""
     if isinstance(module, LoRALinear):
         module = module.base
     if isinstance(module, nn.Linear):
         return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    name = type(module).__name__
-    twin = type(_ORIGINAL_NAMES.get(name, name), (nn.Module,), {})()
+    name = (None if family is None else family.class_of(path)) or type(module).__name__
+    twin = type(name, (nn.Module,), {})()
     for child_name, child in module.named_children():
-        twin.add_module(child_name, _twin(child))
+        twin.add_module(child_name, _twin(child, family, f"{path}.{child_name}" if path else child_name))
     return twin
 
 

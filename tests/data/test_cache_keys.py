@@ -8,6 +8,7 @@ import pytest
 from library.core.errors import ConfigError
 from library.data.cache_keys import cache_directory, check_latents_cacheable, latents_key, text_key
 from library.data.items import BucketOptions, CaptionOptions, Dataset, Geometry, ImageOptions, Item, Subset
+from library.data.prompt import Prompt
 
 
 def item_with(**subset):
@@ -59,7 +60,8 @@ def test_what_does_not_decide_latents_is_not_in_the_key():
 
 
 def test_text_identity_and_dtype_are_kept_apart():
-    assert len({text_key(*parts) for parts in [("a", "bc", "d"), ("ab", "c", "d"), ("a", "b", "cd")]}) == 3
+    parts = [("a", "bc", "d"), ("ab", "c", "d"), ("a", "b", "cd")]
+    assert len({text_key(Prompt(text), *rest) for text, *rest in parts}) == 3
 
 
 @pytest.mark.parametrize(

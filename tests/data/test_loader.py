@@ -15,6 +15,7 @@ from library.data.captions import caption_variants
 from library.data.images import is_flipped, load_pixels
 from library.data.loader import BatchLoader, LoaderSettings, Sources
 from library.data.plan import Plan
+from library.data.prompt import Prompt
 from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
 from library.training.caching import PassRun, cache_latents, cache_texts
@@ -152,7 +153,7 @@ def test_caches_give_what_encoding_on_the_way_gives(folder, place):
         assert all(map(torch.equal, batch.masks or (), made.masks or ()))
         assert batch.captions == made.captions
         for condition, expected in zip(
-            batch.conditions, encoders.encode_texts(list(batch.captions)), strict=True
+            batch.conditions, encoders.encode_texts(list(map(Prompt, batch.captions))), strict=True
         ):
             assert torch.equal(condition.tokens_LD, expected.tokens_LD)
         flips += sum(is_flipped(manifest.items[d.item], d.key(SEED)) for d in batch.draws)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from library.core.errors import ConfigError
-from library.data.prompt_files import load_prompts, load_sample_prompts, next_request, parse_line
+from library.core.errors import ConfigError, DataError
+from library.data.images import source_picture
+from library.data.prompt_files import load_prompts, load_sample_prompts, next_request, parse_line, sources_of
 from library.options.request import ImageRequest
 
 DEFAULTS = ImageRequest(prompt="unused", negative_prompt="ugly", width=512, height=512)
@@ -218,3 +220,71 @@ def test_sample_prompts_without_a_seed_are_numbered_from_the_runs(tmp_path: Path
     assert [r.seed for r in requests] == [42, 0, 44]
     with pytest.raises(ConfigError, match="--m weighs the LoRAs"):
         load_sample_prompts(write(tmp_path, "m.txt", "a --m 0.5"), replace(DEFAULTS, seed=42))
+
+
+# --- pictures that are edited ---
+
+TABLE = '[prompt]\nsource = "all.png"\n[[prompt.subset]]\nprompt = "a"\n[[prompt.subset]]\nprompt = "b"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sources"),
+    [
+        (
+            "p.txt",
+            "a --ci one two.png --s 3\nb\nc --ci /abs/x.png\nd --CI -",
+            ["one two.png", "D", "/abs/x.png", None],
+        ),
+        (
+            "p.json",
+            '[{"prompt": "a", "control_image": "x.png"}, "b --ci y.png", "c"]',
+            ["x.png", "y.png", "D"],
+        ),
+        ("p.json", '[{"prompt": "a", "control_image": "x.png", "source": "y.png"}]', ["y.png"]),
+        ("p.toml", TABLE + 'control_image = "-"\n', ["all.png", None]),
+        ("p.toml", TABLE + 'source = "own/b.png"\n', ["all.png", "own/b.png"]),
+    ],
+)
+def test_sources_lie_beside_the_prompt_file(tmp_path: Path, name: str, content: str, sources: list) -> None:
+    default = Path("elsewhere/default.png")  # of the command line: relative to the current folder
+    requests = load_prompts(write(tmp_path, name, content), replace(DEFAULTS, source=default))
+    expected = [default if s == "D" else None if s is None else tmp_path / s for s in sources]
+    assert [request.source for request in requests] == expected
+
+
+def test_a_typed_source_stays_until_it_is_taken_back() -> None:
+    start = replace(DEFAULTS, prompt="")
+    first = next_request("make it red --ci pictures/x.png", start, start)
+    second = next_request("make it blue", first, start)
+    assert (first.source, second.source) == (Path("pictures/x.png"),) * 2
+    assert next_request("a cat --ci -", second, start).source is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.txt", "a --ci", "line 1: --ci: '' is not the path of a picture"),
+        ("p.json", '[{"prompt": "a", "source": ""}]', "prompt 1: source = '' is not the path of a picture"),
+        ("p.json", '[{"prompt": "a", "source": 3}]', "source = 3 is not the path of a picture"),
+        ("p.txt", "a --ci x.png --ci y.png", "the source is given twice"),
+        ("p.txt", "a --cn x.png", "ControlNet pictures are not supported"),
+    ],
+)
+def test_mistakes_of_sources(tmp_path: Path, name: str, content: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_prompts(write(tmp_path, name, content), DEFAULTS)
+
+
+def test_sources_are_cut_to_the_size_of_what_is_drawn(tmp_path: Path) -> None:
+    Image.new("RGB", (90, 40)).save(tmp_path / "x.png")
+    path = write(tmp_path, "p.txt", "a --ci x.png --w 32 --h 64\nb\n")
+    requests = load_prompts(path, DEFAULTS)
+    assert sources_of(requests, edits=True) == [source_picture(tmp_path / "x.png", (32, 64)), None]
+    with pytest.raises(
+        ConfigError, match=r"--ci .*x.png cannot be used: this model makes pictures from text"
+    ):
+        sources_of(requests, edits=False)
+    assert sources_of(requests[1:], edits=False) == [None]
+    (tmp_path / "x.png").unlink()
+    with pytest.raises(DataError, match="x.png is not there"):
+        sources_of(requests, edits=True)

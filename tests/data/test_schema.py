@@ -413,7 +413,7 @@ def test_a_metadata_file_on_the_command_line() -> None:
 )
 def test_contradictions_of_the_command_line(given: dict, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        DatasetOptions(**given)
+        load_datasets(DatasetOptions(**given), stride=16)
 
 
 def test_the_command_line_reads_sizes_and_intervals() -> None:
@@ -474,5 +474,6 @@ def test_sample_configurations_load(config: Path) -> None:
             Path(subset["metadata_file"]).parent.mkdir(parents=True, exist_ok=True)
             Path(subset["metadata_file"]).write_text("{}")
     masked = "--masked_loss" in config.read_text(encoding="utf-8")
-    datasets = load_datasets(DatasetOptions(dataset_config=config, masked_loss=masked), stride=16)
+    options = DatasetOptions(dataset_config=config, masked_loss=masked)
+    datasets = load_datasets(options, stride=16, edits=config.stem == "editing")
     assert len(datasets) == len(content["datasets"])

@@ -52,6 +52,19 @@ def test_each_seed_is_a_picture_whatever_it_is_drawn_with() -> None:
     assert (together[0].int() - together[1].int()).abs().max() > 100
 
 
+def test_one_after_the_other_draws_the_same_picture_from_smaller_batches() -> None:
+    sizes: list[int] = []
+
+    def recorded(x_BCHW: Tensor, *others: object) -> Tensor:
+        sizes.append(len(x_BCHW))
+        return velocity(x_BCHW, *others)
+
+    subject = model(velocity=recorded, sequential=True)
+    (found,) = generate(subject, [REQUEST], [0.5], [-0.5], progress=False)
+    assert (found.int() - draw(REQUEST)[0].int()).abs().max() <= 1
+    assert set(sizes) == {1} and len(sizes) > REQUEST.steps
+
+
 def test_a_perfect_model_draws_its_picture() -> None:
     x0 = torch.rand(16, 6, 8) * 2 - 1
     noise = initial_noise((16, 6, 8), 11)

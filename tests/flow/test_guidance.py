@@ -68,10 +68,33 @@ def test_guidance_acts_in_the_noisy_part_of_the_way_only(ratio: float, steps: in
     assert [size for size, _, _ in recorder.calls] == [2] * steps + [1] * (36 - steps)
 
 
-def test_scale_one_needs_no_negative_prompt() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1 + 9e-7, 1 - 9e-7])
+def test_scale_one_needs_no_negative_prompt(scale: float) -> None:
     recorder = Recorder()
-    guided(recorder, ["aa"], [""], ImageRequest(guidance_scale=1.0))(picture(1), 0.99)
+    guided(recorder, ["aa"], [""], ImageRequest(guidance_scale=scale))(picture(1), 0.99)
     assert recorder.calls[0][0] == 1
+
+
+def test_a_scale_near_one_guides() -> None:
+    recorder = Recorder()
+    guided(recorder, ["aa"], [""], ImageRequest(guidance_scale=1 + 2e-6))(picture(1), 0.99)
+    assert recorder.calls[0][0] == 2
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
+def test_one_after_the_other_gives_the_same_from_smaller_batches(scale: float) -> None:
+    x, together, apart = picture(), Recorder(), Recorder()
+    request = ImageRequest(guidance_scale=scale, cfg_trunc_ratio=0.5)
+    arguments = ["aa", "bbb"], ["n", ""], request
+    for sigma in (0.9, 0.3):
+        expected = guided(together, *arguments)(x, sigma)
+        assert torch.allclose(guided(apart, *arguments, sequential=True)(x, sigma), expected, atol=1e-6)
+    guided_calls = [] if scale == 1.0 else [(2, [pytest.approx(0.9)] * 2, ["n", ""])]
+    assert apart.calls == [
+        (2, [pytest.approx(0.9)] * 2, ["aa", "bbb"]),
+        *guided_calls,
+        (2, [pytest.approx(0.3)] * 2, ["aa", "bbb"]),
+    ]
 
 
 def test_a_velocity_of_zero_stays_zero() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from library.flow.path import initial_noise
-from library.flow.solver import sampler_sigmas, solve
+from library.flow.solver import sampler_sigmas, shifted_sigmas, solve
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0, 6.0])
@@ -22,6 +23,23 @@ def test_timesteps_of_36_steps_at_shift_6_are_the_documented_ones() -> None:
     timesteps = [1000 * sigma for sigma in sampler_sigmas(36, 6.0)]
     assert timesteps[:3] == pytest.approx([1000, 995.15, 990.06], abs=0.005)
     assert timesteps[-4:] == pytest.approx([286.7, 176.0, 34.8, 0], abs=0.05)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50, 1000])
+def test_shifted_sigmas_are_the_official_grid_of_kandinsky(steps: int, factor: float) -> None:
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    official = factor * u / (1 + (factor - 1) * u)
+    assert shifted_sigmas(steps, factor) == pytest.approx(official.tolist(), abs=1e-12)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=factor)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    assert shifted_sigmas(steps, factor) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_the_last_of_50_steps_at_shift_3_are_the_documented_ones() -> None:
+    found = shifted_sigmas(50, 3.0)
+    assert len(found) == 51
+    assert found[-4:] == pytest.approx([0.1607, 0.1111, 0.0577, 0], abs=5e-5)
 
 
 def test_a_perfect_model_leads_back_to_the_picture() -> None:

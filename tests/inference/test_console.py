@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -13,13 +14,14 @@ from library.options.request import ImageRequest
 START = ImageRequest(prompt="start", negative_prompt="ugly", width=64, height=64, seed=5)
 
 
-def typed(text: str, monkeypatch: pytest.MonkeyPatch) -> list[ImageRequest]:
-    def check(request: ImageRequest) -> None:
+def typed(text: str, monkeypatch: pytest.MonkeyPatch, start: ImageRequest = START) -> list[ImageRequest]:
+    def complete(request: ImageRequest) -> ImageRequest:
         if request.lora_multipliers:
             raise ConfigError("no LoRAs here.")
+        return replace(request, height=request.height or request.width)
 
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    return list(typed_requests(START, check))
+    return list(typed_requests(start, complete))
 
 
 def test_values_stay_until_exit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +48,8 @@ def test_a_mistake_is_explained_and_changes_nothing(
     assert [(r.prompt, r.width) for r in found] == [("c", 64)]
     errors = capsys.readouterr().err
     assert "--w: 'wide' is not a whole number" in errors and "no LoRAs here" in errors
+
+
+def test_what_is_filled_in_is_not_kept_for_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = typed("a\nb --w 32\nc --h 16\n", monkeypatch, replace(START, height=None))
+    assert [(r.width, r.height) for r in found] == [(64, 64), (32, 32), (32, 16)]

@@ -152,7 +152,10 @@ def test_truncation_equals_transformers(tokenizer, oracle):
 def test_inside_the_weights(nano_in, layout):
     source = find_tokenizer(nano_in(layout).gemma2)
     assert "spiece_model" in source.origin
-    assert source.content == (nano_in("diffusers").tokenizer / "tokenizer.model").read_bytes()
+    assert (
+        source.contents["tokenizer.model"]
+        == (nano_in("diffusers").tokenizer / "tokenizer.model").read_bytes()
+    )
 
 
 @pytest.mark.parametrize("place", ["the index", "the folder", "a file in the folder", "the pipeline"])

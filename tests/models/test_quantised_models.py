@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.hashing import HashLedger
 from library.models.gemma2 import load_gemma2
 from library.models.lumina2 import load_nextdit
-from library.models.lumina2_format import inspect_lumina2
+from library.models.lumina2_files import check_models
+from library.models.lumina2_format import inspect_lumina2, parameter_shapes
 from library.models.lumina2_identity import text_identity
 from library.nn.quant import SCHEMES, QuantLinear
 from library.options.model import TextEncoderOptions
@@ -17,6 +21,7 @@ from library.options.quant import QuantOptions, TextQuantOptions
 from library.options.swap import SwapOptions
 from networks.lora import merge, unmerge
 from networks.lora_lumina import create_network
+from networks.request import NetworkRequest
 
 CPU = torch.device("cpu")
 # How far a quantised nano transformer's output may be from the whole one's, relative; measured about half.
@@ -40,7 +45,7 @@ def _flat(tensors):
 
 def _step(model, args=None):
     """Output and gradients with a LoRA that has learnt something already."""
-    network = create_network(model, dim=4, alpha=4, args=args or {}, seed=3)
+    network = create_network(model, NetworkRequest(dim=4, alpha=4, args=args or {}, seed=3))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
@@ -94,7 +99,7 @@ def test_quantised_and_swapped(nano):
 def test_merging_quantises_anew_and_can_be_undone(nano):
     model = _load(nano, torch.float32, "int8")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    network = create_network(model, dim=4, alpha=4, args={}, seed=3)
+    network = create_network(model, NetworkRequest(dim=4, alpha=4, args={}, seed=3))
     for lora in network.loras.values():
         torch.nn.init.normal_(lora.up, std=0.05, generator=torch.Generator().manual_seed(1))
     network.apply_to(model)
@@ -152,3 +157,14 @@ def test_caches_of_a_quantised_text_encoder_are_its_own(nano):
     options, ledger = TextEncoderOptions(gemma2=nano.gemma2), HashLedger()
     found = {text_identity(options, "bf16", ledger, quant=scheme) for scheme in (None, *SCHEMES)}
     assert len(found) == 1 + len(SCHEMES)
+
+
+@pytest.mark.parametrize("flags", [{"base_quant": "int4"}, {"base_quant": "nf4"}])
+def test_widths_that_cannot_be_grouped_are_told_by_the_headers(nano, tmp_path, flags):
+    odd = tmp_path / "odd.safetensors"
+    params = replace(inspect_lumina2(nano.dit).params, ffn_dim=200)
+    save_file({name: torch.zeros(shape) for name, shape in parameter_shapes(params)}, odd)
+    with pytest.raises(ConfigError, match=r"odd.safetensors: '.*w2.weight' with 200 inputs .* int8 or fp8"):
+        check_models(odd, nano.gemma2, nano.ae, QuantOptions(**flags))
+    check_models(odd, nano.gemma2, nano.ae, QuantOptions(base_quant="int8"))
+    check_models(nano.dit, nano.gemma2, nano.ae, QuantOptions(**flags, text_encoder_quant="nf4"))

@@ -13,6 +13,7 @@ from library.nn.runner import MODES
 from library.options.swap import SwapOptions
 from networks.lora import LoRANetwork
 from networks.lora_lumina import create_network
+from networks.request import NetworkRequest
 from tests.strict_copier import StrictCopier
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def load(nano, dtype=torch.float32, **options):
 
 def train(model, args, mode, steps=2):
     """Outputs, gradients and trained weights of some steps, and a picture after each."""
-    network: LoRANetwork = create_network(model, dim=4, alpha=4, args=args, seed=3)
+    network: LoRANetwork = create_network(model, NetworkRequest(dim=4, alpha=4, args=args, seed=3))
     network.apply_to(model)
     network.train()
     model.runner.keep(mode)
@@ -92,7 +93,7 @@ def test_merging_reaches_swapped_blocks(nano):
     swapped.runner.ring._copier = StrictCopier()
     outputs = []
     for model in (plain, swapped):
-        network = create_network(model, dim=2, alpha=2, seed=1)
+        network = create_network(model, NetworkRequest(dim=2, alpha=2, seed=1))
         for lora in network.loras.values():
             lora.up.data.fill_(0.01)
         network.merge_into(model)

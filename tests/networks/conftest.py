@@ -40,6 +40,10 @@ class Block(nn.Module):
         return x_LD + mlp["w2"](torch.sigmoid(mlp["w1"](x_LD)) * mlp["w3"](x_LD))
 
 
+class FinalLayer(nn.ModuleDict):
+    """By this name LyCORIS knows the last layers."""
+
+
 class StandIn(nn.Module):
     """tokens (L, 12) and captions (M, 12) -> (L, 4)."""
 
@@ -53,7 +57,7 @@ class StandIn(nn.Module):
         self.noise_refiner = nn.ModuleList(Block(True) for _ in range(refiners))
         self.context_refiner = nn.ModuleList(Block(False) for _ in range(refiners))
         self.layers = nn.ModuleList(Block(True) for _ in range(layers))
-        self.final_layer = nn.ModuleDict(
+        self.final_layer = FinalLayer(
             {
                 "linear": nn.Linear(WIDTH, 4),
                 "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, WIDTH)),

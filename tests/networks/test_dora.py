@@ -18,10 +18,12 @@ from library.nn.products import Linear
 from library.options.network import NetworkOptions
 from networks.dora import DoRALinearOp, Magnitude, scaled_linear
 from networks.files import inspect_lora, save_network
+from networks.from_file import create_network_from_file
 from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA, low_rank
 from networks.lora import LoRANetwork, merge
-from networks.lora_lumina import create_network, create_network_from_file
+from networks.lora_lumina import create_network
 from networks.module import install_network
+from networks.request import NetworkRequest
 
 Make = Callable[..., nn.Module]
 AXES = [False, True]
@@ -190,7 +192,7 @@ def test_trains_saves_and_loads_in_a_network(
     model = lumina_like()
     before = model(*inputs)
     args = {**ARGS[on_output], "split_qkv": str(split)}
-    network = create_network(model, dim=3, alpha=2, args=args)
+    network = create_network(model, NetworkRequest(dim=3, alpha=2, args=args))
     network.apply_to(model)
     assert torch.equal(model(*inputs), before)
     groups = network.parameter_groups(lr=1e-2)
@@ -233,7 +235,7 @@ def test_several_on_one_layer_add_up(
 ) -> None:
     model = lumina_like()
     networks = [
-        create_network(model, dim=2, alpha=2, args=args, seed=seed)
+        create_network(model, NetworkRequest(dim=2, alpha=2, args=args, seed=seed))
         for seed, args in enumerate((ARGS[False], ARGS[True], {}))
     ]
     for seed, network in enumerate(networks):
@@ -249,7 +251,7 @@ def test_several_on_one_layer_add_up(
 
 
 def test_max_norm_looks_at_the_low_rank_part(lumina_like: Make, randomise: Callable) -> None:
-    network = create_network(lumina_like(), dim=2, alpha=2, args=ARGS[False])
+    network = create_network(lumina_like(), NetworkRequest(dim=2, alpha=2, args=ARGS[False]))
     randomise(network)
     scales = [lora.magnitude.dora_scale.clone() for lora in network.loras.values()]
     assert network.apply_max_norm(0.01).largest == pytest.approx(0.01, rel=1e-4)

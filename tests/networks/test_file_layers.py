@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
 from networks.files import inspect_lora
+from networks.from_file import create_network_from_file
 from networks.lora import LoRANetwork
-from networks.lora_lumina import create_network, create_network_from_file
+from networks.lora_lumina import create_network
+from networks.request import NetworkRequest
 
 Make = Callable[..., nn.Module]
 PART_WIDTHS = (12, 4, 4)
 
 
 def trained(model: nn.Module, randomise: Callable, **args: str) -> LoRANetwork:
-    network = create_network(model, dim=4, alpha=3, args={"embedder_dims": "[1,2,3]", **args})
+    network = create_network(model, NetworkRequest(dim=4, alpha=3, args={"embedder_dims": "[1,2,3]", **args}))
     randomise(network)
     return network
 
@@ -75,7 +77,7 @@ def test_diffusers_names_of_every_layer(
     settings = {"transformer.r": 4, "transformer.lora_alpha": 3}
     save_file(converted, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
     read = create_network_from_file(model, tmp_path / "lora.safetensors")
-    assert read.loras["lora_unet_layers_0_attention_qkv"].rank == 12
+    assert read.loras["lora_unet_layers_0_attention_qkv"].rank == 4  # q, k and v share their `down`
     assert torch.allclose(outputs(model, inputs, read), outputs(model, inputs, network), atol=1e-5)
 
 

@@ -17,9 +17,9 @@ from library.models.gemma2_format import Gemma2Params
 from library.options.caching import CachingOptions
 from library.options.network import NetworkOptions
 from networks.files import inspect_lora, save_network
+from networks.from_file import create_network_from_file, create_text_network_from_file
 from networks.layer import LoRALinear
 from networks.lora import LoRANetwork
-from networks.lora_lumina import create_network_from_file, create_text_network_from_file
 from networks.module import (
     apply_base_text_weights,
     apply_base_weights,

@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from library.core.errors import CheckpointError, ConfigError
 from library.options.network import NetworkOptions
 from networks.files import save_network
+from networks.from_file import create_network_from_file, create_text_network_from_file
 from networks.lora import LoRANetwork
-from networks.lora_lumina import (
-    check_options,
-    create_network,
-    create_network_from_file,
-    create_text_network_from_file,
-)
+from networks.lora_lumina import check_options, create_network
+from networks.request import NetworkRequest
 
 Make = Callable[..., nn.Module]
 
@@ -36,12 +33,12 @@ def options(args: dict[str, str], **changes: object) -> NetworkOptions:
 
 
 def ranks(model: nn.Module, **args: str) -> dict[str, int]:
-    network = create_network(model, dim=4, alpha=1, args=args)
+    network = create_network(model, NetworkRequest(dim=4, alpha=1, args=args))
     return {network.paths[name]: lora.rank for name, lora in network.loras.items()}
 
 
 def test_default_layers_are_the_180_of_the_reference(full_size_names: nn.Module) -> None:
-    network = create_network(full_size_names, dim=4, alpha=1)
+    network = create_network(full_size_names, NetworkRequest(dim=4, alpha=1))
     expected = {
         f"lora_unet_layers_{n}_{part}"
         for n in range(26)
@@ -100,12 +97,12 @@ def test_embedders_get_their_own_ranks(lumina_like: Make) -> None:
 
 def test_dropouts_and_loraplus_reach_the_network(lumina_like: Make) -> None:
     args = {"rank_dropout": "0.1", "module_dropout": "0.2", "loraplus_lr_ratio": "4"}
-    network = create_network(lumina_like(), dim=4, alpha=1, dropout=0.3, args=args)
+    network = create_network(lumina_like(), NetworkRequest(dim=4, alpha=1, dropout=0.3, args=args))
     dropouts = next(iter(network.loras.values())).dropouts
     assert (dropouts.neuron, dropouts.rank, dropouts.module) == (0.3, 0.1, 0.2)
     assert [group["lr"] for group in network.parameter_groups(1.0)] == [1.0, 4.0]
     args = {"loraplus_lr_ratio": "4", "loraplus_unet_lr_ratio": "8"}
-    network = create_network(lumina_like(), dim=4, alpha=1, args=args)
+    network = create_network(lumina_like(), NetworkRequest(dim=4, alpha=1, args=args))
     assert [group["lr"] for group in network.parameter_groups(1.0)] == [1.0, 8.0]
 
 
@@ -147,13 +144,13 @@ def test_bad_arguments_are_answered_with_what_they_must_be(args: dict[str, str],
 def test_leaving_every_layer_out_is_an_error(lumina_like: Make) -> None:
     args = {"attn_dim": "0", "mlp_dim": "0", "mod_dim": "0", "train_blocks": "transformer"}
     with pytest.raises(ConfigError, match="no layer to train"):
-        create_network(lumina_like(), dim=4, alpha=1, args=args)
+        create_network(lumina_like(), NetworkRequest(dim=4, alpha=1, args=args))
     with pytest.raises(ConfigError, match="no layer to train"):
-        create_network(nn.Sequential(nn.Linear(4, 4)), dim=4, alpha=1)
+        create_network(nn.Sequential(nn.Linear(4, 4)), NetworkRequest(dim=4, alpha=1))
 
 
 def saved(path: Path, model: nn.Module, randomise: Callable, **args: str) -> LoRANetwork:
-    network = create_network(model, dim=4, alpha=3, args=args)
+    network = create_network(model, NetworkRequest(dim=4, alpha=3, args=args))
     randomise(network)
     save_network(path, network.export_state(), {"ss_base_model_version": "lumina2"})
     return network
@@ -176,7 +173,7 @@ def test_a_file_makes_the_network_that_wrote_it(
 
 
 def test_a_bf16_file_with_an_odd_alpha_loads(lumina_like: Make, randomise: Callable, tmp_path: Path) -> None:
-    network = create_network(lumina_like(), dim=4, alpha=0.3)
+    network = create_network(lumina_like(), NetworkRequest(dim=4, alpha=0.3))
     randomise(network)
     state = {key: tensor.to(torch.bfloat16) for key, tensor in network.export_state().items()}
     save_network(tmp_path / "lora.safetensors", state, {})
@@ -197,7 +194,7 @@ def test_a_file_for_another_model_is_refused(lumina_like: Make, randomise: Calla
 def test_the_part_for_the_text_encoder_is_left_to_the_text_encoder(
     lumina_like: Make, randomise: Callable, tmp_path: Path
 ) -> None:
-    network = create_network(lumina_like(), dim=4, alpha=1)
+    network = create_network(lumina_like(), NetworkRequest(dim=4, alpha=1))
     state = network.export_state()
     state["lora_te_layers_0_mlp_up_proj.lora_down.weight"] = torch.zeros(4, 8)
     state["lora_te_layers_0_mlp_up_proj.lora_up.weight"] = torch.zeros(8, 4)
@@ -212,7 +209,7 @@ def test_the_part_for_the_text_encoder_is_left_to_the_text_encoder(
 
 
 def test_a_file_of_another_width_is_refused(lumina_like: Make, tmp_path: Path) -> None:
-    state = create_network(lumina_like(), dim=4, alpha=1).export_state()
+    state = create_network(lumina_like(), NetworkRequest(dim=4, alpha=1)).export_state()
     state["lora_unet_layers_0_attention_qkv.lora_down.weight"] = torch.zeros(4, 99)
     save_network(tmp_path / "lora.safetensors", state, {})
     with pytest.raises(CheckpointError, match=r"qkv.lora_down.weight' has shape \(4, 99\)"):
@@ -242,16 +239,12 @@ def test_patterns_and_blocks_set_ranks_alphas_and_rates(lumina_like: Make) -> No
     assert found["layers.0.attention.qkv"] == found["layers.2.attention.out"] == 7
     assert found["layers.1.feed_forward.w1"] == 9 and found["layers.1.adaLN_modulation.1"] == 5
     assert found["x_embedder"] == 2 and found["final_layer.linear"] == 4
-    network = create_network(
-        model,
-        dim=4,
-        alpha=1,
-        args={
-            "block_alphas": "1,2,8",
-            "block_lrs": "1e-4,1e-4,3e-4",
-            "network_reg_lrs": r".*\.w1=5e-5,.*qkv=1e-6",
-        },
-    )
+    args = {
+        "block_alphas": "1,2,8",
+        "block_lrs": "1e-4,1e-4,3e-4",
+        "network_reg_lrs": r".*\.w1=5e-5,.*qkv=1e-6",
+    }
+    network = create_network(model, NetworkRequest(dim=4, alpha=1, args=args))
     assert network.loras["lora_unet_layers_2_attention_out"].scale == 2.0
     assert network.loras["lora_unet_final_layer_linear"].scale == 0.25
     groups = {group["name"]: group for group in network.parameter_groups(1e-3)}
@@ -277,20 +270,20 @@ def test_patterns_and_blocks_set_ranks_alphas_and_rates(lumina_like: Make) -> No
 )
 def test_arguments_that_do_not_fit_the_model(lumina_like: Make, args: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        create_network(lumina_like(), dim=4, alpha=1, args=args)
+        create_network(lumina_like(), NetworkRequest(dim=4, alpha=1, args=args))
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(1.0, 0.5), (8.0, 4.0), (0.0, 2.0)])
 def test_rank_stabilised_scale_is_what_any_reader_computes(
     lumina_like: Make, alpha: float, scale: float
 ) -> None:
-    network = create_network(lumina_like(), dim=4, alpha=alpha, args={"rs_lora": "True"})
+    network = create_network(lumina_like(), NetworkRequest(dim=4, alpha=alpha, args={"rs_lora": "True"}))
     assert {lora.scale for lora in network.loras.values()} == {scale}
     assert network.export_state()["lora_unet_final_layer_linear.alpha"].item() / 4 == scale
 
 
 def split_network(model: nn.Module, randomise: Callable, **args: str) -> LoRANetwork:
-    network = create_network(model, dim=4, alpha=2, args={"split_qkv": "True", **args})
+    network = create_network(model, NetworkRequest(dim=4, alpha=2, args={"split_qkv": "True", **args}))
     randomise(network)
     return network
 
@@ -328,11 +321,11 @@ def test_split_qkv_files_are_plain_loras_of_the_same_effect(
 
 def test_split_qkv_can_be_continued_from_its_file(lumina_like: Make, randomise: Callable) -> None:
     first = split_network(lumina_like(), randomise)
-    second = create_network(lumina_like(), dim=4, alpha=2, args={"split_qkv": "True"}, seed=9)
+    second = create_network(lumina_like(), NetworkRequest(dim=4, alpha=2, args={"split_qkv": "True"}, seed=9))
     second.load_state(first.export_state())
     for one, two in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, two)
-    fused = create_network(lumina_like(), dim=12, alpha=6)
+    fused = create_network(lumina_like(), NetworkRequest(dim=12, alpha=6))
     randomise(fused)
     state = second.export_state() | {k: v for k, v in fused.export_state().items() if "qkv" in k}
     before = second.export_state()
@@ -344,7 +337,7 @@ def test_split_qkv_can_be_continued_from_its_file(lumina_like: Make, randomise: 
 def test_split_qkv_learns_with_every_part(lumina_like: Make, inputs: tuple[Tensor, ...]) -> None:
     model = lumina_like()
     args = {"split_qkv": "True", "rank_dropout": "0.1", "include_patterns": "layers.*qkv"}
-    network = create_network(model, dim=2, alpha=2, dropout=0.1, args=args)
+    network = create_network(model, NetworkRequest(dim=2, alpha=2, dropout=0.1, args=args))
     network.apply_to(model)
     before = {name: lora.up.detach().clone() for name, lora in network.loras.items()}
     optimizer = torch.optim.AdamW(network.parameter_groups(lr=1e-2))

@@ -17,6 +17,7 @@ from library.nn.runner import MODES
 from networks.layer import Dropouts, linear_layers
 from networks.lora import LoRANetwork
 from networks.lora_lumina import check_layers, create_network
+from networks.request import NetworkRequest
 
 PARAMS = NextDiTParams(
     dim=48,
@@ -68,10 +69,10 @@ def test_layers_are_known_before_the_model_is_built() -> None:
 
 def test_default_layers_are_all_but_the_embedders() -> None:
     model = make_model()
-    trained = set(create_network(model, dim=4, alpha=1).paths.values())
+    trained = set(create_network(model, NetworkRequest(dim=4, alpha=1)).paths.values())
     embedders = {"x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"}
     assert trained == set(linear_layers(model)) - embedders
-    with_embedders = create_network(model, dim=4, alpha=1, args=ALL_LAYERS)
+    with_embedders = create_network(model, NetworkRequest(dim=4, alpha=1, args=ALL_LAYERS))
     assert set(with_embedders.paths.values()) == set(linear_layers(model))
 
 
@@ -79,13 +80,13 @@ def test_default_layers_are_all_but_the_embedders() -> None:
 def test_a_new_network_changes_no_bit(dtype: torch.dtype) -> None:
     model = make_model(dtype)
     before = predict(model)
-    create_network(model, dim=4, alpha=1, args=ALL_LAYERS).apply_to(model)
+    create_network(model, NetworkRequest(dim=4, alpha=1, args=ALL_LAYERS)).apply_to(model)
     assert torch.equal(predict(model), before)
 
 
 def test_every_layer_takes_part(randomise: Callable) -> None:
     model = make_model()
-    network = create_network(model, dim=4, alpha=4, args=ALL_LAYERS)
+    network = create_network(model, NetworkRequest(dim=4, alpha=4, args=ALL_LAYERS))
     randomise(network)
     network.apply_to(model)
     assert all(gradient.abs().max() > 0 for gradient in gradients(model, network).values())
@@ -93,7 +94,7 @@ def test_every_layer_takes_part(randomise: Callable) -> None:
 
 def test_agrees_with_peft_on_the_whole_model(randomise: Callable) -> None:
     model, theirs = make_model(), make_model()
-    network = create_network(model, dim=4, alpha=3, args=ALL_LAYERS)
+    network = create_network(model, NetworkRequest(dim=4, alpha=3, args=ALL_LAYERS))
     randomise(network)
     paths = list(network.paths.values())
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=3, target_modules=paths))
@@ -117,7 +118,7 @@ def test_agrees_with_peft_on_the_whole_model(randomise: Callable) -> None:
 @pytest.mark.parametrize("dropouts", [Dropouts(), Dropouts(neuron=0.2, rank=0.2, module=0.2)])
 def test_checkpointing_changes_no_gradient(dropouts: Dropouts, randomise: Callable) -> None:
     model = make_model()
-    network = create_network(model, dim=4, alpha=4)
+    network = create_network(model, NetworkRequest(dim=4, alpha=4))
     randomise(network)
     for lora in network.loras.values():
         lora.dropouts = dropouts
@@ -136,7 +137,7 @@ def test_checkpointing_changes_no_gradient(dropouts: Dropouts, randomise: Callab
 
 def test_merging_equals_applying(randomise: Callable) -> None:
     model = make_model()
-    network = create_network(model, dim=4, alpha=2, args=ALL_LAYERS)
+    network = create_network(model, NetworkRequest(dim=4, alpha=2, args=ALL_LAYERS))
     randomise(network)
     plain = predict(model)
     network.apply_to(model)

@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from networks.files import inspect_lora
+from networks.from_file import dit_paths
+from networks.layer import linear_layers
 from networks.lora import merge, unmerge
 from networks.lycoris.args import read_args
 from networks.lycoris.layer import LycorisSize
-from networks.lycoris.network import LycorisNetwork, network_of_file
+from networks.lycoris.network import LycorisNetwork, sizes_of_file
 from networks.lycoris.package import planned
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -118,7 +120,10 @@ def test_outputs_and_gradients_are_those_of_the_package(
     case: str, model: nn.Module, twin: nn.Module, inputs: Inputs, tmp_path: Path
 ) -> None:
     theirs = package_network(twin, case)
-    ours = network_of_file(model, inspect_lora(saved(theirs, tmp_path / "a.safetensors")), "lora_unet", 1.0)
+    file = inspect_lora(saved(theirs, tmp_path / "a.safetensors"))
+    paths = dit_paths(file, linear_layers(model))
+    ours = LycorisNetwork(model, sizes_of_file(model, file, paths))
+    ours.load_state(file.read())
     before = model(*inputs)
     ours.apply_to(model)
     weights = torch.randn(before.shape, generator=torch.Generator().manual_seed(5))

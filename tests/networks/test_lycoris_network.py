@@ -16,15 +16,16 @@ from library.core.errors import CheckpointError, ConfigError, MissingPackageErro
 from library.core.seeds import derive
 from library.options.network import NetworkOptions
 from networks.files import inspect_lora, save_network
+from networks.from_file import create_network_from_file
 from networks.layer import Dropouts, linear_layers
 from networks.lora import LoRANetwork, merge
-from networks.lora_lumina import create_network_from_file
 from networks.lycoris.args import PRESETS
 from networks.lycoris.kinds import Settings
 from networks.lycoris.layer import LycorisSize
 from networks.lycoris.module import create_network
 from networks.lycoris.network import LycorisNetwork
 from networks.module import apply_base_weights, check_network, install_network, network_facts
+from networks.request import NetworkRequest
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Make = Callable[..., nn.Module]
@@ -121,13 +122,13 @@ def test_what_has_no_effect_is_told(model: nn.Module, caplog: pytest.LogCaptureF
         "--network_args conv_dim has no effect: the model has no convolutions",
         "--network_args factor has no effect: it is for lokr",
     ]
-    assert "LyCORIS: loha on 17 layers of the DiT" in caplog.text
+    assert "LyCORIS: loha on 19 layers of the DiT" in caplog.text
 
 
 def test_a_preset_can_be_a_file(model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     preset = tmp_path / "preset.toml"
     preset.write_text(
-        'unet_target_module = ["FeedForward", "JointTransformerBlock"]\n'
+        'unet_target_module = ["WanAttentionBlock", "JointTransformerBlock"]\n'
         'unet_target_name = ["cap_embedder.*"]\nexclude_name = [".*refiner.*"]\n'
         "[module_algo_map.JointTransformerBlock]\nalgo = 'lokr'\nfactor = 2\n"
         "[name_algo_map.'cap_embedder.*']\nalgo = 'loha'\ndim = 2\n"
@@ -138,9 +139,9 @@ def test_a_preset_can_be_a_file(model: nn.Module, tmp_path: Path, caplog: pytest
     assert kinds == {"cap_embedder.1": "loha"} | {
         path: "lokr" for path in linear_layers(model) if "layers" in path
     }
-    assert "lycoris: UNet: No modules matched" in caplog.text and "FeedForward" in caplog.text
+    assert "lycoris: UNet: No modules matched" in caplog.text and "WanAttentionBlock" in caplog.text
     # and the next network is not touched by it
-    assert len(installed(model, options("algo=ia3")).loras) == 17
+    assert len(installed(model, options("algo=ia3")).loras) == 19
     preset.write_text("unet_target_modul = []\n")
     with pytest.raises(ConfigError, match="Unknown preset keys: unet_target_modul"):
         installed(model, options(f"preset={preset}"))
@@ -230,7 +231,7 @@ def test_files_that_cannot_be_are_told(
 def test_a_file_for_another_model_is_told(model: nn.Module, tmp_path: Path) -> None:
     save_file({"lora_unet_layers_9_feed_forward_w1.diff": torch.ones(32, 12)}, tmp_path / "a.safetensors")
     with pytest.raises(
-        CheckpointError, match="a layer that this model lacks: lora_unet_layers_9.*did you mean"
+        CheckpointError, match="1 layers that this model lacks: lora_unet_layers_9.*did you mean"
     ):
         create_network_from_file(model, tmp_path / "a.safetensors")
 
@@ -418,7 +419,7 @@ def test_groups_of_parameters(model: nn.Module) -> None:
     }
     assert groups["lora_magnitude"]["weight_decay"] == 0.0
     parameters = [p for group in groups.values() for p in group["params"]]
-    assert {id(p) for p in parameters} == {id(p) for p in network.parameters()} and len(parameters) == 17 * 3
+    assert {id(p) for p in parameters} == {id(p) for p in network.parameters()} and len(parameters) == 19 * 3
 
 
 def test_ia3_can_scale_what_a_layer_takes_in(model: nn.Module) -> None:
@@ -445,7 +446,9 @@ def test_an_ia3_file_says_its_side(model: nn.Module, randomise: Callable, tmp_pa
 
 def test_a_network_can_be_made_without_content(lumina_like: Make) -> None:
     model = lumina_like(layers=1).to("meta")
-    network = create_network(model, dim=2, alpha=1.0, args={"algo": "lokr", "dora_wd": "True"})
+    network = create_network(
+        model, NetworkRequest(dim=2, alpha=1.0, args={"algo": "lokr", "dora_wd": "True"})
+    )
     network.apply_to(model)
     assert all(parameter.is_meta for parameter in network.parameters())
     x = [torch.empty(shape, device="meta") for shape in ((9, 12), (12,), (5, 12))]

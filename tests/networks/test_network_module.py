@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from library.core.errors import CheckpointError, ConfigError
 from library.options.network import NetworkOptions
 from networks.files import save_network
+from networks.from_file import create_network_from_file
 from networks.lora import LoRANetwork
-from networks.lora_lumina import create_network_from_file
 from networks.module import apply_base_weights, check_network, install_network, network_facts
 
 Make = Callable[..., nn.Module]

@@ -15,10 +15,12 @@ from library.core.errors import ConfigError
 from library.core.seeds import generator
 from library.options.network import NetworkOptions
 from networks.files import save_network
+from networks.from_file import create_network_from_file
 from networks.layer import Dropouts, LoRA, LoRALinear
 from networks.lora import LoRANetwork
-from networks.lora_lumina import create_network, create_network_from_file
+from networks.lora_lumina import create_network
 from networks.module import check_network
+from networks.request import NetworkRequest
 from networks.start import start_weights
 
 Make = Callable[..., nn.Module]
@@ -115,7 +117,7 @@ def test_a_file_is_a_lora_of_twice_the_rank_for_the_whole_model(
     model = lumina_like()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = model(*inputs)
-    network = create_network(model, dim=3, alpha=2, args={"init": kind, **more})
+    network = create_network(model, NetworkRequest(dim=3, alpha=2, args={"init": kind, **more}))
     network.apply_to(model)
     assert torch.equal(model(*inputs), plain)
     optimizer = torch.optim.SGD(network.parameter_groups(lr=0.1))
@@ -139,8 +141,8 @@ def test_a_file_is_a_lora_of_twice_the_rank_for_the_whole_model(
 
 def test_a_state_holds_what_it_started_from(lumina_like: Make, randomise: Callable) -> None:
     """As a resumed run does: a network made anew, whose singular vectors may come out with another sign."""
-    network = create_network(lumina_like(), dim=3, alpha=2, args={"init": "pissa"})
-    again = create_network(lumina_like(), dim=3, alpha=2, args={"init": "pissa"})
+    network = create_network(lumina_like(), NetworkRequest(dim=3, alpha=2, args={"init": "pissa"}))
+    again = create_network(lumina_like(), NetworkRequest(dim=3, alpha=2, args={"init": "pissa"}))
     randomise(network)
     assert {name.rpartition(".")[2] for name, _ in network.named_parameters()} == {
         *("down", "up", "start_down", "start_up")
@@ -154,7 +156,7 @@ def test_a_state_holds_what_it_started_from(lumina_like: Make, randomise: Callab
 
 def test_a_network_that_starts_so_on_the_meta_device(lumina_like: Make) -> None:
     model = lumina_like().to("meta")
-    network = create_network(model, dim=3, alpha=2, args={"init": "pissa", "dora_wd": "True"})
+    network = create_network(model, NetworkRequest(dim=3, alpha=2, args={"init": "pissa", "dora_wd": "True"}))
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
 
 
@@ -173,7 +175,7 @@ def test_what_does_not_go_together_is_refused(lumina_like: Make, randomise: Call
         check(scale_weight_norms=1.0)
     with pytest.raises(ConfigError, match="up to rank 4 for 'layers.0.attention.qkv'"):
         args = {"init": "olora", "split_qkv": "True", "include_patterns": "layers.0.attention.qkv"}
-        create_network(lumina_like(), dim=5, alpha=2, args=args)
+        create_network(lumina_like(), NetworkRequest(dim=5, alpha=2, args=args))
 
 
 def test_start_weights_of_a_layer_are_reproducible() -> None:

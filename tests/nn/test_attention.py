@@ -5,13 +5,17 @@ import types
 
 import pytest
 import torch
+import torch.nn.attention.varlen
+from torch.autograd.graph import saved_tensors_hooks
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.nn import products
 from library.nn.attention import attention, check_kernel, plain_attention
 from library.nn.packing import Packing
+from library.nn.stand_in import meta_standing_for
 
 LENGTHS = (7, 1, 12)
+KEY_LENGTHS = (3, 9, 5)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -21,6 +25,12 @@ def qkv(heads, kv_heads, dtype=torch.float32):
         torch.randn(sum(LENGTHS), count, 8, generator=generator).to(dtype).requires_grad_()
         for count in (heads, kv_heads, kv_heads)
     )
+
+
+def cross_qkv(heads, kv_heads):
+    q, k, v = qkv(heads, kv_heads)
+    count = sum(KEY_LENGTHS)
+    return q, k.detach()[:count].requires_grad_(), v.detach()[:count].requires_grad_()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (4, 1)])
@@ -37,6 +47,41 @@ def test_sdpa_is_the_formula(heads, kv_heads):
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3)])
+def test_keys_of_other_lengths(heads, kv_heads):
+    packing, keys = Packing.of(LENGTHS, CPU), Packing.of(KEY_LENGTHS, CPU)
+    q, k, v = cross_qkv(heads, kv_heads)
+    ours = attention(q, k, v, packing, keys=keys)
+    reference = plain_attention(q, k, v, packing, keys).flatten(1)
+    torch.testing.assert_close(ours, reference)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(
+        torch.autograd.grad(ours, (q, k, v), weights),
+        torch.autograd.grad(reference, (q, k, v), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    alone = attention(q[:7], k[:3], v[:3], Packing.of((7,), CPU), keys=Packing.of((3,), CPU))
+    assert torch.equal(ours[:7], alone)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_the_meta_device_without_a_table_of_scores(kind, dtype):
+    lengths, key_lengths = (500, 300), (40, 700)
+    q = torch.empty(800, 4, 16, dtype=dtype, device="meta", requires_grad=True)
+    k = torch.empty(740, 4, 16, dtype=dtype, device="meta", requires_grad=True)
+    packing, keys = (Packing.of(each, torch.device("meta")) for each in (lengths, key_lengths))
+    kept = []
+    with meta_standing_for(kind), saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        for kernel in ("auto", "torch"):
+            out = attention(q, k, k, packing, kernel, keys=keys)
+            assert out.shape == (800, 64) and out.dtype == dtype
+            grads = torch.autograd.grad(out, (q, k), torch.empty_like(out))
+            assert [grad.shape for grad in grads] == [q.shape, k.shape]
+    assert max(kept) <= q.numel()
 
 
 def test_samples_do_not_see_each_other():
@@ -86,9 +131,10 @@ def test_a_kernel_without_its_package(monkeypatch, kernel, module, install):
         check_kernel(kernel, CUDA, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "xformers", "sage"])
+@pytest.mark.parametrize("kernel", ["flash", "xformers", "sage", "varlen"])
 def test_packages_are_called_as_they_want_to_be(monkeypatch, kernel):
-    """With stand-ins that take what the packages take (flash-attn 2.8, xformers 0.0.3x, sageattention 2)."""
+    """With stand-ins that take what the packages take (flash-attn 2.8, xformers 0.0.3x, sageattention 2), and
+    one for torch's varlen, which needs a GPU."""
     called = []
 
     def one_sample(q_1THD, k_1TKD, v_1TKD, **more):
@@ -97,19 +143,24 @@ def test_packages_are_called_as_they_want_to_be(monkeypatch, kernel):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
     def memory_efficient_attention(query, key, value):
-        assert query.shape == key.shape == value.shape  # heads are not grouped
+        assert query.shape[2:] == key.shape[2:] == value.shape[2:]  # heads are not grouped
         return one_sample(query, key, value)
 
     def sageattn(q, k, v, tensor_layout="HND"):
         return one_sample(q, k, v, tensor_layout=tensor_layout)
 
     def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-        assert cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
-        assert max_seqlen_q == max_seqlen_k == max(LENGTHS)
-        lengths = cu_seqlens_q.diff().tolist()
-        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        lengths, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert max_seqlen_q == max(lengths) and max_seqlen_k == max(keys)
+        parts = zip(q.split(lengths), k.split(keys), v.split(keys), strict=True)
         return torch.cat([one_sample(*(x[None] for x in sample))[0] for sample in parts])
 
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, enable_gqa=False):
+        assert enable_gqa
+        return flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
     for name, function in (
         ("flash_attn", flash_attn_varlen_func),
         ("xformers", None),
@@ -124,6 +175,10 @@ def test_packages_are_called_as_they_want_to_be(monkeypatch, kernel):
     packing = Packing.of(LENGTHS, CPU)
     torch.testing.assert_close(attention(q, k, v, packing, kernel), attention(q, k, v, packing, "torch"))
     assert len(called) == len(LENGTHS)
+    q, k, v = (x.detach() for x in cross_qkv(4, 2))
+    keys = Packing.of(KEY_LENGTHS, CPU)
+    crossed = [attention(q, k, v, packing, each, keys=keys) for each in (kernel, "torch")]
+    torch.testing.assert_close(*crossed)
     assert called[0] == ({"tensor_layout": "NHD"} if kernel == "sage" else {})
 
 
@@ -133,12 +188,14 @@ def test_sage_does_not_lose_gradients_silently():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_varlen_is_the_formula():
-    packing = Packing.of(LENGTHS, CUDA)
-    inputs = [x.detach().to(CUDA, torch.bfloat16).requires_grad_() for x in qkv(4, 2)]
+@pytest.mark.parametrize("cross", [False, True])
+def test_varlen_is_the_formula(cross):
+    packing, keys = Packing.of(LENGTHS, CUDA), Packing.of(KEY_LENGTHS if cross else LENGTHS, CUDA)
+    inputs = cross_qkv(4, 2) if cross else qkv(4, 2)
+    inputs = [x.detach().to(CUDA, torch.bfloat16).requires_grad_() for x in inputs]
     weights = torch.randn(sum(LENGTHS), 32, device=CUDA)
-    ours = attention(*inputs, packing, "varlen")
-    reference = plain_attention(*(x.float() for x in inputs), packing).flatten(1)
+    ours = attention(*inputs, packing, "varlen", keys=keys)
+    reference = plain_attention(*(x.float() for x in inputs), packing, keys).flatten(1)
     torch.testing.assert_close(ours.float(), reference, rtol=3e-2, atol=3e-2)
     grads = torch.autograd.grad(ours, inputs, weights.bfloat16())
     for one, other in zip(grads, torch.autograd.grad(reference, inputs, weights), strict=True):

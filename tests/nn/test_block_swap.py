@@ -255,6 +255,25 @@ def test_blocks_that_are_not_swapped_are_left_alone():
         assert blocks[2](torch.ones(1, WIDTH)).isfinite().all()
 
 
+@pytest.mark.parametrize("ring_size", [1, 2, 9])
+def test_a_model_that_was_away_computes_the_same(ring_size):
+    model, same, copier = nn.ModuleList(make_blocks(6)), make_blocks(6), StrictCopier()
+    ring = BlockSwap(model[1::2], CPU, ring_size=ring_size, copier=copier)
+    x = torch.ones(2, WIDTH)
+    for held in (6, 3, 6):  # it leaves in the middle too, with copies on their way
+        y = z = x
+        for block, other in zip(model[:held], same[:held], strict=True):
+            ring.hold(block)
+            y, z = block(y), other(z)
+        assert torch.equal(y, z)
+        ring.move_others(model, "cpu")
+        for room in copier.rooms:
+            room.fill_(POISON)  # as whoever takes their memory will
+        assert all(torch.equal(a.wide.weight, b.wide.weight) for a, b in zip(model, same, strict=True))
+    ring.move_others(model, torch.float64)  # tells what moves as well as another device would
+    assert [block.wide.weight.dtype for block in model] == [torch.float64, torch.float32] * 3
+
+
 def test_master_copies_in_one_piece(monkeypatch):
     """As with page-locked memory, of which this test takes none."""
     pieces = []
@@ -377,3 +396,25 @@ def test_the_gpu_holds_the_ring_only():
         y = run_plain(ring, block, y)
     y.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 2.5 * size
+
+
+@needs_gpu
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_model_that_leaves_the_gpu_leaves_nothing_there(pinned):
+    gpu, same = torch.device("cuda"), make_blocks(6, torch.device("cuda"))
+    before = torch.cuda.memory_allocated()
+    model = nn.ModuleList(make_blocks(6))
+    for block in model[::2]:
+        block.to(gpu)
+    ring = BlockSwap(model[1::2], gpu, pinned=pinned)
+    for _ in range(3):
+        y = z = torch.ones(2, WIDTH, device=gpu)
+        for block, other in zip(model, same, strict=True):
+            ring.hold(block)
+            y, z = block(y), other(z)
+        assert torch.equal(y, z)
+        del y, z
+        ring.move_others(model, "cpu")
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        ring.move_others(model, gpu)

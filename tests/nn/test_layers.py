@@ -11,6 +11,7 @@ from library.nn.layers import (
     TimestepEmbedder,
     norm_and_rotate,
     normed_residual,
+    official_norm_and_rotate,
     plain_norm_and_rotate,
     plain_normed_residual,
     plain_scaled_rms_norm,
@@ -90,6 +91,28 @@ def test_norm_and_rotate_reads_a_part_of_a_wider_tensor(dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_norm_without_rotation(dtype):
+    def call(function):
+        return lambda x, gain: function(x, gain, None, 1e-6)
+
+    inputs = draw(TOKENS, 3, 8, dtype=dtype), draw(3, 8)
+    assert_agree(call(norm_and_rotate), call(plain_norm_and_rotate), inputs)
+    still = torch.tensor([1.0, 0.0]).expand(TOKENS, 4, 2)
+    turned = norm_and_rotate(inputs[0], inputs[1], still, 1e-6)
+    assert torch.equal(norm_and_rotate(*inputs, None, 1e-6), turned)
+
+
+def test_the_official_rounding_is_to_bf16_after_rotation_alone():
+    x, gain, table = draw(TOKENS, 3, 8), draw(3, 8), draw(TOKENS, 4, 2).detach()
+    exact = plain_norm_and_rotate(x, gain, table, 1e-6)
+    rounded = official_norm_and_rotate(x, gain, table, 1e-6)
+    assert torch.equal(rounded, exact.bfloat16().float()) and not torch.equal(rounded, exact)
+    assert torch.equal(
+        official_norm_and_rotate(x, gain, None, 1e-6), plain_norm_and_rotate(x, gain, None, 1e-6)
+    )
+
+
 def test_gradients_are_derivatives():
     """In fp64, against finite differences."""
     x, stream = (draw(TOKENS, 6, dtype=torch.float64, seed=s) for s in (0, 1))
@@ -100,6 +123,7 @@ def test_gradients_are_derivatives():
     assert gradcheck(lambda *i: normed_residual(*i, PACKING, 1e-5), (stream, x, gain))
     assert gradcheck(swiglu, (x, stream))
     assert gradcheck(lambda *i: norm_and_rotate(*i, table, 1e-6), (heads, head_gain))
+    assert gradcheck(lambda *i: norm_and_rotate(*i, None, 1e-6), (heads, head_gain))
 
 
 def test_inputs_that_need_no_gradient_get_none():

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from library.nn import products
-from library.nn.products import Conv2d, Linear, layer_dtype, product_dtype
+from library.nn.products import Conv2d, Fp32Linear, Linear, layer_dtype, product_dtype
+from networks.layer import LoRA, LoRALinear
 
 ROWS = 40
 
@@ -101,3 +102,47 @@ def test_convolution_is_torchs_where_half_precision_is_fast(monkeypatch):
     monkeypatch.setattr(products, "_cpu_is_fast_in", lambda dtype: True)
     layer, x = Conv2d(3, 4, 3).bfloat16(), torch.randn(1, 3, 8, 8).bfloat16()
     assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_fp32_linear_computes_in_fp32_whatever_it_is_kept_in(dtype, bias):
+    torch.manual_seed(0)
+    layer, x = Fp32Linear(12, 7, bias=bias).to(dtype), torch.randn(3, 12, requires_grad=True)
+    reference = nn.Linear(12, 7, bias=bias).to(dtype)
+    reference.load_state_dict(layer.state_dict())
+    if dtype == torch.float64:
+        x = x.detach().double().requires_grad_()
+    else:
+        reference.float()
+    outcomes = []
+    for each in (layer, reference):
+        output = each(x)
+        grads = torch.autograd.grad(output.square().sum(), (x, *each.parameters()))
+        outcomes.append((output.detach(), *grads))
+    assert outcomes[0][0].dtype == x.dtype and [g.dtype for g in outcomes[0][2:]] == [dtype] * (1 + bias)
+    for ours, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, plain.to(ours.dtype))
+
+
+def test_fp32_linear_widens_its_input_and_keeps_no_wide_weight():
+    layer, x = (
+        Fp32Linear(12, 7).to(torch.bfloat16).requires_grad_(False),
+        torch.randn(3, 12, requires_grad=True),
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output = layer(x.bfloat16())
+    assert output.dtype == torch.float32
+    assert {t.dtype for t in kept if t.shape == (7, 12)} == {torch.bfloat16}
+
+
+def test_a_lora_on_an_fp32_linear_is_fp32_too():
+    layer = Fp32Linear(12, 7).to(torch.bfloat16)
+    carrier = LoRALinear(layer)
+    carrier.loras = (lora := LoRA(12, 7, 4, 4),)
+    nn.init.normal_(lora.up)
+    nn.init.normal_(lora.down)
+    x = torch.randn(3, 12)
+    expected = F.linear(x, layer.weight.float() + lora.up @ lora.down, layer.bias.float())
+    torch.testing.assert_close(carrier(x), expected)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.nn.rope import RopeTables, rotate
+from library.nn.rope import ApartRopeTables, RopeTables, rotate
 
 CPU = torch.device("cpu")
 
@@ -58,3 +58,18 @@ def test_a_table_is_made_once_and_old_ones_are_dropped():
         tables.sample(length, 2, 2, CPU)
     assert tables.sample(3, 2, 2, CPU) is not first
     assert tables.sample(99, 2, 2, CPU) is tables.sample(99, 2, 2, CPU)
+
+
+def test_texts_and_images_apart():
+    """A text has one axis as wide as all of an image's; an image's first axis does not turn."""
+    axes, theta = (8, 6, 4), 10000.0
+    tables = ApartRopeTables(axes, theta)
+    text, image = tables.text(50, CPU), tables.image(3, 4, CPU)
+    assert text.dtype == image.dtype == torch.float32
+    assert text.shape == (50, 9, 2) and image.shape == (12, 9, 2)
+    exact = torch.outer(torch.arange(50.0).double(), theta ** (-torch.arange(0, 18, 2).double() / 18))
+    assert (text.double() - torch.stack((exact.cos(), exact.sin()), -1)).abs().max() < 4e-6
+    assert torch.equal(image[:, :4], torch.tensor([1.0, 0.0]).expand(12, 4, 2))
+    joined = RopeTables(axes, theta).sample(0, 3, 4, CPU)
+    torch.testing.assert_close(image, joined, rtol=0, atol=1e-6)
+    assert tables.text(50, CPU) is text and tables.image(3, 4, CPU) is image

@@ -115,6 +115,8 @@ def test_every_nth_block():
     assert [*runner.blocks] == [*model.context_refiner, *model.noise_refiner, *model.layers]
     runner.keep("full", every=2)
     assert [runner.mode_of(block) for block in runner.blocks] == ["full", "none", "full", "none", "full"]
+    runner.keep("full", every=2, between="selective")
+    assert [runner.mode_of(b) for b in runner.blocks] == ["full", "selective", "full", "selective", "full"]
     runner.keep_of(model.layers[0], "offload")
     assert runner.mode_of(model.layers[0]) == "offload"
     runner.keep("selective")

@@ -201,7 +201,6 @@ def test_a_schedule_without_effect_has_none():
     [
         (["--lr_warmup_steps=10"], "use constant_with_warmup"),
         (["--model_prediction_type=additive"], "use raw"),
-        (["--conditioning_data_dir=masks"], "--masked_loss"),
         (["--full_bf16"], "needs --mixed_precision bf16"),
         (["--network_train_unet_only", "--network_train_text_encoder_only"], "contradict"),
         (["--clip_skip=2"], "cannot be used here"),

@@ -9,15 +9,28 @@ from library.options.compute import ComputeOptions
 @pytest.mark.parametrize(
     ("given", "keeps"),
     [
-        ({}, "none"),
+        ({}, "selective"),
+        ({"checkpoint_mode": "selective"}, "selective"),
+        ({"checkpoint_mode": "none"}, "none"),
+        ({"torch_compile": True}, "none"),
+        ({"torch_compile": True, "dynamo_backend": "no"}, "selective"),
         ({"gradient_checkpointing": True}, "full"),
         ({"gradient_checkpointing": True, "cpu_offload_checkpointing": True}, "offload"),
         ({"gradient_checkpointing": True, "checkpoint_mode": "selective"}, "selective"),
-        ({"cpu_offload_checkpointing": True}, "none"),
+        ({"cpu_offload_checkpointing": True}, "selective"),
+        ({"cpu_offload_checkpointing": True, "checkpoint_mode": "none"}, "none"),
     ],
 )
 def test_what_a_block_keeps(given, keeps):
     assert ComputeOptions(**given).keeps == keeps
+
+
+def test_blocks_that_are_left_out_keep_what_they_would_without_checkpointing():
+    every_second = {"gradient_checkpointing": True, "checkpoint_every_n_blocks": 2}
+    assert ComputeOptions(**every_second).keeps_between("full") == ComputeOptions().keeps
+    assert ComputeOptions(**every_second).keeps_between("selective") == "none"
+    compiled = ComputeOptions(**every_second, torch_compile=True)
+    assert compiled.keeps_between("full") == ComputeOptions(torch_compile=True).keeps
 
 
 @pytest.mark.parametrize(
@@ -59,7 +72,11 @@ def test_flags_without_effect_are_told(given, sentences):
     ("given", "reason"),
     [
         ({"attn_mode": "sage"}, "cannot train: SageAttention has no backward pass. Use flash or torch"),
-        ({"checkpoint_mode": "full"}, "--checkpoint_mode needs --gradient_checkpointing"),
+        ({"checkpoint_mode": "full"}, "--checkpoint_mode full needs --gradient_checkpointing"),
+        (
+            {"checkpoint_mode": "none", "gradient_checkpointing": True},
+            "none keeps everything, and --gradient_checkpointing is there to keep less; leave one",
+        ),
         ({"checkpoint_every_n_blocks": 2}, "--checkpoint_every_n_blocks needs --gradient_checkpointing"),
         ({"checkpoint_every_n_blocks": 0}, "is 0; it must be 1 or more"),
         (
@@ -72,7 +89,7 @@ def test_flags_without_effect_are_told(given, sentences):
         ),
         ({"torch_compile": True, "dynamo_backend": "tvm"}, "one of inductor, aot_eager, eager"),
         (
-            {"torch_compile": True, "gradient_checkpointing": True, "checkpoint_mode": "selective"},
+            {"torch_compile": True, "checkpoint_mode": "selective"},
             "the compiler itself chooses .* --activation_memory_budget 0.5",
         ),
         ({"activation_memory_budget": 0.5}, "--activation_memory_budget needs --torch_compile"),

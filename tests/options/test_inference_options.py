@@ -1,4 +1,4 @@
-"""Options of the inference script."""
+"""Options of the inference scripts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 
 from library.core.errors import ConfigError
 from library.options.group import parse_options
-from library.options.inference import LoraWeight, LuminaInferenceOptions, parse_lora_weight
+from library.options.inference import LoraWeight, parse_lora_weight
+from library.options.inference_kandinsky5 import Kandinsky5InferenceOptions
+from library.options.inference_lumina import LuminaInferenceOptions
 
 MODELS = ["--pretrained_model_name_or_path", "d", "--gemma2_path", "g", "--ae_path", "a"]
 
@@ -49,9 +51,59 @@ def test_defaults_are_those_of_the_reference_tool() -> None:
     assert parse().run.output_dir == Path("outputs")
 
 
+KANDINSKY5 = ["--dit", "d", "--text_encoder_qwen", "q", "--text_encoder_clip", "c", "--ae", "a"]
+
+
+def parse_kandinsky5(*words: str) -> Kandinsky5InferenceOptions:
+    return parse_options(Kandinsky5InferenceOptions, [*KANDINSKY5, *words])
+
+
+def test_defaults_of_kandinsky_are_the_official_ones() -> None:
+    options = parse_kandinsky5()
+    request = options.picture.request()
+    assert (request.width, request.height, request.steps, request.source) == (None, None, 50, None)
+    assert (request.guidance_scale, request.cfg_trunc_ratio, request.renorm_cfg) == (3.5, 1.0, 0.0)
+    assert (request.discrete_flow_shift, request.negative_prompt) == (3.0, "")
+    models = options.models
+    assert (models.task, models.edit_prompt_crop, models.qwen_max_token_length) == ("auto", "55", 512)
+    assert (models.pretrained_model_name_or_path, models.vae) == (Path("d"), Path("a"))
+    assert list(options.adjustments()) == []
+
+
+@pytest.mark.parametrize("name", ["--scheduler_scale", "--discrete_flow_shift"])
+def test_both_names_of_kandinskys_shift(name: str) -> None:
+    assert parse_kandinsky5(name, "5").picture.request().discrete_flow_shift == 5.0
+
+
+def test_the_picture_to_edit() -> None:
+    assert parse_kandinsky5("--image", "a b.png").picture.request().source == Path("a b.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image_width", "1000"], "image width 1000 is not a multiple of 16"),
+        (["--task", "t2v"], "invalid choice: 't2v'"),
+        (["--qwen_max_token_length", "513"], "must be from 1 to 512"),
+        (["--edit_prompt_crop", "54"], "invalid choice: '54'"),
+        (["--scheduler_scale", "0"], "must be above 0"),
+    ],
+)
+def test_mistakes_with_kandinsky_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_kandinsky5(*words)
+
+
+def test_flags_without_effect_are_told() -> None:
+    told = "\n".join(parse_kandinsky5("--task", "t2i", "--edit_prompt_crop", "52").adjustments())
+    assert "--edit_prompt_crop has no effect: --task t2i edits no pictures" in told
+    told = "\n".join(parse("--block_swap_ring_size", "3", "--quantize_device", "cpu").adjustments())
+    assert "--block_swap_ring_size has no effect" in told and "--quantize_device has no effect" in told
+
+
 def test_several_loras() -> None:
     found = parse("--lora_weights", "a;0.5", "b", "--seed", "0")
-    assert found.models.lora_weights == (LoraWeight(Path("a"), 0.5), LoraWeight(Path("b")))
+    assert found.loras.lora_weights == (LoraWeight(Path("a"), 0.5), LoraWeight(Path("b")))
     assert found.picture.seed == 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Timer
 
@@ -14,14 +15,14 @@ from torch import nn
 from library.core.seeds import generator
 from tests.parity.runs import (
     Run,
+    environment,
     flags,
-    launch,
     pipeline_flags,
     recipe_flags,
-    training_worker,
     write_config,
     write_photos,
 )
+from tests.warm_python import ColdPython, WarmPython
 
 
 @pytest.fixture(scope="session")
@@ -35,23 +36,51 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Callable[..., Run]]:
+def launch(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, python: WarmPython | ColdPython
+) -> Callable[[Sequence[object]], str]:
+    """Return a function that runs Python with these words, and returns what it wrote or fails with that."""
+
+    def run(words: Sequence[object]) -> str:
+        log = tmp_path_factory.mktemp("log") / "log.txt"
+        with log.open("w") as written:
+            place = written.fileno()
+            script = python.start(list(map(str, words)), environment(cache), place, place)
+        script.join(300)
+        script.kill()
+        assert script.exitcode == 0, log.read_text()
+        return log.read_text()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, python: WarmPython | ColdPython
+) -> Iterator[Callable[..., Run]]:
     """Return a function that trains with these options; all runs share one process (training_worker.py)."""
     log = tmp_path_factory.mktemp("worker") / "log.txt"
-    with log.open("w") as messages, training_worker(cache, messages) as worker:
+    (jobs_read, jobs), (answers, answers_written) = os.pipe(), os.pipe()
+    with log.open("w") as messages:
+        worker = python.start(
+            ["tests/parity/training_worker.py"],
+            *(environment(cache), answers_written, messages.fileno(), jobs_read),
+        )
+    os.close(jobs_read), os.close(answers_written)
+    with open(jobs, "w") as jobs, open(answers) as answers:
 
         def run(options: Mapping[str, object]) -> Run:
             folder = tmp_path_factory.mktemp("run")
             deadline = Timer(300, worker.kill)
             deadline.start()
-            worker.stdin.write(json.dumps(flags({**options, "output_dir": folder})) + "\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline()
+            print(json.dumps(flags({**options, "output_dir": folder})), file=jobs, flush=True)
+            answer = answers.readline()
             deadline.cancel()
             assert answer == "done\n", answer + log.read_text()[-5000:]
             return Run(folder)
 
         yield run
+    worker.join(60)
 
 
 @pytest.fixture(scope="session")
@@ -61,11 +90,16 @@ def config(photos: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(pipeline: Path, config: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Run:
+def trained(
+    pipeline: Path,
+    config: Path,
+    launch: Callable[[Sequence[object]], str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
     """RECIPE, trained by the script itself."""
     folder = tmp_path_factory.mktemp("trained")
     given = pipeline_flags(pipeline) | recipe_flags() | {"dataset_config": config, "output_dir": folder}
-    launch(["lumina_train_network.py", *flags(given)], cache)
+    launch(["lumina_train_network.py", *flags(given)])
     return Run(folder)
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -20,7 +16,6 @@ from torch import Tensor
 
 from tests.parity.independent import Recipe
 
-ROOT = Path(__file__).resolve().parents[2]
 # Name: size, and a caption. Buckets are 64 x 64, 80 x 48 and 48 x 80.
 PHOTOS = {
     "cat": ((64, 64), "a small cat"),
@@ -89,47 +84,16 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-def launch(words: Sequence[object], cache: Path) -> str:
-    """Run Python with these words; return what it wrote, or fail with that."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=environment(cache),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-@contextmanager
-def training_worker(cache: Path, messages: TextIO) -> Iterator[subprocess.Popen[str]]:
-    """A process that trains for each line it is given; see training_worker.py."""
-    worker = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/parity/training_worker.py")],
-        cwd=ROOT,
-        env=environment(cache),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=messages,
-        text=True,
-    )
-    try:
-        yield worker
-    finally:
-        worker.stdin.close()
-        worker.wait(timeout=60)
-
-
 def write_photos(folder: Path, names: Iterable[str] = tuple(PHOTOS)) -> Path:
+    """Write some of PHOTOS."""
+    return write_pictures(folder, {name: PHOTOS[name] for name in names})
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, tuple[tuple[int, int], str]], seed: int = 5) -> Path:
     """Write smooth, noisy pictures and their captions."""
     folder.mkdir()
-    source = np.random.default_rng(5)
-    for name in names:
-        (width, height), caption = PHOTOS[name]
+    source = np.random.default_rng(seed)
+    for name, ((width, height), caption) in pictures.items():
         corners = Image.fromarray(source.integers(0, 256, (3, 3, 3), dtype=np.uint8))
         smooth = np.asarray(corners.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
         noisy = smooth + source.integers(-30, 31, smooth.shape)
@@ -151,12 +115,19 @@ def add_alpha(path: Path) -> None:
 
 
 def write_config(
-    path: Path, photos: Path, *, batch_size: int = 2, dataset: str = "", subset: str = ""
+    path: Path,
+    photos: Path,
+    *,
+    resolution: int = 64,
+    batch_size: int = 2,
+    dataset: str = "",
+    subset: str = "",
 ) -> Path:
     """Write a dataset configuration; `dataset` and `subset` are more lines of it."""
     path.write_text(
         f"[general]\ncaption_extension = '.txt'\nenable_bucket = true\nbucket_reso_steps = 16\n"
-        f"min_bucket_reso = 32\n[[datasets]]\nresolution = 64\nbatch_size = {batch_size}\n{dataset}\n"
+        f"min_bucket_reso = 32\n"
+        f"[[datasets]]\nresolution = {resolution}\nbatch_size = {batch_size}\n{dataset}\n"
         f"[[datasets.subsets]]\nimage_dir = '{photos}'\n{subset}\n",
         encoding="utf-8",
     )

@@ -12,9 +12,9 @@ from tests.parity.runs import Run, write_config, write_photos
 STEPS = 2
 CHECKPOINTS = {"gradient_checkpointing": True}
 MODES = {
-    "plain": {},
+    "plain": {"checkpoint_mode": "none"},
+    "by default": {},
     "full, every second block": CHECKPOINTS | {"checkpoint_every_n_blocks": 2},
-    "selective": CHECKPOINTS | {"checkpoint_mode": "selective"},
     "feed_forward, all swapped": CHECKPOINTS | {"checkpoint_mode": "feed_forward", "blocks_to_swap": 6},
 }
 COMPILED = {"torch_compile": True, "dynamo_backend": "eager"}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.parity.independent import Lumina, State, draw
-from tests.parity.runs import RECIPE, Run, flags, inference_flags, launch
+from tests.parity.independent import State
+from tests.parity.independent_lumina import Lumina, draw
+from tests.parity.runs import RECIPE, Run, flags, inference_flags
 
 NEGATIVE = "grass, gravel"
 STRENGTH = 0.7
@@ -25,7 +26,9 @@ Pictures = list[np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def script(pipeline: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[..., Pictures]:
+def script(
+    pipeline: Path, tmp_path_factory: pytest.TempPathFactory, launch: Callable[[Sequence[object]], str]
+) -> Callable[..., Pictures]:
     """Draw the pictures with the script and these LoRA flags."""
 
     def run(**lora: object) -> Pictures:
@@ -42,7 +45,7 @@ def script(pipeline: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path
             "system_prompt": RECIPE.system_prompt,
             "output_dir": folder / "out",
         }
-        printed = launch(["lumina_minimal_inference.py", *flags(given | lora)], cache)
+        printed = launch(["lumina_minimal_inference.py", *flags(given | lora)])
         paths = [line for line in printed.splitlines() if line.endswith(".png")]
         return [np.asarray(Image.open(path)) for path in paths]
 

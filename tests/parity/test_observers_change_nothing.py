@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.parity.independent import Lumina, draw
+from tests.parity.independent_lumina import Lumina, draw
 from tests.parity.runs import RECIPE, Run, add_alpha, pipeline_flags, recipe_flags, write_config, write_photos
 
 STEPS, EARLY = 6, 3

@@ -12,27 +12,24 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 
 import pytest
 from torch import Tensor
 
-from library.core.hashing import HashLedger
-from library.data.items import Draw
-from library.data.plan import Plan
-from library.data.scan import scan
-from library.data.schema import load_datasets
-from library.options.dataset import DatasetOptions
+from library.data.items import Draw, Item
 from tests.parity.independent import (
-    Lumina,
     Sample,
     State,
     load_alpha,
     load_pixels,
+    shift_by_three,
     start_of_lora,
 )
 from tests.parity.independent import train as train_independently
+from tests.parity.independent_lumina import Lumina
+from tests.parity.plans import Steps, planned
 from tests.parity.runs import (
     ACCUMULATION,
     RECIPE,
@@ -44,8 +41,6 @@ from tests.parity.runs import (
     write_config,
     write_photos,
 )
-
-Steps = list[list[list[Sample]]]
 
 
 def expected_ranks() -> dict[str, int]:
@@ -62,36 +57,31 @@ def expected_ranks() -> dict[str, int]:
     return ranks | {"final_layer_linear": 6, "final_layer_adaLN_modulation_1": 2}
 
 
-def planned(config: Path, ledger: Path, steps: int, accumulation: int, reg_weight: float = 1.0) -> Steps:
-    """The pictures of each micro-batch of each step, in the order that is ours to define."""
-    datasets = load_datasets(DatasetOptions(dataset_config=config), stride=16)
-    manifest = scan(datasets, skip_bad_images=False, ledger=HashLedger(ledger))
-    plan = Plan(manifest, seed=RECIPE.seed, accumulation=accumulation)
+def steps_of(config: Path, ledger: Path, steps: int, reg_weight: float = 1.0) -> Steps:
+    """The pictures of each micro-batch of each step."""
 
-    def sample(draw: Draw) -> Sample:
-        item = manifest.items[draw.item]
-        caption = item.path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()[0]
+    def sample(item: Item, draw: Draw) -> Sample:
         return Sample(
             load_pixels(item.path, item.geometry.bucket),
-            caption,
+            item.path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()[0],
             *(draw.step, draw.micro, draw.slot),
             weight=reg_weight if item.subset.is_reg else 1.0,
             mask_HW=load_alpha(item.path),
         )
 
-    return [[[sample(draw) for draw in batch.draws] for batch in plan.step(step)] for step in range(steps)]
+    return planned(config, ledger, sample, seed=RECIPE.seed, steps=steps, accumulation=ACCUMULATION)
 
 
 @pytest.fixture(scope="module")
 def steps(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    return planned(config, tmp_path_factory.mktemp("ledger") / "hashes.json", STEPS, ACCUMULATION)
+    return steps_of(config, tmp_path_factory.mktemp("ledger") / "hashes.json", STEPS)
 
 
 @pytest.fixture(scope="module")
 def expected(pipeline: Path, steps: Steps) -> tuple[list[float], list[float], State]:
     """Losses, gradient norms and the LoRA of the independent implementation."""
     lumina = Lumina(pipeline)
-    return train_independently(lumina, steps, start_of_lora(lumina.dit, expected_ranks(), RECIPE), RECIPE)
+    return train_independently(lumina, steps, start_of_lora(lumina, expected_ranks(), RECIPE), RECIPE)
 
 
 def test_the_run_has_what_could_hide_a_mistake(steps: Steps) -> None:
@@ -118,7 +108,7 @@ def test_the_gradient_norm_of_every_step(trained: Run, expected: tuple) -> None:
 def test_the_trained_lora(trained: Run, expected: tuple, pipeline: Path) -> None:
     _, _, lora = expected
     assert trained.lora.keys() == lora.keys()
-    start = start_of_lora(Lumina(pipeline).dit, expected_ranks(), RECIPE)
+    start = start_of_lora(Lumina(pipeline), expected_ranks(), RECIPE)
     for key, theirs in lora.items():
         ours = trained.lora[key]
         if key.endswith(".alpha"):
@@ -140,12 +130,6 @@ def smooth_l1(difference: Tensor, sigma: Tensor) -> Tensor:
 def cosmap(difference: Tensor, sigma: Tensor) -> Tensor:
     """Squared error, weighted for the cosine schedule: SD3 paper, section 3.1."""
     return difference**2 * 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-
-
-def shift_by_three(unit: float, tokens: int) -> float:
-    """The sampling "shift": a sigmoid of 0.8 times a normal number, moved towards noise."""
-    s = 1 / (1 + math.exp(-0.8 * NormalDist().inv_cdf(unit)))
-    return 3 * s / (1 + 2 * s)
 
 
 @pytest.mark.parametrize(
@@ -172,13 +156,14 @@ def test_masks_weights_and_other_losses(
         dataset="network_multiplier = 0.5",
         subset=f"alpha_mask = true\n[[datasets.subsets]]\nimage_dir = '{reg}'\nis_reg = true",
     )
-    recipe = replace(RECIPE, strength=0.5, sigma=shift_by_three, error=error)
+    sigma = partial(shift_by_three, sigmoid_scale=0.8)
+    recipe = replace(RECIPE, strength=0.5, sigma=sigma, error=error)
     shift = {"timestep_sampling": "shift", "discrete_flow_shift": 3.0, "sigmoid_scale": 0.8}
     given = pipeline_flags(pipeline) | recipe_flags() | shift | flags
     ours = train(given | {"dataset_config": config, "prior_loss_weight": 0.3, "max_train_steps": 2})
-    steps = planned(config, tmp_path / "hashes.json", 2, ACCUMULATION, reg_weight=0.3)
+    steps = steps_of(config, tmp_path / "hashes.json", 2, reg_weight=0.3)
     lumina = Lumina(pipeline)
-    start = start_of_lora(lumina.dit, expected_ranks(), recipe)
+    start = start_of_lora(lumina, expected_ranks(), recipe)
     losses, norms, _ = train_independently(lumina, steps, start, recipe)
     samples = [sample for step in steps for batch in step for sample in batch]
     assert {sample.weight for sample in samples} == {1.0, 0.3} and any(s.mask_HW is not None for s in samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import pytest
 from tests.parity.runs import (
     Run,
     flags,
-    launch,
     pipeline_flags,
     recipe_flags,
     write_config,
@@ -63,7 +62,10 @@ def one(
 
 @pytest.fixture(scope="module")
 def two(
-    options: dict[str, object], photos: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path
+    options: dict[str, object],
+    photos: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    launch: Callable[[Sequence[object]], str],
 ) -> Two:
     folder = tmp_path_factory.mktemp("two")
     many = write_config(folder / "many.toml", photos, batch_size=1)
@@ -78,7 +80,7 @@ def two(
     (folder / "jobs").write_text("".join(json.dumps(flags(job)) + "\n" for job in jobs), encoding="utf-8")
     # `accelerate launch --cpu --num_processes 2` starts a single process, without a word.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    log = launch([*launcher, "tests/parity/training_worker.py", folder / "jobs"], cache)
+    log = launch([*launcher, "tests/parity/training_worker.py", folder / "jobs"])
     assert log.count("2 process(es)") == len(jobs)
     return Two(Run(folder / "run"), Run(folder / "idle"))
 

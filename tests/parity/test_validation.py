@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.core import seeds
-from tests.parity.independent import Lumina, Sample, latent_mask, load_alpha, load_pixels
+from tests.parity.independent import Sample, latent_mask, load_alpha, load_pixels
+from tests.parity.independent_lumina import Lumina
 from tests.parity.runs import (
     PHOTOS,
     RECIPE,
@@ -27,7 +28,6 @@ from tests.parity.runs import (
     Run,
     add_alpha,
     flags,
-    launch,
     pipeline_flags,
     recipe_flags,
     write_config,
@@ -188,7 +188,10 @@ def test_other_runs_measure_the_same(
 
 @pytest.fixture(scope="module")
 def two(
-    options: dict[str, object], pictures: Pictures, tmp_path_factory: pytest.TempPathFactory, cache: Path
+    options: dict[str, object],
+    pictures: Pictures,
+    tmp_path_factory: pytest.TempPathFactory,
+    launch: Callable[[Sequence[object]], str],
 ) -> Run:
     folder = tmp_path_factory.mktemp("two")
     given = options | {
@@ -197,7 +200,7 @@ def two(
     }
     (folder / "jobs").write_text(json.dumps(flags(given)) + "\n", encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    log = launch([*launcher, "tests/parity/training_worker.py", folder / "jobs"], cache)
+    log = launch([*launcher, "tests/parity/training_worker.py", folder / "jobs"])
     return Run(folder, log)
 
 

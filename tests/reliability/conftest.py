@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from tests.reliability import legs
+from tests.warm_python import ColdPython, Script, WarmPython
 
 
 @pytest.fixture(scope="session")
@@ -32,20 +33,22 @@ def train(
 
 
 @pytest.fixture
-def start(nano, config: Path, whole: Path) -> Iterator[Callable[..., BaseProcess]]:
-    """Return a function that starts training in another process; what still runs at the end is killed."""
-    started: list[BaseProcess] = []
+def start(
+    nano, config: Path, whole: Path, python: WarmPython | ColdPython
+) -> Iterator[Callable[..., Script]]:
+    """Return a function that starts the script in another process; what still runs at the end is killed."""
+    started: list[Script] = []
+    environment = os.environ | {"XDG_CACHE_HOME": str(config.parent.parent), "OMP_NUM_THREADS": "1"}
 
-    def launch(output: Path, *flags: str) -> BaseProcess:
-        command = legs.words(nano, config, output, *flags)
-        process = legs.start(command, {"XDG_CACHE_HOME": str(config.parent.parent), "OMP_NUM_THREADS": "1"})
-        started.append(process)
-        return process
+    def launch(output: Path, *flags: str) -> Script:
+        words = legs.words(nano, config, output, *flags)
+        started.append(python.start(["lumina_train_network.py", *words], environment))
+        return started[-1]
 
     yield launch
-    for process in started:
-        process.kill()
-        process.join()
+    for script in started:
+        script.kill()
+        script.join()
 
 
 @pytest.fixture(scope="session")

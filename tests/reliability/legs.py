@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -13,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.core.entry import run_script
 from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
 from lumina_train_network import LuminaTrainer
@@ -54,25 +50,6 @@ def train(command: list[str]) -> Path:
     """Train in this process; return the saved network's path."""
     torch.set_num_threads(1)
     return LuminaTrainer(parse_options(LuminaTrainOptions, command)).train()
-
-
-def start(command: list[str], environment: dict[str, str]) -> BaseProcess:
-    """Start training in a process of its own, which ends like the script: with its messages and exit code.
-
-    Where there is fork, it is forked from a server that has imported the trainer before.
-    """
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload([__name__, "library.training.run"])
-    process = context.Process(target=_train_as_script, args=(command, environment))
-    process.start()
-    return process
-
-
-def _train_as_script(command: list[str], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    run_script(lambda: train(command))
 
 
 def weights(output: Path, suffix: str = "") -> dict[str, Tensor]:

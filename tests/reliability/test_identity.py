@@ -11,8 +11,8 @@ import pytest
 from library.core.errors import ConfigError
 from library.core.hashing import HashLedger
 from library.options.group import group_classes, parse_options
-from library.options.kandinsky5 import Kandinsky5TrainOptions
 from library.options.train import LuminaTrainOptions
+from library.options.train_kandinsky5 import Kandinsky5TrainOptions
 from library.training.family import ModelFiles
 from library.training.state.checkpoint import SavedState, StateRecord
 from library.training.state.identity import (

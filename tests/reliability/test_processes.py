@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,8 @@ import torch
 from library.training.state.checkpoint import read_state
 from tests.reliability import legs
 from tests.reliability.legs import NAME, losses, states, weights, write_dataset
+from tests.warm_python import ColdPython, WarmPython, rank_of
 
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("--network_dropout=0", "--lr_scheduler=constant", "--save_state_on_train_end")
 
 
@@ -27,59 +25,73 @@ FLAGS = ("--network_dropout=0", "--lr_scheduler=constant", "--save_state_on_trai
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
 
 
+class Launched:
+    """A launcher that runs, what it writes, and the processes that it started."""
+
+    def __init__(
+        self, python: WarmPython | ColdPython, words: list[str], cache: Path, messages: Path
+    ) -> None:
+        environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+        self._messages = messages
+        with messages.open("w") as err:
+            self.script = python.start([*LAUNCH.split(), *words], environment, err=err.fileno())
+
+    def ended(self, seconds: float = 60) -> str:
+        """Wait until it has ended; return what was written."""
+        self.script.join(seconds)
+        assert self.script.exitcode is not None, self._messages.read_text()
+        return self._messages.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the training processes that are alive, by rank."""
+        if not self.script.is_alive():
+            return []
+        alive = [p for p in psutil.Process(self.script.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+        return sorted((p for p in alive if rank_of(p) is not None), key=rank_of)
+
+
 @pytest.fixture
-def started(nano, config: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def started(
+    nano, config: Path, tmp_path: Path, python: WarmPython | ColdPython, request: pytest.FixtureRequest
+) -> Iterator[Launched]:
     """Two processes with a batch of one each, in their first steps; they write to tmp_path / "two"."""
     dataset = write_dataset(tmp_path / "photos", pictures=6, batch_size=1)
     command = legs.words(nano, dataset, tmp_path / "two", *FLAGS, "--max_train_epochs=1000")
-    environment = {"XDG_CACHE_HOME": str(config.parent.parent), "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(
-        [sys.executable, *LAUNCH.split(), "lumina_train_network.py", *command],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    words = ["lumina_train_network.py", *command]
+    launched = Launched(
+        getattr(request, "param", None) or python, words, config.parent.parent, tmp_path / "log"
     )
     metrics = tmp_path / "two" / f"{NAME}.metrics.jsonl"
-    while launcher.poll() is None and not (metrics.exists() and "loss/current" in metrics.read_text()):
+    while launched.script.is_alive() and not (metrics.exists() and "loss/current" in metrics.read_text()):
         time.sleep(0.01)
-    yield launcher
-    for process in processes_of(launcher):
+    yield launched
+    for process in launched.processes():
         process.kill()
-    launcher.kill()
-    launcher.communicate()
-
-
-def processes_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return the training processes that are alive, by rank."""
-    if launcher.poll() is not None:
-        return []
-    alive = [p for p in psutil.Process(launcher.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
-    return sorted(alive, key=lambda process: process.environ()["RANK"])
+    launched.script.kill()
+    launched.script.join()
 
 
 @pytest.fixture
-def stopped(started: subprocess.Popen[str], tmp_path: Path) -> Path:
+def stopped(started: Launched, tmp_path: Path) -> Path:
     """The output folder of two processes, stopped by a file."""
     (tmp_path / "two" / f"{NAME}.stop").touch()
-    messages = started.communicate(timeout=60)[1]
+    messages = started.ended()
     assert messages.count("Stopped by the file kiwi.stop after step") == 1, messages
     assert "exitcode  : 75" in messages, messages
-    assert started.returncode == 1  # accelerate's; docs/multi_gpu.md says so
+    assert started.script.exitcode == 1  # accelerate's; docs/multi_gpu.md says so
     return tmp_path / "two"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot kill like this")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_dies_and_all_end(started: subprocess.Popen[str], victim: int) -> None:
-    processes = processes_of(started)
+@pytest.mark.parametrize(("started", "victim"), [(ColdPython(), 0), (None, 1)], indirect=["started"])
+def test_one_dies_and_all_end(started: Launched, victim: int) -> None:
+    processes = started.processes()
     assert len(processes) == 2
     begin = time.monotonic()
     processes[victim].send_signal(signal.SIGKILL)
-    messages = started.communicate(timeout=60)[1]
+    messages = started.ended()
     assert time.monotonic() - begin < 30
-    assert started.returncode != 0
+    assert started.script.exitcode != 0
     assert not any(process.is_running() for process in processes)
     own = [line for line in messages.splitlines() if line.startswith("error: ")]
     assert len(own) == 1 and own[0].startswith(f"error: process {victim} died without a word"), messages
@@ -87,9 +99,9 @@ def test_one_dies_and_all_end(started: subprocess.Popen[str], victim: int) -> No
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send this signal")
-def test_a_signal_to_one_stops_all(started: subprocess.Popen[str], tmp_path: Path) -> None:
-    processes_of(started)[1].send_signal(signal.SIGTERM)
-    messages = started.communicate(timeout=60)[1]
+def test_a_signal_to_one_stops_all(started: Launched, tmp_path: Path) -> None:
+    started.processes()[1].send_signal(signal.SIGTERM)
+    messages = started.ended()
     assert messages.count("Stopped by SIGTERM after step") == 1, messages
     assert "exitcode  : 75" in messages, messages
     assert len(states(tmp_path / "two")) == 1
@@ -97,15 +109,9 @@ def test_a_signal_to_one_stops_all(started: subprocess.Popen[str], tmp_path: Pat
 
 def test_a_mistake_that_all_meet_is_told_once(nano, config: Path, tmp_path: Path) -> None:
     command = legs.words(nano, config, tmp_path / "out", "--learning_rat=1")
-    done = subprocess.run(
-        [sys.executable, *LAUNCH.split(), "lumina_train_network.py", *command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stderr.count("error: unknown argument '--learning_rat'; did you mean") == 1, done.stderr
+    words = ["lumina_train_network.py", *command]
+    told = Launched(ColdPython(), words, config.parent.parent, tmp_path / "log").ended()
+    assert told.count("error: unknown argument '--learning_rat'; did you mean") == 1, told
 
 
 def test_two_processes_stop_together_and_one_goes_on(nano, stopped: Path, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,8 @@ from library.options.train import LuminaTrainOptions
 from library.training.sharding import check_sharding
 from tests.reliability import legs
 from tests.reliability.legs import NAME, losses, same, weights
+from tests.warm_python import ColdPython, WarmPython
 
-ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0"
 
 
@@ -46,7 +44,7 @@ def write_dataset(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def output(nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(nano, tmp_path_factory: pytest.TempPathFactory, python: WarmPython | ColdPython) -> Path:
     """A folder with the output of two processes, with a whole model and with a sharded one.
 
     Both trained twice: "all", and "late" where the first blocks have no LoRA and LoRAs are dropped at random.
@@ -70,18 +68,15 @@ def output(nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for sharded in (False, True)
     ]
     (folder / "jobs").write_text("".join(json.dumps(job) + "\n" for job in jobs))
-    done = subprocess.run(
-        [sys.executable, *LAUNCHER.split(), "tests/reliability/sharding_worker.py", str(folder / "jobs")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count("are spread over 2 processes by FSDP2") == 2, done.stdout
+    words = [*LAUNCHER.split(), "tests/reliability/sharding_worker.py", str(folder / "jobs")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
+    with (folder / "log").open("w") as log:
+        script = python.start(words, environment, log.fileno(), log.fileno())
+    script.join(200)
+    script.kill()
+    told = (folder / "log").read_text()
+    assert script.exitcode == 0, told
+    assert told.count("are spread over 2 processes by FSDP2") == 2, told
     return folder
 
 

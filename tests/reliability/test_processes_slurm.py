@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from library.training.state.checkpoint import read_state
 from tests.reliability import legs
 from tests.reliability.legs import NAME, losses, states
+from tests.warm_python import ColdPython, WarmPython
 
 ROOT = Path(__file__).resolve().parents[2]
 # Starts two tasks on this computer, and ends with the highest exit code of them, as srun does.
@@ -50,7 +51,7 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "out").mkdir()
 
-    def run(*words: str, **more: str) -> subprocess.Popen[str]:
+    def run(*words: str, pass_fds: Sequence[int] = (), **more: str) -> subprocess.Popen[str]:
         environment = {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "OUTPUT_DIR": str(tmp_path / "out"),
@@ -68,6 +69,7 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             env=os.environ | environment | more,
             stderr=subprocess.PIPE,
             text=True,
+            pass_fds=pass_fds,
         )
 
     return run
@@ -109,12 +111,18 @@ def test_a_launcher_may_lose_the_exit_code(
 
 
 def test_a_run_of_two_tasks_goes_on_where_its_time_was_up(
-    submit: Callable[..., subprocess.Popen[str]], nano, tmp_path: Path
+    submit: Callable[..., subprocess.Popen[str]], nano, python: WarmPython | ColdPython, tmp_path: Path
 ) -> None:
+    """With tasks whose Python is warm, where it can be."""
+    warm = {}
+    if isinstance(python, WarmPython):
+        line = python.line.fileno()
+        body = f'exec {sys.executable} tests/warm_python.py {line} "$@"'
+        warm = {"PYTHON": stand_in(tmp_path / "python", body), "pass_fds": [line]}
     dataset = legs.write_dataset(tmp_path / "photos", pictures=4, batch_size=1)
     words = legs.words(nano, dataset, tmp_path / "out", "--console_log_level=INFO")
     words = [word for word in words if not word.startswith("--max_train_epochs")]
-    job = submit(*words, "--max_train_steps=3000")
+    job = submit(*words, "--max_train_steps=3000", **warm)
     metrics = tmp_path / "out" / f"{NAME}.metrics.jsonl"
     wait_for(lambda: metrics.exists() and "loss/current" in metrics.read_text(), job)
     job.send_signal(signal.SIGUSR1)
@@ -124,6 +132,6 @@ def test_a_run_of_two_tasks_goes_on_where_its_time_was_up(
     assert (tmp_path / "requeued").exists()
     (state,) = states(tmp_path / "out")
     step = read_state(tmp_path / "out" / f"{NAME}{state}").record.step
-    job = submit(*words, f"--max_train_steps={step + 1}")
+    job = submit(*words, f"--max_train_steps={step + 1}", **warm)
     assert job.wait(60) == 0, job.communicate()[1]
     assert sorted(losses(tmp_path / "out")) == list(range(1, step + 2))

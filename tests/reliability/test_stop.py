@@ -97,6 +97,24 @@ def test_signals_before_training_end_it_on_the_spot() -> None:
 
 
 @posix_only
+def test_a_signal_that_falls_into_somebody_elses_code_ends_it_like_any_other() -> None:
+    """As safetensors and torch do it: what is raised while they call back becomes an error of theirs."""
+
+    class Tensor:
+        def __len__(self) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 1
+
+    with pytest.raises(Stopped, match="SIGTERM before the first step"), StopSignals().caught():
+        try:
+            len(Tensor())
+        except Stopped as error:
+            raise ValueError("could not determine the shape") from error
+    with pytest.raises(ValueError, match="no signal"), StopSignals().caught():
+        raise ValueError("no signal")
+
+
+@posix_only
 def test_a_second_signal_leaves_at_once_but_an_echo_of_the_first_does_not() -> None:
     now, left = [0.0], []
     signals = StopSignals(clock=lambda: now[0], leave=left.append)
@@ -165,7 +183,7 @@ def test_asked_to_stop_at_random_moments_the_run_ends_in_order_and_goes_on(
     draw, output, codes = random.Random(), tmp_path / "out", []
     while 0 not in codes:
         process = start(output, *flags, "--resume=latest")
-        process.join(draw.uniform(0.2, 2.0) if len(codes) < 8 else 120)
+        process.join(draw.uniform(0.1, 1.0) if len(codes) < 8 else 120)
         if process.is_alive():
             os.kill(process.pid, signal.SIGTERM)
         process.join(60)

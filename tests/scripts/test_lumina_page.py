@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from library.options.group import parse_options
-from library.options.inference import LuminaInferenceOptions
+from library.options.inference_lumina import LuminaInferenceOptions
 from library.options.train import LuminaTrainOptions
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -105,10 +105,9 @@ def test_numbers_of_each_step(watched):
         assert line["speed/images_per_second"] > 0 and line["speed/data_wait_seconds"] >= 0
         assert line["memory/peak_gib"] > 0.1
     losses = [line["loss/current"] for line in found]
-    network = load_file(watched / "lora-step00000002.safetensors")
-    ups = torch.cat([value.flatten() for key, value in network.items() if key.endswith("up.weight")])
-    # Numbers are read once a step, before the update.
-    assert found[2]["norm/up"] == pytest.approx(ups.norm().item(), rel=1e-5)
+    # Numbers are read once a step, before the update; those of the weights, in the first step and every 10th.
+    assert found[0]["norm/up"] == 0 < found[0]["norm/down"]
+    assert all("norm/up" not in line for line in found[1:])
     assert found[2]["loss/epoch_average"] == pytest.approx(sum(losses[:3]) / 3)
 
 

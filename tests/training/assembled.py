@@ -49,21 +49,23 @@ def command(nano: object, config: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def put_together(words: Sequence[str]) -> tuple[RunContext, Assembly]:
+def put_together(
+    words: Sequence[str], trainer: type[LuminaTrainer] = LuminaTrainer
+) -> tuple[RunContext, Assembly]:
     """Return a run's context and its parts; the caches are filled and the model is loaded."""
     torch.set_num_threads(1)
-    context = context_of(words)
+    context = context_of(words, trainer)
     context.inputs.fill_caches(context.prepared.manifest)
     return context, assemble(context, StopRequest(StopSignals(), Path("no such file"), None))
 
 
-def started(words: Sequence[str]) -> TrainingRun:
+def started(words: Sequence[str], trainer: type[LuminaTrainer] = LuminaTrainer) -> TrainingRun:
     """Return a run that only has to be run."""
     torch.set_num_threads(1)
-    return TrainingRun(context_of(words), StopSignals())
+    return TrainingRun(context_of(words, trainer), StopSignals())
 
 
-def context_of(words: Sequence[str]) -> RunContext:
+def context_of(words: Sequence[str], trainer: type[LuminaTrainer] = LuminaTrainer) -> RunContext:
     """Decide a run."""
-    trainer = LuminaTrainer(parse_options(LuminaTrainOptions, list(words)))
-    return RunContext.decide(trainer, prepare(trainer))
+    made = trainer(parse_options(LuminaTrainOptions, list(words)))
+    return RunContext.decide(made, prepare(made))

@@ -24,11 +24,12 @@ from library.data.batch import Condition
 from library.data.cache import CacheStore
 from library.data.captions import draw_caption
 from library.data.images import load_pixels
+from library.data.prompt import Prompt
 from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
-from library.training import caching
+from library.training import cache_pass
 from library.training.caching import Counts, PassRun, cache_latents, cache_texts
-from tests.picture_sets import Encoders, manifest_of, write_picture, write_pictures
+from tests.picture_sets import Encoders, manifest_of, tokens_of, write_picture, write_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = {"a": "a cat", "b": "two dogs, grass", "c": "three birds", "d": "a fish", "e": ""}
@@ -50,10 +51,10 @@ def fill_latents(manifest, place=DISK, identity="ae 1", run=RUN):
     return source, encoders, counts
 
 
-def fill_texts(manifest, place=DISK, identity="gemma 1", run=RUN, prompts=(), **source_options):
+def fill_texts(manifest, place=DISK, identity="gemma 1", run=RUN, **source_options):
     encoders = Encoders()
     source = TextSource(place, identity, **({"max_variants": 16} | source_options))
-    counts = cache_texts(source, manifest.items, encoders.load_text_encoder, run, prompts=prompts)
+    counts = cache_texts(source, manifest.items, encoders.load_text_encoder, run)
     return source, encoders, counts
 
 
@@ -75,9 +76,9 @@ def test_latents_are_those_of_the_encoder_bit_for_bit(folder, place, flip_aug):
         for flip in {False, flip_aug}:
             pixels, _ = load_pixels(item, None, flip=flip)
             expected = Encoders().encode_pictures(pixels_to_tensor(pixels)[None])[0]
-            latents, mask = source.get(item, flip=flip)
+            latents, mask, edited = source.get(item, flip=flip)
             assert torch.equal(latents, expected)
-            assert mask is None
+            assert mask is edited is None
 
 
 @pytest.mark.parametrize("place", [DISK, MEMORY])
@@ -87,12 +88,13 @@ def test_text_features_are_those_of_the_encoder_bit_for_bit(folder, place):
     assert counts == Counts(cached=0, encoded=5)
     assert sorted(encoders.texts) == sorted(f"You draw. {text}" for text in CAPTIONS.values())
     for item in manifest.items:
-        expected = Encoders().encode_texts([f"You draw. {item.text}"])[0]
-        assert torch.equal(source.condition(item, item.text).tokens_LD, expected.tokens_LD)
+        expected = tokens_of(Prompt(f"You draw. {item.text}"))
+        assert torch.equal(source.condition(item, item.text).tokens_LD, expected)
 
 
 def test_a_pooled_vector_is_kept_too(folder):
-    def encode(texts):
+    def encode(prompts):
+        texts = [prompt.text for prompt in prompts]
         return [Condition(torch.ones(len(text), 2), torch.tensor([float(len(text))])) for text in texts]
 
     manifest = manifest_of(folder)
@@ -108,7 +110,7 @@ def test_bf16_is_the_rounded_output_at_half_the_size(folder, place):
     exact, _, _ = fill_latents(manifest, MEMORY)
     rounded, _, _ = fill_latents(manifest, place)
     for item in manifest.items:
-        latents, _ = rounded.get(item, flip=False)
+        latents = rounded.get(item, flip=False).picture
         assert latents.dtype == torch.bfloat16
         assert torch.equal(latents, exact.get(item, flip=False)[0].bfloat16())
 
@@ -124,7 +126,7 @@ def test_masks_are_kept_at_latent_size_and_mirrored_with_the_picture(tmp_path, s
     (item,) = manifest.items
     for flip in {False, item.subset.images.flip_aug}:
         _, expected = load_pixels(item, None, flip=flip)
-        latents, mask = source.get(item, flip=flip)
+        latents, mask, _ = source.get(item, flip=flip)
         assert mask.shape == latents.shape[1:]
         assert torch.equal(mask, mask_to_latent_size(expected, 8))
         assert 0.2 < mask.mean() < 0.8
@@ -229,7 +231,7 @@ def test_in_memory_nothing_is_written(folder, tmp_path):
     manifest = manifest_of(folder)
     before = sorted(tmp_path.rglob("*"))
     fill_latents(manifest, MEMORY)
-    fill_texts(manifest, MEMORY, prompts=["a preview"])
+    fill_texts(manifest, MEMORY)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -345,7 +347,6 @@ def test_exactly_the_options_that_change_latents_ask_for_others(
         ({"prompt_of": "You draw. {}".format}, 5),
         ({"place": CachePlace(True, dtype="bf16")}, 5),
         ({"max_variants": 3}, 0),
-        ({"prompts": ["a cat", "something else"]}, 1),
     ],
 )
 def test_exactly_the_options_that_change_text_features_ask_for_others(folder, fill_options, encoded):
@@ -424,8 +425,7 @@ def test_every_caption_that_can_be_drawn_is_there(tmp_path, options, max_variant
         for item in manifest.items:
             place = {"seed": epoch % 3, "epoch": epoch, "repeat": 0, "step": epoch, "total_steps": 30}
             caption = draw_caption(item, **place, max_variants=max_variants)
-            expected = Encoders().encode_texts([caption])[0].tokens_LD
-            assert torch.equal(source.condition(item, caption).tokens_LD, expected)
+            assert torch.equal(source.condition(item, caption).tokens_LD, tokens_of(Prompt(caption)))
             drawn.add(caption)
     assert len(drawn) <= counts.encoded
     assert len(drawn) > 3 or max_variants == 1 or "prefix" in options
@@ -440,15 +440,6 @@ def test_sampled_captions_are_told_of(tmp_path, caplog):
     fill_texts(manifest, MEMORY, max_variants=8)
     logger.removeHandler(caplog.handler)
     assert "1 of 2 captions reach --max_caption_variants 8" in caplog.text
-
-
-def test_prompts_are_kept_for_previews(folder):
-    manifest = manifest_of(folder)
-    fill_texts(manifest, prompts=["", "a hill"])
-    source, encoders, _ = fill_texts(manifest, prompts=["", "a hill"])
-    assert encoders.loads == 0
-    assert source.prompt("a hill").tokens_LD.shape == (7, 3)
-    assert source.prompt("").tokens_LD.shape == (1, 3)
 
 
 # --- when things go wrong ---
@@ -471,8 +462,8 @@ def test_nan_in_latents_names_the_picture_and_is_never_kept(folder):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_or_infinity_in_text_features_names_the_caption(folder, value):
-    def encode(texts):
-        return [Condition(torch.full((3, 2), value if "dogs" in text else 1.0)) for text in texts]
+    def encode(prompts):
+        return [Condition(torch.full((3, 2), value if "dogs" in p.text else 1.0)) for p in prompts]
 
     source = TextSource(MEMORY, "gemma", max_variants=1)
     with pytest.raises(NonFiniteError, match="two dogs, grass"):
@@ -568,7 +559,7 @@ def in_threads(world, work):
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_in_memory_each_process_makes_its_part_and_gets_the_others(folder, world, monkeypatch):
-    monkeypatch.setattr(caching, "SHARED_AT_ONCE", 2)
+    monkeypatch.setattr(cache_pass, "SHARED_AT_ONCE", 2)
     write_picture(folder / "a.png", (64, 64), seed=0, alpha=True)
     manifest = manifest_of(folder, subset="flip_aug = true\nalpha_mask = true")
     exact, _, _ = fill_latents(manifest, MEMORY)

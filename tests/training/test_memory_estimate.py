@@ -15,7 +15,9 @@ from library.options.swap import SwapOptions
 from library.training.look.memory_estimate import optimizer_bytes
 from library.training.look.meter import Meter, Speeds
 from library.training.look.simulate import Simulation, Work, peak_of, weight_bytes
-from networks.lora_lumina import create_network, create_text_network, text_model
+from networks.from_file import text_model
+from networks.lora_lumina import create_network, create_text_network
+from networks.request import NetworkRequest
 
 FEW, MANY = Work(((96, 64),), 20), Work(((96, 64),) * 4, 20)
 
@@ -24,7 +26,7 @@ def simulation(nano, device, *, dtype=torch.float32, mode="none", kind="cpu", **
     """The nano model with a LoRA, on a device; on meta it stands for the CPU, or for `kind`."""
     device = torch.device(device)
     model = load_nextdit(nano.dit, device=device, dtype=dtype, **loading)
-    network = create_network(model, dim=4, alpha=1.0, device=device)
+    network = create_network(model, NetworkRequest(dim=4, alpha=1.0, device=device))
     network.apply_to(model)
     network.train()
     model.runner.keep(mode)
@@ -108,7 +110,7 @@ def test_a_text_encoder_takes_what_was_foretold(nano):
 
     def prepared(device):
         encoder = load_gemma2(nano.gemma2, device=torch.device(device), dtype=torch.float32)
-        network = create_text_network(text_model(encoder), dim=4, alpha=1.0, lr=1e-3)
+        network = create_text_network(text_model(encoder), NetworkRequest(dim=4, alpha=1.0, lr=1e-3))
         network.apply_to(text_model(encoder))
         network.train()
         return encoder, network

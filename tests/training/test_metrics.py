@@ -76,7 +76,7 @@ def test_the_averages_go_on_from_a_state_exactly() -> None:
 
 def test_loss_by_band_of_sigma() -> None:
     def read(bands: SigmaBands) -> dict[str, float]:
-        return bands.named(bands.measure().tolist())
+        return bands.named(bands.measure(0).tolist())
 
     bands = SigmaBands(torch.device("cpu"))
     bands.add((0.05, 0.15, 0.2), torch.tensor([1.0, 2.0, 8.0], requires_grad=True))
@@ -92,9 +92,11 @@ def test_norms_of_all_weights_of_a_kind() -> None:
     network = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("a", "b")})
     weights = torch.cat([network[name].weight.flatten() for name in ("a", "b")])
     gauge = WeightNorms(network)
-    norms = gauge.named(gauge.measure().tolist())
+    norms = gauge.named(gauge.measure(0).tolist())
     assert norms["norm/weight"] == pytest.approx(weights.norm().item())
     assert norms.keys() == {"norm/weight", "norm/bias"}
+    looked = [step + 1 for step in range(25) if gauge.named(gauge.measure(step).tolist())]
+    assert looked == [1, 10, 20]
 
 
 def test_the_clock_times_waiting_and_work_but_not_what_lies_between(monkeypatch: pytest.MonkeyPatch) -> None:

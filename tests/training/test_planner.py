@@ -60,7 +60,7 @@ def plan(estimate, allowed, precisions=(None, "int8", "nf4"), **changed):
 def test_with_much_memory_nothing_is_given_up(estimate):
     chosen = plan(estimate, 2**40).chosen
     assert (chosen.manner.mode, chosen.manner.quant, chosen.swap.count) == ("none", None, 0)
-    assert chosen.flags().startswith("none are needed")
+    assert chosen.flags() == "--checkpoint_mode none"
 
 
 def test_what_is_chosen_fits_and_nothing_cheaper_does(estimate):
@@ -87,6 +87,8 @@ def test_given_flags_are_kept(estimate):
     assert {choice.manner.mode for choice in made.choices} == {"full"}
     made = plan(estimate, whole, compute={"gradient_checkpointing": True})
     assert "none" not in {choice.manner.mode for choice in made.choices}
+    made = plan(estimate, whole * 2, compute={"cpu_offload_checkpointing": True})
+    assert {choice.manner.mode for choice in made.choices} == {"none", "selective", "offload"}
     made = plan(estimate, whole * 2, swap={"blocks_to_swap": 3})
     assert {choice.swap.count for choice in made.choices} == {3}
     made = plan(estimate, whole * 2, quant={"base_quant": "int4"})
@@ -132,7 +134,7 @@ def test_a_run_does_what_the_dry_run_has_chosen(command, run_script, tmp_path):
     looked = run_script("lumina_train_network.py", *words, "--dry_run")
     assert looked.code == 0, looked.err
     said = looked.out + looked.err
-    flags = re.search(r"flags: (--gradient_checkpointing .*)", said)[1]
+    flags = re.search(r"flags: (.*--checkpoint_mode .*)", said)[1]
     assert "<- chosen" in said and "this is a plan for a GPU" in said
     result = run_script("lumina_train_network.py", *words)
     assert result.code == 0, result.err

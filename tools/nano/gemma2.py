@@ -16,10 +16,10 @@ _SPECIAL_IDS = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
 _SPECIAL_PIECES = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"}
 _TURNS = ["<mask>", "<start_of_turn>", "<end_of_turn>"]
 _WHITESPACE = ["\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁", "▁▁▁▁"]
-_ADJECTIVES = """
+ADJECTIVES = """
     small large red orange black white green golden smiling distant wooden dark bright shallow detailed
 """.split()
-_NOUNS = """
+NOUNS = """
     photograph portrait picture texture astronaut woman man cat dog rocket coffee cup saucer spoon table sky
     galaxy galaxies stones gravel grass flag shuttle model suit coat camera tripod city skyline launch pad
     lights dusk face field view image assistant prompt quality degree alignment text user square circle
@@ -77,7 +77,7 @@ class _Words(dict):
         self._choice = choice
 
     def __missing__(self, key: str) -> str:
-        return self._choice(_ADJECTIVES if key == "a" else _NOUNS)
+        return self._choice(ADJECTIVES if key == "a" else NOUNS)
 
 
 def _random(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from library.core.files import atomic_write
 from library.data.captions import draw_caption
-from library.data.images import is_flipped, load_pixels
-from library.data.items import Draw, Manifest
+from library.data.images import drawn_source, is_flipped, load_pixels, load_source
+from library.data.items import Draw, DrawKey, Item, Manifest
 from library.data.plan import Plan
 
 TILE = 256  # pixels along one side of a picture's square
@@ -26,11 +26,15 @@ _MASKED = np.array([255, 0, 64], np.float32)  # what the loss does not see is ti
 
 @dataclass(frozen=True)
 class Shown:
-    """What decides how a draw looks. total_steps: of the run. max_variants: as for `draw_caption`."""
+    """What decides how a draw looks. total_steps: of the run. max_variants: as for `draw_caption`.
+
+    source_dropout: share of the draws of an edited picture that go without its source.
+    """
 
     seed: int
     total_steps: int
     max_variants: int | None
+    source_dropout: float = 0.0
 
 
 def first_draws(plan: Plan) -> Iterator[Draw]:
@@ -45,6 +49,8 @@ def first_draws(plan: Plan) -> Iterator[Draw]:
 
 def write_sheet(path: Path, manifest: Manifest, draws: Sequence[Draw], shown: Shown) -> None:
     """Write one sheet of at most PER_SHEET draws: each cropped, flipped and captioned as in training.
+
+    Where a picture is an edit, its source stands at the left of it.
 
     Raises:
         DataError: a picture cannot be read any more.
@@ -74,13 +80,7 @@ def _draw_tile(
     sheet: Image.Image, place: tuple[int, int], manifest: Manifest, draw: Draw, shown: Shown
 ) -> None:
     item, key = manifest.items[draw.item], draw.key(shown.seed)
-    pixels, mask_HW = load_pixels(item, key, flip=is_flipped(item, key))
-    if mask_HW is not None:
-        kept_HW1 = 0.25 + 0.75 * mask_HW[..., None]
-        pixels = (pixels * kept_HW1 + _MASKED * (1 - kept_HW1)).astype(np.uint8)
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((TILE, TILE))
-    sheet.paste(picture, place)
+    _paste_pictures(sheet, place, item, key, shown)
     caption = draw_caption(
         item,
         seed=shown.seed,
@@ -97,3 +97,20 @@ def _draw_tile(
     text = "\n".join(lines)
     font = ImageFont.load_default(size=11)
     ImageDraw.Draw(sheet).multiline_text((place[0], place[1] + TILE + 2), text, "black", font, spacing=2)
+
+
+def _paste_pictures(
+    sheet: Image.Image, place: tuple[int, int], item: Item, key: DrawKey, shown: Shown
+) -> None:
+    """Paste a picture as it is drawn, and its source beside it if it is drawn with one."""
+    flip = is_flipped(item, key)
+    pixels, mask_HW = load_pixels(item, key, flip=flip)
+    if mask_HW is not None:
+        kept_HW1 = 0.25 + 0.75 * mask_HW[..., None]
+        pixels = (pixels * kept_HW1 + _MASKED * (1 - kept_HW1)).astype(np.uint8)
+    source = drawn_source(item, key, flip=flip, dropout=shown.source_dropout)
+    pictures = [pixels] if source is None else [load_source(source), pixels]
+    for number, each in enumerate(pictures):
+        picture = Image.fromarray(each)
+        picture.thumbnail((TILE // len(pictures), TILE))
+        sheet.paste(picture, (place[0] + number * TILE // len(pictures), place[1]))

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.data.captions import caption_variants
+from library.data.images import source_variants
 from library.data.items import Item, Manifest
+from library.data.prompt import Prompt
 from library.data.sources import Entries
 from library.data.token_batches import TokenBudget
 from library.training.context import RunContext
@@ -55,13 +57,14 @@ class Rehearsal:
 
     def report(self) -> list[str]:
         """Return the lines of the report."""
-        texts = self._texts()
-        lengths = {text: self.trainer.count_tokens(text) for text in texts}
+        prompts = self._prompts()
+        lengths = {prompt.text: self.trainer.count_tokens(prompt.text) for prompt in prompts}
+        sources = source_lines(self.manifest, self.trainer.source_dropout())
         parts = {
-            "Pictures": bucket_lines(self.manifest, self.trainer.token_budget),
+            "Pictures": bucket_lines(self.manifest, self.trainer.token_budget) + sources,
             "Captions": caption_lines(lengths),
             "Steps": self._step_lines(),
-            "Caches": self._cache_lines(texts),
+            "Caches": self._cache_lines(prompts),
             "Model": self._model_lines(min(max(lengths.values(), default=(1, 1)))),
             "Adjusted": self._adjustments() or ["nothing"],
         }
@@ -80,19 +83,21 @@ class Rehearsal:
 
     def _shown(self) -> Shown:
         caching = self.options.caching
-        return Shown(self.seed, self.total_steps, caching.max_caption_variants if caching.texts else None)
+        variants = caching.max_caption_variants if caching.texts else None
+        return Shown(self.seed, self.total_steps, variants, self.trainer.source_dropout())
 
     def _items(self) -> list[Item]:
         return [self.manifest.items[i] for i in (*self.manifest.train, *self.manifest.validation)]
 
-    def _texts(self) -> dict[str, Item]:
+    def _prompts(self) -> dict[Prompt, Item]:
         """What the text encoder is given, each with a picture that has it."""
         caching = self.options.caching
         most = caching.max_caption_variants if caching.texts else _VARIANTS_WITHOUT_CACHE
         return {
-            self.trainer.format_prompt(caption): item
+            Prompt(self.trainer.format_prompt(caption), source): item
             for item in self._items()
             for caption in caption_variants(item, most)
+            for source in source_variants(item, self.trainer.source_dropout())
         }
 
     def _step_lines(self) -> list[str]:
@@ -106,7 +111,7 @@ class Rehearsal:
             *self.context.start.sentences,
         ]
 
-    def _cache_lines(self, texts: dict[str, Item]) -> list[str]:
+    def _cache_lines(self, prompts: dict[Prompt, Item]) -> list[str]:
         lines = []
         if (latents := self.inputs.latent_source) is not None:
             wanted = {latents.key(item): item for item in self._items()}
@@ -114,7 +119,7 @@ class Rehearsal:
         else:
             lines.append("latents: not cached; the autoencoder encodes every picture each time")
         if (features := self.inputs.text_source) is not None:
-            wanted = {features.key(text): item for text, item in texts.items()}
+            wanted = {features.key(prompt): item for prompt, item in prompts.items()}
             lines.append(f"texts: {_found(features.entries, wanted)}")
         else:
             lines.append("texts: not cached; the text encoder stays in memory and encodes every caption")
@@ -168,6 +173,23 @@ def bucket_lines(manifest: Manifest, budget: TokenBudget | None = None) -> list[
             f"cut off {sum(cuts) / len(cuts):.1%} on average, "
             f"{max(cuts):.1%} at most; {sum(_is_enlarged(item) for item in items)} enlarged"
         )
+    return lines
+
+
+def source_lines(manifest: Manifest, dropout: float) -> list[str]:
+    """Return lines about what pictures are edits of, if they are; `dropout` of their draws go without."""
+    edits = [item for index in manifest.train if (item := manifest.items[index]).source is not None]
+    if not edits:
+        return []
+    alone = [item for item in edits if item.source.geometry != item.geometry]
+    enlarged = sum(item.source.geometry.resized[0] > item.source.size[0] for item in edits)
+    lines = [
+        f"{len(edits)} of {len(manifest.train)} are trained as edits of a source picture; {enlarged} sources "
+        f"are enlarged",
+        f"{len(alone)} sources have other proportions than what is made of them, and are cut in the middle",
+    ]
+    if dropout:
+        lines.append(f"{dropout:.1%} of their draws go without the source, from the caption alone")
     return lines
 
 

@@ -37,7 +37,7 @@ class Manner:
     """How a step is made: scheme of the quantised model, what blocks keep, and in every which block."""
 
     quant: str | None = None
-    mode: str = "none"
+    mode: str = "selective"
     every: int = 1
 
     @classmethod
@@ -86,7 +86,7 @@ class MemoryEstimate:
         if self.trains_text:
             parts["activations of the text encoder"] = self._kept_of_texts()
         if not options.caching.texts:
-            parts["text encoder"] = weight_bytes(self.encoders)
+            parts["text encoder"] = self._trainer.text_encoder_bytes(self.encoders)
         if not options.caching.latents:
             parts["autoencoder"] = weight_bytes(self.vae)
         return parts
@@ -96,7 +96,7 @@ class MemoryEstimate:
         caching, phases = self._trainer.options.caching, {}
         if caching.texts:
             phases["filling the text cache"] = {
-                "text encoder": weight_bytes(self.encoders),
+                "text encoder": self._trainer.text_encoder_bytes(self.encoders),
                 "its work": self._encoding_texts(caching.text_encoder_batch_size, trained=False)[0],
             }
         if caching.latents:
@@ -139,8 +139,10 @@ class MemoryEstimate:
         """Return what a step on the largest batch takes."""
         if manner not in self._steps:
             simulation = self.simulation(manner.quant)
-            simulation.model.runner.keep(manner.mode, every=manner.every)
-            several = self._trainer.options.training.gradient_accumulation_steps > 1
+            options = self._trainer.options
+            between = options.compute.keeps_between(manner.mode)
+            simulation.model.runner.keep(manner.mode, every=manner.every, between=between)
+            several = options.training.gradient_accumulation_steps > 1
             self._steps[manner] = simulation.step(self.work, gradients_there=several, speeds=self._speeds)
         return self._steps[manner]
 

@@ -22,7 +22,9 @@ import torch
 
 from library.core.errors import ConfigError, ResourceError
 from library.core.log import logger
+from library.nn.runner import MODES
 from library.options.budget import AUTO
+from library.options.compute import CHECKPOINTS, ComputeOptions
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
 from library.training.look.memory_estimate import Manner, MemoryEstimate, Parts, quant_flags, shown
@@ -38,7 +40,6 @@ SEEN = 0.1  # share of the copies' time that the computation feels although they
 PRECISIONS = (None, "int8", "nf4")  # tried where none is given; int8 is nearer to the original than fp8
 
 _PAGEABLE = 0.4  # share of the link's speed that copies from ordinary memory reach
-_COMPILED_MODES = ("none", "full", "offload")  # of the others the compiler does its own
 _MIXED = (("feed_forward", 2), ("full", 2))  # half of the blocks; memory and time lie in between
 
 _log = logger("budget")
@@ -80,9 +81,8 @@ class Choice:
 
     def flags(self) -> str:
         """Return the choice as flags to copy."""
-        words = []
-        if self.manner.mode != "none":
-            words.append(f"--gradient_checkpointing --checkpoint_mode {self.manner.mode}")
+        words = ["--gradient_checkpointing"] if self.manner.mode in CHECKPOINTS else []
+        words.append(f"--checkpoint_mode {self.manner.mode}")
         if self.manner.every > 1:
             words.append(f"--checkpoint_every_n_blocks {self.manner.every}")
         if self.swap.count:
@@ -93,15 +93,15 @@ class Choice:
                 words.append(f"--block_swap_ring_size {self.swap.block_swap_ring_size}")
         if self.manner.quant is not None:
             words.append(f"--base_quant {self.manner.quant}")
-        return " ".join(words) or "none are needed: keep everything on the GPU"
+        return " ".join(words)
 
     def apply_to(self, options: TrainOptions) -> TrainOptions:
         """Return options that ask for this."""
         mode = self.manner.mode
         compute = replace(
             options.compute,
-            gradient_checkpointing=mode != "none",
-            checkpoint_mode=None if mode == "none" else mode,
+            gradient_checkpointing=options.compute.gradient_checkpointing or mode in CHECKPOINTS,
+            checkpoint_mode=mode,
             checkpoint_every_n_blocks=self.manner.every,
         )
         quant = options.quant
@@ -192,7 +192,7 @@ def make_plan(
             break  # it would not be chosen even if it were as fast as the fastest
         for mode in _modes(options):
             found.append(choice(Manner(precision, *mode)))
-        found += _mixtures(found, precision, allowed, choice)
+        found += _mixtures(found, precision, allowed, options.compute, choice)
     if not _fits(found, allowed):
         smallest = min(found, key=lambda choice: choice.memory)
         parts = ", ".join(f"{name} {shown(size)}" for name, size in smallest.parts.items())
@@ -247,29 +247,30 @@ def _modes(options: TrainOptions) -> list[tuple[str, int]]:
     every = compute.checkpoint_every_n_blocks
     if compute.checkpoint_mode is not None:
         return [(compute.checkpoint_mode, every)]
+    ruled_out = {"none"} if compute.gradient_checkpointing else set()
     if compute.cpu_offload_checkpointing:
-        modes: tuple[str, ...] = ("none", "offload")
-    else:
-        modes = ("none", "selective", "feed_forward", "full", "offload")
-    return [
-        (mode, every)
-        for mode in modes
-        if (mode != "none" or not compute.gradient_checkpointing)
-        and (mode in _COMPILED_MODES or not compute.compiles)
-    ]
+        ruled_out |= {"feed_forward", "full"} | ({"selective"} if compute.gradient_checkpointing else set())
+    if compute.compiles:
+        ruled_out |= {"selective", "feed_forward"}  # there the compiler chooses
+    return [(mode, every) for mode in MODES if mode not in ruled_out]
 
 
 def _mixtures(
-    found: Sequence[Choice], precision: str | None, allowed: int, choice: Callable[[Manner], Choice]
+    found: Sequence[Choice],
+    precision: str | None,
+    allowed: int,
+    compute: ComputeOptions,
+    choice: Callable[[Manner], Choice],
 ) -> Iterator[Choice]:
     """Yield choices that checkpoint half of the blocks, where that could be better than what was found."""
     of_mode = {choice.manner.mode: choice for choice in found if choice.manner.quant == precision}
-    if "none" not in of_mode or of_mode["none"].manner.every > 1:
-        return
     for mode, every in _MIXED:
-        if mode not in of_mode or of_mode["none"].memory <= allowed:
+        between = compute.keeps_between(mode)
+        if mode not in of_mode or between not in of_mode or compute.checkpoint_every_n_blocks > 1:
             continue
-        hoped = (of_mode["none"].seconds + of_mode[mode].seconds) / 2 * RELUCTANCE[precision]
+        if of_mode[between].memory <= allowed:
+            continue
+        hoped = (of_mode[between].seconds + of_mode[mode].seconds) / 2 * RELUCTANCE[precision]
         if not _fits(found, allowed) or hoped < _best(found, allowed):
             yield choice(Manner(precision, mode, every))
 

@@ -16,6 +16,7 @@ from library.core.errors import CheckpointError, ConfigError
 from library.core.log import logger
 from library.core.suggest import did_you_mean
 from library.options.optimizer import OptimizerOptions
+from library.training.optim.adamw import SETTINGS, LeanAdamW
 
 _FUSED_DEVICES = {"cpu", "cuda"}
 _TRIAL_SIZE = (64, 65)  # bitsandbytes keeps 8-bit states from 4096 numbers on
@@ -44,7 +45,7 @@ def create_optimizer(groups: Iterable[dict[str, object]], options: OptimizerOpti
     """Make the optimizer for parameter groups with `params` and a peak `lr`.
 
     Each group remembers its peak rate as `initial_lr`, for `set_learning_rates`. AdamW's update is fused into
-    one kernel where torch has one for the device, unless `--optimizer_args` says otherwise.
+    one kernel where torch has one for the device, unless `--optimizer_args` ask for more than it does.
 
     Raises:
         ConfigError: the class is not there, does not take its settings, or cannot have several rates.
@@ -123,9 +124,8 @@ def check_settings(kind: type, settings: Iterable[str], flag: str) -> None:
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, options: OptimizerOptions) -> str:
     """Return the optimizer's class and the settings that were given, as kohya's metadata writes them."""
-    kind = type(optimizer)
     settings = ",".join(f"{name}={value}" for name, value in options.optimizer_settings().items())
-    return f"{kind.__module__}.{kind.__name__}" + (f"({settings})" if settings else "")
+    return _class_path(optimizer) + (f"({settings})" if settings else "")
 
 
 def _make(groups: Sequence[dict[str, object]], options: OptimizerOptions) -> torch.optim.Optimizer:
@@ -134,8 +134,8 @@ def _make(groups: Sequence[dict[str, object]], options: OptimizerOptions) -> tor
     settings = options.optimizer_settings()
     check_settings(kind, settings, "--optimizer_args")
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    if kind is torch.optim.AdamW and devices <= _FUSED_DEVICES and not settings.keys() & {"fused", "foreach"}:
-        settings["fused"] = True
+    if kind is torch.optim.AdamW and devices <= _FUSED_DEVICES and settings.keys() <= SETTINGS:
+        kind = LeanAdamW
     try:
         return kind(groups, lr=None if options.relative_step else options.learning_rate, **settings)
     except (TypeError, ValueError) as error:
@@ -277,7 +277,7 @@ def import_state(
         )
     device = optimizer.param_groups[0]["params"][0].device
     state = _unpack(record["state"], tensors, device)
-    settings = settings_of_class(type(optimizer)).keys() | {"lr", "initial_lr", "name"}
+    settings = settings_of_class(_class_of(optimizer)).keys() | {"lr", "initial_lr", "name"}
     groups = []
     for fresh, packed in zip(whole["param_groups"], record["groups"], strict=True):
         saved = _unpack(packed, tensors, device)
@@ -297,7 +297,13 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[int, dict])
 
 
 def _class_path(optimizer: torch.optim.Optimizer) -> str:
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    kind = _class_of(optimizer)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _class_of(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
+    """Return the class whose settings and states an optimizer has."""
+    return torch.optim.AdamW if isinstance(optimizer, LeanAdamW) else type(optimizer)
 
 
 def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:

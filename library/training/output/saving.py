@@ -8,19 +8,22 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from library.core.device import dtype_named
 from library.core.errors import StorageError
 from library.core.files import require_room, write_bytes
 from library.core.log import logger
-from library.options.saving import SavingOptions
+from library.options.saving import DIFFUSERS, SavingOptions
 from library.training.events import Interval, Moment
 from library.training.guards import require_finite
 from library.training.output.ema import Ema
 from library.training.output.metadata import TrainingFacts, build_metadata
 from library.training.output.retention import Retention
 from networks.files import save_network
+from networks.formats import to_diffusers
 from networks.lora import LoRANetwork
+from networks.names import MAGNITUDE
 
 log = logger("saving")
 
@@ -33,12 +36,13 @@ class NetworkFile:
     """Writes the trained network, and its running average beside it, with the metadata of the moment."""
 
     def __init__(
-        self, network: LoRANetwork, facts: TrainingFacts, precision: str | None, ema: Ema | None = None
+        self, network: LoRANetwork, facts: TrainingFacts, saving: SavingOptions, ema: Ema | None = None
     ) -> None:
         self._network = network
         self._ema = ema
         self._facts = facts
-        self._dtype = dtype_named(precision or "float")  # None: as trained, in fp32
+        self._format = saving.save_format
+        self._dtype = dtype_named(saving.save_precision or "float")  # None: as trained, in fp32
 
     def write(self, path: Path, moment: Moment) -> list[Path]:
         """Write the network as it is now and return the files.
@@ -54,7 +58,7 @@ class NetworkFile:
         return [path, average_path]
 
     def _write(self, path: Path, moment: Moment, *, weights: str) -> None:
-        state = self._network.export_state(self._dtype)
+        state, settings = self._content()
         require_finite(state, f"the {weights} weights after step {moment.step}")
         require_room(path, sum(tensor.nbytes for tensor in state.values()), _ADVICE)
         if path.suffix != ".safetensors":  # a pickle, as torch writes it: it has no place for metadata
@@ -63,7 +67,16 @@ class NetworkFile:
             write_bytes(path, content.getbuffer())
             return
         metadata = build_metadata(self._facts, step=moment.step, epoch=moment.epoch, now=time.time())
-        save_network(path, state, metadata | {"ss_weights": weights})
+        save_network(path, state, metadata | settings | {"ss_weights": weights})
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the network's tensors under the names of its format, and settings for the metadata."""
+        if self._format != DIFFUSERS:
+            return self._network.export_state(self._dtype), {}
+        adapter = to_diffusers(self._network.export_state(), "the network")  # fp32, to be rounded once
+        tensors = adapter.prefixed("transformer")
+        exact = {key: t if key.endswith(MAGNITUDE) else t.to(self._dtype) for key, t in tensors.items()}
+        return exact, adapter.metadata()
 
 
 class PeriodicSave:

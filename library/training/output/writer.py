@@ -32,7 +32,7 @@ class Output:
         """`hurried`: whether the run should stop, so that nothing waits for an upload any more."""
         options = context.options
         facts = _facts(context, network, optimizer)
-        self._file = NetworkFile(network, facts, options.saving.save_precision, ema)
+        self._file = NetworkFile(network, facts, options.saving, ema)
         self._hub = options.hub
         uploading = options.hub.huggingface_repo_id is not None and context.processes.is_main
         self._uploads = Uploads(options.hub, hurried=hurried) if uploading else None

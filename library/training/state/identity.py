@@ -14,6 +14,7 @@ from pathlib import Path
 from library.core.checkpoint_files import open_checkpoint
 from library.core.errors import ConfigError
 from library.core.hashing import HashLedger, sha256_text
+from library.data.images import drawn_source
 from library.data.items import Item, Manifest
 from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
@@ -175,7 +176,9 @@ def _describe(item: Item) -> str:
     parts = (item.digest, item.text, item.repeats, item.geometry, item.dataset_index, subset.is_reg)
     drawing = (subset.captions, subset.images, sorted(subset.custom_attributes.items()))
     multiplier = item.dataset.network_multiplier
-    return repr((*parts, *drawing, multiplier, item.mask_path is not None))
+    source = drawn_source(item, None, flip=False)
+    edited = () if source is None else (source.identity,)
+    return repr((*parts, *drawing, multiplier, item.mask_path is not None, *edited))
 
 
 def _plain(value: object) -> object:

@@ -36,6 +36,7 @@ class StopSignals:
         self.defer = False  # True: remember the signal instead of ending the program
         self._clock, self._leave = clock, leave
         self._first_at = 0.0
+        self._ended: Stopped | None = None  # what was raised to end the program
 
     @contextmanager
     def caught(self) -> Iterator[StopSignals]:
@@ -47,6 +48,10 @@ class StopSignals:
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield self
+        except Exception as error:
+            if self._ended is None:
+                raise
+            raise self._ended from error  # code that a signal fell into may have made another error of it
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -59,7 +64,8 @@ class StopSignals:
             return
         self.received, self._first_at = name, self._clock()
         if not self.defer:
-            raise Stopped(f"Stopped by {name} before the first step; the same command starts again.")
+            self._ended = Stopped(f"Stopped by {name} before the first step; the same command starts again.")
+            raise self._ended
 
 
 class StopRequest:

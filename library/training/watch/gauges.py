@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library.core.device import sent
 
+EVERY = 10  # steps from one look at all weights to the next
 BANDS = 5  # of equal width, as far apart as validation's sigmas, which lie in their middles
 
 Item = TypeVar("Item")
@@ -55,18 +56,18 @@ class SigmaBands:
         """Take note of a micro-batch."""
         self._seen.append((sigmas, losses_B.detach()))
 
-    def measure(self) -> Tensor:
+    def measure(self, step: int) -> Tensor:
         """Return each band's sum of losses, then each band's number of pictures; then forget them."""
         if not self._seen:
             return torch.zeros(2 * BANDS, device=self._device)
         bands = [min(int(sigma * BANDS), BANDS - 1) for some, _ in self._seen for sigma in some]
-        members_NB = sent(
-            torch.tensor([[own == band for own in bands] for band in range(BANDS)]), self._device
-        )
+        strangers_NB = torch.tensor([[own != band for own in bands] for band in range(BANDS)])
+        counts = torch.tensor([float(bands.count(band)) for band in range(BANDS)])
         losses_B = torch.cat([losses_B for _, losses_B in self._seen])
         self._seen.clear()
         # Not a product with the members: one loss that is not a number would spoil every band.
-        return torch.cat([torch.where(members_NB, losses_B, 0.0).sum(1), members_NB.sum(1)])
+        sums = losses_B.masked_fill(sent(strangers_NB, self._device), 0.0).sum(1)
+        return torch.cat([sums, sent(counts, self._device)])
 
     def named(self, numbers: Sequence[float]) -> dict[str, float]:
         """Return the mean loss of each band that had a picture."""
@@ -76,7 +77,10 @@ class SigmaBands:
 
 
 class WeightNorms:
-    """The norm of all trained weights of a kind together, for instance of all `up` matrices."""
+    """The norm of all trained weights of a kind together, for instance of all `up` matrices.
+
+    They change slowly and to read them all takes time, so that is done in the first step and in every 10th.
+    """
 
     shared = False  # it is the same on every process
 
@@ -85,16 +89,21 @@ class WeightNorms:
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
                 self._kinds.setdefault(name.rpartition(".")[2], []).append(parameter)
+        self._nothing = torch.zeros(0, device=next(network.parameters()).device)
 
     @torch.no_grad()
-    def measure(self) -> Tensor:
-        """Return one norm a kind."""
+    def measure(self, step: int) -> Tensor:
+        """Return one norm a kind, or nothing."""
+        if step > 0 and (step + 1) % EVERY:
+            return self._nothing
         norms_P = norms_of([weight for weights in self._kinds.values() for weight in weights])
         kinds = norms_P.split([len(weights) for weights in self._kinds.values()])
         return torch.stack([torch.linalg.vector_norm(norms) for norms in kinds])
 
     def named(self, numbers: Sequence[float]) -> dict[str, float]:
         """Name the norms after their kinds."""
+        if not numbers:
+            return {}
         return {f"norm/{kind}": norm for kind, norm in zip(self._kinds, numbers, strict=True)}
 
 
@@ -117,7 +126,7 @@ class StopVote:
         self._reason, self._device = reason, device
         self.wished = False  # by one of them, in the last step
 
-    def measure(self) -> Tensor:
+    def measure(self, step: int) -> Tensor:
         """Return this process's vote."""
         return sent(torch.tensor([float(self._reason() is not None)]), self._device)
 

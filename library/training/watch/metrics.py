@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _log = logger("metrics")
 
+_REFRESH = 0.5  # seconds from one progress line to the next: to draw one takes as long as a small update
 SMOOTHING = 0.98  # share of the smoothed loss that a step keeps: it averages over about 50 steps
 
 
@@ -68,6 +69,7 @@ class Metrics:
             initial=start,
             desc="steps",
             smoothing=0.1,
+            mininterval=_REFRESH,
             disable=not shown,
             dynamic_ncols=True,
         )

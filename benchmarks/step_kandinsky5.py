@@ -1,0 +1,192 @@
+"""Kandinsky 5.0 Image in benchmarks/step.py: ours against diffusers + peft, text-to-image.
+
+All train LoRA on the official set of layers: queries, keys, values and outputs of self- and cross-attention,
+and the feed-forward, in text and visual blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.step_parts import RANK, Family, Settings, disturb
+from library.core.device import keep_freed_memory
+from library.models.kandinsky5_dit import Kandinsky5DiT
+from library.models.kandinsky5_format import Kandinsky5Params, parameter_shapes, quantisable_layers
+from library.options.compute import ComputeOptions
+from networks.lora import LoRANetwork, LoRASize
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and a latent size; texts have 128 tokens, later ones of a batch a little fewer."""
+
+    params: Kandinsky5Params
+    latent: int
+    text: int = 128
+
+
+def _params(dim: int, text_blocks: int, visual_blocks: int, head_dim: int, text_dim: int) -> Kandinsky5Params:
+    side = head_dim * 3 // 8
+    return Kandinsky5Params(
+        model_dim=dim, ff_dim=4 * dim, n_text_blocks=text_blocks, n_visual_blocks=visual_blocks,
+        head_dim=head_dim, text_dim=text_dim, axes_dims=(head_dim - 2 * side, side, side),
+    )  # fmt: skip
+
+
+SIZES = {
+    "nano": Size(_params(192, 1, 4, 32, 192), latent=32),
+    "mid": Size(_params(768, 2, 8, 64, 768), latent=64),
+    "full": Size(Kandinsky5Params(), latent=128),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch."""
+
+    latents_BCHW: Tensor
+    target_BCHW: Tensor
+    time_B: Tensor
+    tokens: list[Tensor]
+    pooled_BP: Tensor
+
+
+def _lengths(settings: Settings) -> list[int]:
+    text = settings.family.sizes[settings.size].text
+    return [text - 7 * (index % 3) for index in range(settings.batch)]
+
+
+def make_work(settings: Settings) -> Work:
+    """Draw a batch; texts of a batch differ in length."""
+    params, latent = settings.params, settings.family.sizes[settings.size].latent
+    draw = torch.Generator().manual_seed(1)
+    place = (settings.device, settings.dtype)
+    shape = (settings.batch, params.in_channels, latent, latent)
+    latents, target = (torch.randn(shape, generator=draw).to(settings.device) for _ in range(2))
+    tokens = [torch.randn(n, params.text_dim, generator=draw).to(*place) for n in _lengths(settings)]
+    pooled = torch.randn(settings.batch, params.pooled_dim, generator=draw).to(*place)
+    times = torch.linspace(200, 800, settings.batch).to(settings.device)
+    return Work(latents, target, times, tokens, pooled)
+
+
+def make_weights(params: Kandinsky5Params) -> dict[str, Tensor]:
+    """Draw weights of sane size; nothing is zero."""
+    draw, weights = torch.Generator().manual_seed(0), {}
+    for name, shape in parameter_shapes(params):
+        noise = torch.randn(shape, generator=draw)
+        if len(shape) == 2:
+            weights[name] = noise / shape[1] ** 0.5
+        else:
+            weights[name] = 0.1 * noise + ("norm.weight" in name)
+    return weights
+
+
+class Ours:
+    """This project."""
+
+    def __init__(self, settings: Settings) -> None:
+        keep_freed_memory()  # as `load_kandinsky5` does
+        with torch.device("meta"):
+            model = Kandinsky5DiT(settings.params)
+        weights = make_weights(settings.params)
+        for name in list(weights):
+            dtype = torch.float32 if name.startswith("time_embeddings.") else settings.dtype
+            weights[name] = weights[name].to(settings.device, dtype)
+        model.load_state_dict(weights, assign=True)
+        self.model = model.requires_grad_(False)
+        self.model.runner.keep(ComputeOptions(gradient_checkpointing=settings.checkpointing).keeps)
+        targets = quantisable_layers(settings.params)
+        self.network = LoRANetwork(model, {path: LoRASize(RANK, RANK) for path in targets})
+        self.network.apply_to(model)
+        self.trained = list(self.network.parameters())
+        disturb(self.trained)
+
+    def loss(self, work: Work) -> Tensor:
+        """Forward."""
+        out = torch.stack(self.model(work.latents_BCHW.unbind(), work.time_B, work.tokens, work.pooled_BP))
+        return (out.float() - work.target_BCHW).square().mean()
+
+
+class Rival:
+    """diffusers + peft, as diffusers' own LoRA scripts use them: fp32 adapters under autocast.
+
+    The network knows no mask, so texts of a batch are padded.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        from diffusers import Kandinsky5Transformer3DModel
+        from peft import LoraConfig
+
+        p = settings.params
+        self.dtype, self.device = settings.dtype, settings.device
+        with torch.device(settings.device):
+            model = Kandinsky5Transformer3DModel(
+                in_visual_dim=p.in_channels, out_visual_dim=p.latent_channels, in_text_dim=p.text_dim,
+                in_text_dim2=p.pooled_dim, time_dim=p.time_dim, model_dim=p.model_dim, ff_dim=p.ff_dim,
+                num_text_blocks=p.n_text_blocks, num_visual_blocks=p.n_visual_blocks, axes_dims=p.axes_dims,
+            )  # fmt: skip
+        model.load_state_dict(make_weights(p))
+        for name, weight in model.named_parameters():  # what `from_pretrained` keeps in fp32
+            if "modulation" not in name and "time_embeddings" not in name:
+                weight.data = weight.data.to(settings.dtype)
+        self.model = model.requires_grad_(False)
+        if settings.checkpointing:
+            model.enable_gradient_checkpointing()
+        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=quantisable_layers(p)))
+        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        for weight in self.trained:
+            weight.data = weight.data.float()
+        disturb(self.trained)
+
+    def loss(self, work: Work) -> Tensor:
+        """Forward."""
+        tokens = torch.nn.utils.rnn.pad_sequence(work.tokens, batch_first=True)
+        side = torch.arange(work.latents_BCHW.shape[-1] // 2, device=self.device)
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=half):
+            out_B1HWC = self.model(
+                work.latents_BCHW.permute(0, 2, 3, 1).unsqueeze(1).to(self.dtype),
+                tokens,
+                work.time_B,
+                work.pooled_BP,
+                visual_rope_pos=[side[:1], side, side],
+                text_rope_pos=torch.arange(tokens.shape[1], device=self.device),
+                return_dict=False,
+            )
+        out = out_B1HWC.squeeze(1).permute(0, 3, 1, 2)
+        return (out.float() - work.target_BCHW).square().mean()
+
+
+def useful_flops(settings: Settings) -> float:
+    """Floating-point operations of the products that a step needs, see benchmarks/step.py."""
+    p, size = settings.params, settings.family.sizes[settings.size]
+    image = (size.latent // p.patch_size) ** 2
+    square, feed_forward = p.model_dim**2, 2 * p.model_dim * p.ff_dim
+    total = 0.0
+    for text in _lengths(settings):
+        for blocks, weights, pairs in (
+            (p.n_text_blocks, text * (4 * square + feed_forward), text**2),
+            (
+                p.n_visual_blocks,
+                image * (6 * square + feed_forward) + text * 2 * square,
+                image * (image + text),
+            ),
+        ):
+            linear = 2 * 2 * weights  # forward, and backward to the input
+            attention = 3 * 4 * pairs * p.model_dim  # forward, and twice that backward
+            total += blocks * (linear + attention)
+            if settings.checkpointing:
+                total += blocks * (linear / 2 + attention / 3)
+    return total
+
+
+def tokens(settings: Settings) -> int:
+    """Tokens of a batch."""
+    size = settings.family.sizes[settings.size]
+    return settings.batch * (size.latent // settings.params.patch_size) ** 2 + sum(_lengths(settings))
+
+
+KANDINSKY5 = Family("kandinsky5", SIZES, {"ours": Ours, "diffusers": Rival}, make_work, useful_flops, tokens)

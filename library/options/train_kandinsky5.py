@@ -1,0 +1,32 @@
+"""All options of kandinsky5_train_network.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.options.group import option
+from library.options.kandinsky5 import Kandinsky5ModelOptions
+from library.options.legacy import Kandinsky5LegacyOptions
+from library.options.timesteps import TimestepOptions
+from library.options.train import TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kandinsky5TimestepOptions(TimestepOptions):
+    """Noise levels in training.
+
+    sigma is the share of noise, from 0 (the picture) to 1 (noise only).
+    """
+
+    discrete_flow_shift: float = option(
+        3.0, "shift towards noise of the samplings 'shift' and 'sigma'; 3 is what the model was trained with"
+    )
+
+
+@dataclass(frozen=True)
+class Kandinsky5TrainOptions(TrainOptions):
+    """The options of kandinsky5_train_network.py."""
+
+    timesteps: Kandinsky5TimestepOptions
+    model: Kandinsky5ModelOptions
+    legacy: Kandinsky5LegacyOptions

@@ -1,11 +1,9 @@
-"""Sizes of a network read off its weight file, and the settings that shapes cannot tell. No torch."""
+"""Sizes of a network read off the shapes in its weight file. No torch."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 from library.core.checkpoint_files import Checkpoint
 from library.core.errors import CheckpointError
@@ -57,52 +55,6 @@ class Shapes:
         if len(shape) <= dimension or not shape[dimension]:
             raise CheckpointError(f"{self._checkpoint.path}: '{name}' has the impossible shape {shape}.")
         return shape[dimension]
-
-
-class Settings:
-    """Values from the safetensors metadata, then from a config.json that speaks of this model."""
-
-    def __init__(self, path: Path, values: Mapping[str, object]) -> None:
-        self._path = path
-        self._values = values
-
-    def number(self, key: str, default: float) -> float:
-        """A positive number, or the default."""
-        value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise CheckpointError(f"{self._path}: setting {key} is {value!r}, but must be a positive number.")
-        return value
-
-    def integer(self, key: str, default: int) -> int:
-        """A positive whole number, or the default."""
-        value = self.number(key, default)
-        if value != int(value):
-            raise CheckpointError(f"{self._path}: setting {key} is {value!r}, but must be a whole number.")
-        return int(value)
-
-    def integers(self, keys: tuple[str, ...], default: tuple[int, ...]) -> tuple[int, ...]:
-        """Three whole numbers under the first of `keys` that is there, or the default."""
-        key = next((key for key in keys if key in self._values), None)
-        if key is None:
-            return default
-        value = self._values[key]
-        if not isinstance(value, list) or len(value) != 3 or not all(type(v) is int for v in value):
-            raise CheckpointError(
-                f"{self._path}: setting {key} is {value!r}, but must be three whole numbers."
-            )
-        return tuple(value)
-
-
-def read_settings(checkpoint: Checkpoint, is_ours: Callable[[Mapping[str, object]], bool]) -> Settings:
-    """Return the settings of a checkpoint; its config.json counts if it `is_ours`."""
-    values = dict(checkpoint.config) if is_ours(checkpoint.config) else {}
-    for key, text in checkpoint.metadata.items():
-        try:
-            value = json.loads(text)
-        except ValueError:
-            continue  # metadata is free text; only values that read as JSON are settings
-        values |= value if key == "config" and isinstance(value, dict) else {key: value}
-    return Settings(checkpoint.path, values)
 
 
 def check_axes(checkpoint: Checkpoint, axes_dims: tuple[int, ...], head_dim: int) -> None:

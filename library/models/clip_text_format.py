@@ -16,7 +16,7 @@ from library.core.checkpoint_files import Checkpoint, open_checkpoint
 from library.core.errors import CheckpointError
 from library.models.checkpoint_kind import refuse, require_tensors
 from library.models.checkpoint_sizes import linear_shapes
-from library.models.model_config import Constants, config_beside, matrix_shape
+from library.models.model_config import Settings, config_beside, matrix_shape
 
 _WANTED = "a CLIP text encoder in the layout of Hugging Face"
 _WHAT = "CLIP text encoder"
@@ -86,7 +86,7 @@ def _read_params(checkpoint: Checkpoint) -> ClipTextParams:
     values = config_beside(checkpoint, _MODEL_TYPES)
     text = values.get("text_config")
     values = {"hidden_act": ClipTextParams.activation, **values, **(text if isinstance(text, dict) else {})}
-    constants = Constants(checkpoint.path, values)
+    constants = Settings(checkpoint.path, values)
     if values["hidden_act"] not in _ACTIVATIONS:
         constants.refuse("hidden_act", f"only {' and '.join(_ACTIVATIONS)} are supported")
     vocab, hidden = matrix_shape(checkpoint, "embeddings.token_embedding.weight", _WHAT)

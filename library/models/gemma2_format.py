@@ -15,7 +15,7 @@ from pathlib import Path
 from library.core.checkpoint_files import Checkpoint, open_checkpoint
 from library.core.errors import CheckpointError
 from library.models.checkpoint_kind import refuse, require_tensors
-from library.models.model_config import Constants, config_beside, matrix_shape
+from library.models.model_config import Settings, config_beside, matrix_shape
 
 _WHAT = "Gemma2 text encoder"
 _MARK = re.compile(
@@ -113,11 +113,11 @@ _FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
-def _read_config(checkpoint: Checkpoint) -> Constants:
+def _read_config(checkpoint: Checkpoint) -> Settings:
     """Return the constants beside the weights; refuse a Gemma2 of another build."""
     values = config_beside(checkpoint, ("gemma2",))
     rope = values.get("rope_parameters")
-    config = Constants(checkpoint.path, {**values, **(rope if isinstance(rope, dict) else {})})
+    config = Settings(checkpoint.path, {**values, **(rope if isinstance(rope, dict) else {})})
     config.require(_FIXED)
     if any(kind != _LAYER_TYPES[number % 2] for number, kind in enumerate(config.listed("layer_types"))):
         config.refuse("layer_types", f"only {' and '.join(_LAYER_TYPES)} in turn are supported")

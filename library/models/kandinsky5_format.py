@@ -23,17 +23,16 @@ from library.core.errors import CheckpointError, ConfigError
 from library.models.checkpoint_kind import refuse, require_tensors
 from library.models.checkpoint_sizes import (
     NamedShape,
-    Settings,
     Shapes,
     check_axes,
     linear_shapes,
-    read_settings,
     same_name,
 )
+from library.models.model_config import Settings, read_settings
 from library.models.quant_file import QuantFile, read_quantised
+from library.options.kandinsky5 import I2I, T2I
 
 ORIGINAL = "original"
-T2I, I2I = "t2i", "i2i"
 MOST_TOKENS = 1024  # of a text
 MOST_PATCHES = 128  # along a side of a picture
 _PIXELS = 16  # along a side of a patch
@@ -187,7 +186,7 @@ def _read_params(checkpoint: Checkpoint) -> Kandinsky5Params:
         in_channels=in_channels,
         latent_channels=latent_channels,
         patch_size=patch_size,
-        axes_dims=settings.integers(("axes_dims",), _axes_of(head_dim)),
+        axes_dims=settings.integers(("axes_dims",), _axes_of(head_dim), count=3),
     )
     check_axes(checkpoint, params.axes_dims, head_dim)
     return params
@@ -196,7 +195,7 @@ def _read_params(checkpoint: Checkpoint) -> Kandinsky5Params:
 def _patch_size(checkpoint: Checkpoint, settings: Settings) -> int:
     """Rows and columns of a patch; it is one picture deep."""
     released = Kandinsky5Params().patch_size
-    depth, height, width = settings.integers(("patch_size",), (1, released, released))
+    depth, height, width = settings.integers(("patch_size",), (1, released, released), count=3)
     if depth != 1 or height != width or height < 1:
         raise CheckpointError(
             f"{checkpoint.path}: setting patch_size is {[depth, height, width]}, but must be [1, n, n]."

@@ -24,9 +24,9 @@ from library.models.checkpoint_sizes import (
     Shapes,
     check_axes,
     linear_shapes,
-    read_settings,
     same_name,
 )
+from library.models.model_config import read_settings
 from library.models.quant_file import QuantFile, read_quantised
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
@@ -163,7 +163,7 @@ def _read_params(checkpoint: Checkpoint, layout: str) -> NextDiTParams:
         time_frequencies=shapes.columns("t_embedder.mlp.0.weight"),
         in_channels=shapes.columns("x_embedder.weight") // patch_size**2,
         patch_size=patch_size,
-        axes_dims=settings.integers(("axes_dims", "axes_dim_rope"), _axes_of(head_dim)),
+        axes_dims=settings.integers(("axes_dims", "axes_dim_rope"), _axes_of(head_dim), count=3),
         rope_theta=settings.number("rope_theta", released.rope_theta),
         norm_eps=settings.number("norm_eps", released.norm_eps),
         # diffusers builds these norms with its own constant; the original takes its norm class's default

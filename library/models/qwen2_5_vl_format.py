@@ -25,7 +25,7 @@ from library.core.checkpoint_files import Checkpoint, TensorInfo, open_checkpoin
 from library.core.errors import CheckpointError
 from library.models.checkpoint_kind import refuse, require_tensors
 from library.models.checkpoint_sizes import NamedShape, linear_shapes
-from library.models.model_config import Constants, config_beside, matrix_shape
+from library.models.model_config import Settings, config_beside, matrix_shape
 
 _WHAT = "Qwen2.5-VL text encoder"
 _TEXT_MARK = re.compile(r"(.*?)layers\.(\d+)\.mlp\.gate_proj\.weight")
@@ -195,7 +195,7 @@ def _read_params(checkpoint: Checkpoint, *, vision: bool) -> Qwen2_5_VLParams:
     key_rows = matrix_shape(checkpoint, "language_model.layers.0.self_attn.k_proj.weight", _WHAT)[0]
     if key_rows % (hidden // heads):
         _unclear(checkpoint, f"keys of {key_rows} rows do not divide into heads of {hidden // heads}")
-    section = text.integers("mrope_section", Qwen2_5_VLParams.mrope_section)
+    section = text.integers(("mrope_section",), Qwen2_5_VLParams.mrope_section)
     if 2 * sum(section) != hidden // heads or len(section) != 3:
         _unclear(checkpoint, f"mrope_section {list(section)} does not fit heads of {hidden // heads}")
     return Qwen2_5_VLParams(
@@ -213,11 +213,11 @@ def _read_params(checkpoint: Checkpoint, *, vision: bool) -> Qwen2_5_VLParams:
     )
 
 
-def _text_constants(checkpoint: Checkpoint, config: dict[str, object]) -> Constants:
+def _text_constants(checkpoint: Checkpoint, config: dict[str, object]) -> Settings:
     """Return the language model's constants, which lie flat or in `text_config`."""
     values = {**config, **_table(config, "text_config")}
     rope = _table(values, "rope_scaling") | _table(values, "rope_parameters")
-    constants = Constants(checkpoint.path, {**values, **rope})
+    constants = Settings(checkpoint.path, {**values, **rope})
     constants.require({"hidden_act": "silu", "use_sliding_window": False})
     if rope.get("rope_type", rope.get("type")) not in (None, "default", "mrope"):
         constants.refuse("rope_type" if "rope_type" in rope else "type", "only 'default' is supported")
@@ -225,14 +225,14 @@ def _text_constants(checkpoint: Checkpoint, config: dict[str, object]) -> Consta
 
 
 def _read_vision(checkpoint: Checkpoint, config: dict[str, object]) -> VisionParams:
-    constants = Constants(checkpoint.path, _table(config, "vision_config"))
+    constants = Settings(checkpoint.path, _table(config, "vision_config"))
     constants.require({"hidden_act": "silu"})
     usual = VisionParams()
     hidden, channels, temporal, patch = _patch_shape(checkpoint)
     merged = matrix_shape(checkpoint, "visual.merger.mlp.0.weight", _WHAT)[1]
     depth = int(constants.number("depth", _count(checkpoint, _BLOCK_MARK, 1)))
     heads = int(constants.number("num_heads", usual.heads))
-    full = constants.integers("fullatt_block_indexes", usual.full_attention_blocks)
+    full = constants.integers(("fullatt_block_indexes",), usual.full_attention_blocks)
     if hidden % heads or hidden // heads % 4:
         _unclear(checkpoint, f"a vision tower {hidden} wide does not divide into {heads} heads")
     if any(number >= depth for number in full):

@@ -178,7 +178,7 @@ def test_damaged_files(tensors, tmp_path, changed, message):
     [
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; only quick_gelu and gelu"),
         ({"num_attention_heads": 7}, "width of 128 does not divide into 7 heads"),
-        ({"num_attention_heads": "2"}, "num_attention_heads is '2', but must be a number"),
+        ({"num_attention_heads": "2"}, "num_attention_heads is '2', but must be a positive number"),
         ({"num_hidden_layers": 3}, "incomplete CLIP text encoder"),
     ],
 )

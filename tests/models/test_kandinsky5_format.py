@@ -174,7 +174,7 @@ class TestSettings:
         ("metadata", "sentence"),
         [
             ({"axes_dims": "[8, 12, 10]"}, "[8, 12, 10] must be even and add up to 32"),
-            ({"axes_dims": "[8, 24]"}, "must be three whole numbers"),
+            ({"axes_dims": "[8, 24]"}, "must be 3 whole numbers"),
             ({"patch_size": "[2, 2, 2]"}, "patch_size is [2, 2, 2], but must be [1, n, n]"),
             ({"patch_size": "[1, 1, 1]"}, "image-to-image: 64 channels in, 64 channels out"),
         ],

@@ -176,7 +176,7 @@ class TestSettings:
         [
             ({"axes_dims": "[16, 16, 8]"}, r"\[16, 16, 8\] must be even and add up to 48"),
             ({"axes_dims": "[15, 17, 16]"}, "must be even"),
-            ({"axes_dims": "[24, 24]"}, "must be three whole numbers"),
+            ({"axes_dims": "[24, 24]"}, "must be 3 whole numbers"),
             ({"norm_eps": "-1"}, "norm_eps is -1, but must be a positive number"),
             ({"patch_size": "1.5"}, "patch_size is 1.5, but must be a whole number"),
         ],

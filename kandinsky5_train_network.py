@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from library.core.entry import run_script
 from library.core.hashing import HashLedger
 from library.data.prompt import Prompt
-from library.models.file_identity import latent_identity
+from library.models import file_identity, kandinsky5_identity
 from library.models.kandinsky5_files import (
     build_tokenizers,
     check_models,
@@ -22,10 +22,10 @@ from library.models.kandinsky5_files import (
     inspect_transformer,
 )
 from library.models.kandinsky5_format import Kandinsky5Checkpoint, linear_layers
-from library.models.kandinsky5_identity import file_digests, text_identity
+from library.models.kandinsky5_identity import file_digests
 from library.models.kandinsky5_prompt import Kandinsky5Tokenizers, count_tokens
 from library.options.group import parse_options
-from library.options.kandinsky5 import I2I
+from library.options.kandinsky5 import I2I, task_named
 from library.options.request import ImageRequest
 from library.options.train_kandinsky5 import Kandinsky5TrainOptions
 from library.training.family import FamilySpec, ModelFiles
@@ -78,18 +78,29 @@ class Kandinsky5Trainer(NetworkTrainer):
         self.options.swap.check(transformer.params.n_blocks)
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
-        """Identify the weight files for caches and states, and describe them for the metadata."""
-        models, precision = self.options.model, self.options.training.mixed_precision
-        digests = file_digests(models, ledger)
+        """Identify the weight files for states, and describe them for the metadata."""
+        digests = file_digests(self.options.model, ledger)
         trained = {"pretrained_model_name_or_path"}
         return ModelFiles(
-            latent_identity=latent_identity(
-                inspect_autoencoder(models.vae), "no" if models.no_half_vae else precision, ledger
-            ),
-            text_identity=text_identity(models, precision, ledger, self.options.quant.text_encoder_quant),
             described=self._describe(ledger),
             trained_on={flag: digest for flag, digest in digests.items() if flag in trained},
             read_by={flag: digest for flag, digest in digests.items() if flag not in trained},
+        )
+
+    def latent_identity(self, ledger: HashLedger) -> str:
+        """Identify the autoencoder, and how it runs."""
+        models, precision = self.options.model, self.options.training.mixed_precision
+        precision = "no" if models.no_half_vae else precision
+        return file_identity.latent_identity(inspect_autoencoder(models.vae), precision, ledger)
+
+    def text_identity(self, ledger: HashLedger) -> str:
+        """Identify Qwen and CLIP, their tokenizers, and how they run."""
+        return kandinsky5_identity.text_identity(
+            self.options.model,
+            self.options.training.mixed_precision,
+            ledger,
+            vision=self.edits_pictures(),
+            quant=self.options.quant.text_encoder_quant,
         )
 
     def _describe(self, ledger: HashLedger) -> dict[str, str]:
@@ -114,8 +125,10 @@ class Kandinsky5Trainer(NetworkTrainer):
         return inspect_transformer(self.options.model.pretrained_model_name_or_path, self.options.model.task)
 
     def edits_pictures(self) -> bool:
-        """Whether the model is one that edits pictures."""
-        return self._transformer.params.task == I2I
+        """Whether the model is one that edits pictures: as --task says, which cache tools may do without the
+        model for, or as its file says.
+        """
+        return (task_named(self.options.model.task) or self._transformer.params.task) == I2I
 
     def source_dropout(self) -> float:
         """Return what --source_dropout_rate says."""
@@ -189,9 +202,9 @@ class Kandinsky5Trainer(NetworkTrainer):
         batch_size = min(len(prompts), self.options.caching.text_encoder_batch_size)
         return encode_prompts(encoders, self._tokenizers, prompts, **self._limits, batch_size=batch_size)
 
-    def count_tokens(self, text: str) -> tuple[int, int]:
-        """Count Qwen's tokens behind the template."""
-        return count_tokens(self._tokenizers.qwen, Prompt(text), **self._limits)
+    def count_tokens(self, prompt: Prompt) -> tuple[int, int]:
+        """Count Qwen's tokens behind the template, those of a source picture too."""
+        return count_tokens(self._tokenizers.qwen, prompt, **self._limits)
 
     @property
     def _limits(self) -> dict[str, int]:

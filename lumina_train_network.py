@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
 from library.core.hashing import HashLedger
+from library.models import lumina2_identity
 from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer, find_tokenizer, format_prompt
 from library.models.lumina2_files import check_models
 from library.models.lumina2_format import linear_layers
-from library.models.lumina2_identity import file_digests, latent_identity, text_identity
+from library.models.lumina2_identity import file_digests
 from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
 from library.training.family import FamilySpec, ModelFiles
@@ -63,17 +64,12 @@ class LuminaTrainer(NetworkTrainer):
         self.options.swap.check(transformer.params.n_blocks)
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
-        """Identify the weight files for caches and states, and describe them for the metadata."""
-        models, precision = self.options.model, self.options.training.mixed_precision
-        merged = base_text_identity(self.options.network, ledger.sha256)
-        quant = self.options.quant.text_encoder_quant
-        digests = file_digests(models, ledger)
+        """Identify the weight files for states, and describe them for the metadata."""
+        digests = file_digests(self.options.model, ledger)
         trained = {"pretrained_model_name_or_path"}
         if self.options.network.trains_text_encoder:
             trained |= {"gemma2", "gemma2_tokenizer"}
         return ModelFiles(
-            latent_identity=latent_identity(models, precision, ledger),
-            text_identity=text_identity(models, precision, ledger, merged=merged, quant=quant),
             described=self._describe(ledger),
             trained_on={flag: digest for flag, digest in digests.items() if flag in trained},
             read_by={flag: digest for flag, digest in digests.items() if flag not in trained},
@@ -94,6 +90,22 @@ class LuminaTrainer(NetworkTrainer):
         for kind, path in files.items():
             described |= weight_file(kind, path, ledger.sha256(path) if path.is_file() else None)
         return described
+
+    def latent_identity(self, ledger: HashLedger) -> str:
+        """Identify the autoencoder, and how it runs."""
+        precision = self.options.training.mixed_precision
+        return lumina2_identity.latent_identity(self.options.model, precision, ledger)
+
+    def text_identity(self, ledger: HashLedger) -> str:
+        """Identify Gemma2, with what --base_weights make of it, its tokenizer, and how it runs."""
+        options = self.options
+        return lumina2_identity.text_identity(
+            options.model,
+            options.training.mixed_precision,
+            ledger,
+            merged=base_text_identity(options.network, ledger.sha256),
+            quant=options.quant.text_encoder_quant,
+        )
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> FluxVAE:
         """Load the FLUX autoencoder, in fp32 with --no_half_vae."""
@@ -160,9 +172,9 @@ class LuminaTrainer(NetworkTrainer):
         limit = self.options.model.gemma2_max_token_length
         return encode_prompts(encoders, self._tokenizer, texts, limit, batch_size=len(texts))
 
-    def count_tokens(self, text: str) -> tuple[int, int]:
+    def count_tokens(self, prompt: Prompt) -> tuple[int, int]:
         """Count Gemma's tokens."""
-        return self._tokenizer.count(text), self.options.model.gemma2_max_token_length
+        return self._tokenizer.count(prompt.text), self.options.model.gemma2_max_token_length
 
     def encode_blank(self, encoders: Gemma2Encoder, tokens: int, count: int) -> list[Condition]:
         """Encode texts of Gemma2's token 0."""

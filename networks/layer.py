@@ -32,7 +32,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.core.seeds import generator
 from library.nn.products import Linear, layer_dtype
-from library.nn.quant import restore, stored_form
+from library.nn.quant import product, product_back, restore, stored_form
 from networks.dora import DoRALinearOp, Magnitude, scaled_linear
 from networks.names import ALPHA, DORA, DOWN, UP, is_anchored
 from networks.start import start_weights
@@ -42,7 +42,7 @@ class _LoRALinearOp(torch.autograd.Function):
     """`F.linear(x, weight, bias) + low_rank(x, down, up, factor)`, multiplied in `dtype`.
 
     The base layer is constant: weight and bias get no gradient. Its weight comes in stored form, and is
-    restored again in backward.
+    used in the same way in backward.
     """
 
     @staticmethod
@@ -54,15 +54,15 @@ class _LoRALinearOp(torch.autograd.Function):
         up: Tensor,
         factor: float | Tensor,
         dtype: torch.dtype,
-        scheme: str | None,
+        way: str | None,
         *stored: Tensor,
     ) -> Tensor:
         down_RI, up_OR, wide_NI = down.to(dtype), up.to(dtype), x_NI.to(dtype)
         h_NR = torch.mm(wide_NI, down_RI.t()).mul_(factor)
-        y_NO = F.linear(wide_NI, restore(scheme, stored, dtype), None if bias_O is None else bias_O.to(dtype))
+        y_NO = product(wide_NI, way, stored, bias_O, dtype)
         y_NO.addmm_(h_NR, up_OR.t())
         ctx.save_for_backward(x_NI, down_RI, up_OR, h_NR, *stored)
-        ctx.factor, ctx.dtype, ctx.lora_dtype, ctx.scheme = factor, dtype, down.dtype, scheme
+        ctx.factor, ctx.dtype, ctx.lora_dtype, ctx.way = factor, dtype, down.dtype, way
         return y_NO.to(x_NI.dtype)
 
     @staticmethod
@@ -78,8 +78,8 @@ class _LoRALinearOp(torch.autograd.Function):
         if need_up:  # this order of factors is the faster one: the wide matrix is not transposed
             grad_up = torch.mm(h_NR.t(), grad_NO).t().to(ctx.lora_dtype)
         if need_x:
-            weight_OI = restore(ctx.scheme, stored, ctx.dtype)
-            grad_x = torch.mm(grad_NO, weight_OI).addmm_(grad_h_NR, down_RI).to(x_NI.dtype)
+            grad_x = product_back(grad_NO, ctx.way, stored, ctx.dtype)
+            grad_x = grad_x.addmm_(grad_h_NR, down_RI).to(x_NI.dtype)
         return grad_x, None, grad_down, grad_up, None, None, None, *(None for _ in stored)
 
 
@@ -375,17 +375,17 @@ class LoRALinear(nn.Module):
 
     def _with_loras(self, x_NI: Tensor, actions: Sequence[Action], dtype: torch.dtype) -> Tensor:
         """Return the layer's output with what LoRAs do to it."""
-        bias, (scheme, stored) = self.base.bias, stored_form(self.base)
+        bias, (way, stored) = self.base.bias, stored_form(self.base)
         (down, up, factor, scale, on_output), *more = actions
         if scale is None:
-            y_NO = _LoRALinearOp.apply(x_NI, bias, down, up, factor, dtype, scheme, *stored)
+            y_NO = _LoRALinearOp.apply(x_NI, bias, down, up, factor, dtype, way, *stored)
         else:
-            y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, scheme, *stored)
+            y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, way, *stored)
         for down, up, factor, scale, on_output in more:
             y_NO = y_NO + low_rank(x_NI, down, up, factor)
             if scale is not None:
                 y_NO = y_NO + scaled_linear(
-                    x_NI, restore(scheme, stored, x_NI.dtype), None, scale - 1, on_output
+                    x_NI, restore(way, stored, x_NI.dtype), None, scale - 1, on_output
                 )
         return y_NO
 

@@ -74,11 +74,27 @@ class LoRASize:
 
 @dataclass(frozen=True)
 class MaxNorm:
-    """What `LoRANetwork.apply_max_norm` did. Norms are of alpha / rank * up down, after it."""
+    """What `LoRANetwork.apply_max_norm` did. Norms are of alpha / rank * up down, after it.
 
-    scaled: int
-    average: float
-    largest: float
+    `numbers` (3,) may still be in the making on the device; to ask for one of them waits for that.
+    """
+
+    numbers: Tensor
+
+    @property
+    def scaled(self) -> int:
+        """How many LoRAs were above the limit."""
+        return int(self.numbers[0])
+
+    @property
+    def average(self) -> float:
+        """The mean of the norms."""
+        return self.numbers[1].item()
+
+    @property
+    def largest(self) -> float:
+        """The largest norm."""
+        return self.numbers[2].item()
 
 
 class LoRANetwork(nn.Module):
@@ -214,8 +230,7 @@ class LoRANetwork(nn.Module):
         for lora, ratio in zip(self.loras.values(), ratios.unbind(), strict=True):
             lora.shrink(ratio)
         kept = norms * ratios
-        scaled, average, largest = torch.stack([(ratios < 1).sum(), kept.mean(), kept.max()]).tolist()
-        return MaxNorm(int(scaled), average, largest)
+        return MaxNorm(torch.stack([(ratios < 1).sum(), kept.mean(), kept.max()]))
 
     def parameter_count(self) -> int:
         """Return how many numbers are trained."""

@@ -60,15 +60,15 @@ def write_network(path: Path, value: float, step: int | None, rank: int = 2, alp
     return path
 
 
-def average(run_script, *words: object):
-    return run_script(ROOT / "tools/post_hoc_ema.py", *words)
+def average(run_script, *words: object, cold: bool = False):
+    return run_script(ROOT / "tools/post_hoc_ema.py", *words, cold=cold)
 
 
 def test_the_file(tmp_path: Path, run_script) -> None:
     late = write_network(tmp_path / "late.safetensors", 4.0, step=20)
     early = write_network(tmp_path / "early.safetensors", 0.0, step=10)
     output = tmp_path / "new folder" / "average.safetensors"
-    result = average(run_script, "--networks", late, early, "--output", output, "--decay", "0.9")
+    result = average(run_script, "--networks", late, early, "--output", output, "--decay", "0.9", cold=True)
     assert result.code == 0, result.err
     share = 1 - 0.9**10
     found = load_file(output)

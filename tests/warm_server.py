@@ -1,9 +1,9 @@
 """A Python that has imported what the scripts import, and forks a process for each script that is to be run.
 
-What is forked runs the script as `python script.py ...` does: with its own arguments, environment and output,
-and it ends as an interpreter ends. Two things differ: modules are there before the script asks for them, and
-variables that are read during an import have the values of the server. Tests about either start a Python of
-their own. The server calls nothing of torch, so it has no threads that a fork would lose.
+What is forked runs the script as `python script.py ...` does, with its own arguments, environment and output.
+Three things differ: modules are there before the script asks for them, variables that are read by an import
+have the values of the server, and nothing is taken down after the last words. Tests about any of this start a
+Python of their own. The server calls nothing of torch, so it has no threads that a fork would lose.
 
 A launcher is forked like a script. The scripts that it starts are its own children, but forked as well: by a
 helper without threads, which is forked from the launcher before it begins.
@@ -13,6 +13,7 @@ helper without threads, which is forked from the launcher before it begins.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import importlib
@@ -34,12 +35,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
     *("library.training.run", "library.training.context", "library.training.look.dry_run"),
     *("library.models.flux_vae", "library.models.gemma2", "library.models.lumina2"),
-    *("library.inference.artist", "networks.lora", "networks.lycoris.network"),
-    *(
-        "sentencepiece.sentencepiece_model_pb2",
-        "accelerate.commands.config",
-        "torch.distributed.launcher.api",
-    ),
+    *("library.models.kandinsky5", "library.models.kandinsky5_text", "library.inference.drawing"),
+    *("networks.lora", "networks.lycoris.network", "sentencepiece.sentencepiece_model_pb2"),
+    *("accelerate.commands.config", "torch.distributed.launcher.api"),
 )
 _NUMBER = struct.Struct("i")
 _SET_NAME, _SET_CHILD_SUBREAPER = 15, 36  # of prctl
@@ -50,12 +48,12 @@ def main() -> None:
     sys.path[0] = str(ROOT)
     subprocess.Popen = _ForkingPopen  # before it is imported by name
     for module in MODULES:
-        with suppress(ImportError):  # a script that needs it will tell of it
+        with suppress(Exception):  # a script that needs it will tell of it
             importlib.import_module(module)
     gc.freeze()  # what is there now stays, so collecting need not look at it, nor copy it
     request = _served(socket.socket(fileno=int(sys.argv[1])))
     if request is not None:
-        _be(request["words"])
+        _end(_exit_code(request["words"]))
 
 
 def _served(line: socket.socket) -> dict | None:
@@ -110,17 +108,35 @@ def _leave_to(parent: int, channel: int) -> None:
     os.write(channel, _NUMBER.pack(os.getpid()))
 
 
-def _be(words: list[str]) -> None:
-    """Do what Python does with these words."""
-    if words[0] != "-m":
-        sys.argv = words
-        sys.path[0] = str(Path(words[0]).resolve().parent)
-        runpy.run_path(words[0], run_name="__main__")
-    elif (launched := _scripts_of_a_launcher()) is not None:
-        _be(launched)
-    else:
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+def _exit_code(words: list[str]) -> int:
+    """Do what Python does with these words, and return what it would end with."""
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    try:
+        if words[0] != "-m":
+            sys.argv = words
+            sys.path[0] = str(Path(words[0]).resolve().parent)
+            runpy.run_path(words[0], run_name="__main__")
+        elif (launched := _scripts_of_a_launcher()) is not None:
+            return _exit_code(launched)
+        else:
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    return 0
+
+
+def _end(code: int) -> None:
+    """End as an interpreter does, but without taking down what was imported, which takes half a second."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 # --- launchers ---

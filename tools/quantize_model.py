@@ -3,33 +3,28 @@
     python tools/quantize_model.py --pretrained_model_name_or_path lumina.safetensors \\
         --output lumina-int8.safetensors --base_quant int8
 
+Lumina Image 2.0 or Kandinsky 5.0 Image: which of them it is is seen in the file.
 The file is used like any other; the scripts see that it is quantised, and --base_quant need not be given.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 # Run as a file, the repository is not on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.core.checkpoint_files import open_checkpoint  # noqa: E402
 from library.core.entry import run_script  # noqa: E402
 from library.core.errors import ConfigError  # noqa: E402
 from library.core.log import setup_logging  # noqa: E402
-from library.models.lumina2_format import (  # noqa: E402
-    inspect_lumina2,
-    parameter_shapes,
-    quantisable_layers,
-)
+from library.models import kandinsky5_format, lumina2_format  # noqa: E402
+from library.models.checkpoint_kind import kind_of  # noqa: E402
 from library.models.quant_file import SCHEME_KEY, check_widths  # noqa: E402
 from library.options.group import REQUIRED, OptionGroup, option, parse_options  # noqa: E402
 from library.options.quant import SCHEMES, QuantOptions  # noqa: E402
-
-# What the loader cannot read off shapes.
-_SETTINGS = ("axes_dims", "patch_size", "rope_theta", "norm_eps", "qk_norm_eps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +55,26 @@ def main() -> None:
     """Check the file by its headers, then quantise it."""
     chosen = parse_options(Options, description=__doc__.partition("\n")[0]).quantize
     setup_logging("INFO")
-    found = inspect_lumina2(chosen.pretrained_model_name_or_path)
+    path = chosen.pretrained_model_name_or_path
+    is_kandinsky = "Kandinsky 5 transformer" in kind_of(open_checkpoint(path, subfolder="transformer"))
+    family = kandinsky5_format if is_kandinsky else lumina2_format
+    found = family.inspect_kandinsky5(path) if is_kandinsky else family.inspect_lumina2(path)
     if found.quant.scheme is not None:
         raise ConfigError(f"{found.checkpoint.path} is quantised already, to {found.quant.scheme}.")
-    layers, shapes = quantisable_layers(found.params), parameter_shapes(found.params)
+    layers, shapes = family.quantisable_layers(found.params), family.parameter_shapes(found.params)
     check_widths(chosen.base_quant, layers, shapes, found.checkpoint.path)
     import torch
     from safetensors.torch import save
 
     from library.core.files import write_bytes
+    from library.models.kandinsky5 import load_kandinsky5
     from library.models.lumina2 import load_nextdit
 
+    load = load_kandinsky5 if is_kandinsky else load_nextdit
     quant = QuantOptions(base_quant=chosen.base_quant)
-    model = load_nextdit(found, device=torch.device("cpu"), dtype=torch.bfloat16, quant=quant)
-    settings = {key: json.dumps(value) for key, value in asdict(found.params).items() if key in _SETTINGS}
-    write_bytes(chosen.output, save(model.state_dict(), settings | {SCHEME_KEY: chosen.base_quant}))
+    model = load(found, device=torch.device("cpu"), dtype=torch.bfloat16, quant=quant)
+    metadata = family.settings_of(found.params) | {SCHEME_KEY: chosen.base_quant}
+    write_bytes(chosen.output, save(model.state_dict(), metadata))
     print(f"wrote {chosen.output}, {chosen.output.stat().st_size / 2**30:.2f} GiB")
 
 

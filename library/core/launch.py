@@ -12,7 +12,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,21 @@ def adopt_deepspeed(environment: MutableMapping[str, str]) -> None:
         spread_model(environment)
     elif environment.get("RANK", "0") == "0":
         _log.warning("DeepSpeed's stage %d has no effect: %s", stage, PLAIN_STAGES)
+
+
+def compiler_wishes(environment: Mapping[str, str], *, compiles: bool) -> Iterator[str]:
+    """Yield a sentence if accelerate's configuration asks for torch.compile, which it has no say in here.
+
+    compiles: whether the script was asked for it.
+    """
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend in ("no", ""):
+        return
+    told = f"dynamo_backend {backend} of accelerate's configuration has no effect"
+    if compiles:
+        yield f"{told}, nor have its other dynamo_ settings: --torch_compile and --dynamo_backend count"
+    else:
+        yield f"{told}: blocks are compiled with --torch_compile"
 
 
 def spread_model(environment: MutableMapping[str, str]) -> None:

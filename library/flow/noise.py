@@ -7,7 +7,7 @@
 Sources: https://www.crosslabs.org/blog/diffusion-with-offset-noise (offset),
 https://wandb.ai/johnowhitaker/multires_noise (pyramid), https://arxiv.org/abs/2301.11706 (perturbation).
 
-Shapes: C latent channels, h and w latent height and width; fp32 on the CPU, where the numbers are drawn.
+Shapes: C latent channels, h and w latent height and width; fp32. Numbers are drawn on the CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.core import seeds
+from library.core.device import sent
 from library.flow.path import draw_noise
 from library.options.noise import NoiseOptions
 
@@ -29,10 +30,12 @@ def training_noise(
     """Return the noise (C, h, w) of one picture.
 
     Args:
-        mean_C: mean of the picture's latents in each channel; read only with `adaptive_noise_scale`.
+        mean_C: mean of the picture's latents in each channel; read only with `adaptive_noise_scale`. Where
+            it lies, the noise is put together, so that nobody waits for it.
         key: what the draw is for: (step, micro, slot).
     """
-    noise_Chw = draw_noise(shape, seed, *key)
+    device = torch.device("cpu") if mean_C is None else mean_C.device
+    noise_Chw = sent(draw_noise(shape, seed, *key), device)
     if options.noise_offset is not None:
         noise_Chw = noise_Chw + _offset(options, shape, mean_C, seed, *key)
     if options.multires_noise_iterations:
@@ -57,10 +60,12 @@ def _offset(
     if options.noise_offset_random_strength:
         strength *= seeds.unit(seed, "noise offset strength", *key)
     strength_C = torch.full((shape[0],), strength)
+    drawn_C = _normal(shape[:1], seed, "noise offset", *key)
     if options.adaptive_noise_scale:
         assert mean_C is not None
+        strength_C, drawn_C = (sent(tensor, mean_C.device) for tensor in (strength_C, drawn_C))
         strength_C = (strength_C + options.adaptive_noise_scale * mean_C.abs()).clamp_min(0)
-    return (strength_C * _normal(shape[:1], seed, "noise offset", *key))[:, None, None]
+    return (strength_C * drawn_C)[:, None, None]
 
 
 def _add_coarser(noise_Chw: Tensor, options: NoiseOptions, seed: int, *key: int) -> Tensor:
@@ -70,7 +75,8 @@ def _add_coarser(noise_Chw: Tensor, options: NoiseOptions, seed: int, *key: int)
     for number in range(options.multires_noise_iterations or 0):
         factor = (source.random() * 2 + 2) ** number
         grid = max(1, int(height / factor)), max(1, int(width / factor))
-        coarse_1Chw = _normal((1, channels, *grid), seed, "coarser noise", number, *key)
+        drawn_1Chw = _normal((1, channels, *grid), seed, "coarser noise", number, *key)
+        coarse_1Chw = sent(drawn_1Chw, noise_Chw.device)
         upscaled_Chw = F.interpolate(coarse_1Chw, (height, width), mode="bilinear")[0]
         noise_Chw = noise_Chw + options.multires_noise_discount**number * upscaled_Chw
         if 1 in grid:

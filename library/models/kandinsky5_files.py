@@ -74,7 +74,7 @@ def check_models(
             model has layers that cannot be.
     """
     found = inspect_transformer(dit, task)
-    found.quant.check(quant.transformer)
+    found.quant.check(quant)
     layers = kandinsky5_format.quantisable_layers(found.params)
     check_widths(quant.transformer, layers, kandinsky5_format.parameter_shapes(found.params), dit)
     encoder = inspect_encoders(qwen, clip, found)[0].params

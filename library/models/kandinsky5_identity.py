@@ -8,29 +8,33 @@ from library.models.file_identity import content
 from library.models.kandinsky5_files import (
     find_tokenizers,
     inspect_autoencoder,
-    inspect_encoders,
     inspect_transformer,
 )
 from library.models.qwen2_5_vl_format import inspect_qwen2_5_vl
-from library.options.kandinsky5 import Kandinsky5ModelOptions
+from library.options.kandinsky5 import Kandinsky5EncoderOptions, Kandinsky5ModelOptions
 
 # Raise when the same weights begin to give other numbers.
 _TEXTS_VERSION = 1
 
 
 def text_identity(
-    options: Kandinsky5ModelOptions, mixed_precision: str, ledger: HashLedger, quant: str | None = None
+    options: Kandinsky5EncoderOptions,
+    mixed_precision: str,
+    ledger: HashLedger,
+    *,
+    vision: bool,
+    quant: str | None = None,
 ) -> str:
     """Return the identity of Qwen's features and CLIP's pooled output.
 
-    `quant` tells how Qwen's weights are quantised. Streaming is not part of it: it changes no number. The
-    source picture is part of an entry's key.
+    `vision`: whether Qwen looks at pictures. `quant` tells how its weights are quantised. Streaming is not
+    part of it: it changes no number. The source picture is part of an entry's key.
 
     Raises:
         CheckpointError: a file cannot be read, or is of another kind. ConfigError: no tokenizer is found.
     """
-    transformer = inspect_transformer(options.pretrained_model_name_or_path, options.task)
-    qwen, clip = inspect_encoders(options.text_encoder_qwen, options.text_encoder_clip, transformer)
+    qwen = inspect_qwen2_5_vl(options.text_encoder_qwen, vision=vision)
+    clip = inspect_clip_text(options.text_encoder_clip)
     return sha256_text(
         f"kandinsky 5, qwen2.5-vl after the last norm and clip pooled, {_TEXTS_VERSION}",
         content(qwen.checkpoint, ledger),

@@ -27,7 +27,7 @@ def check_models(dit: Path, gemma2: Path, ae: Path, quant: QuantOptions) -> Lumi
             that cannot be.
     """
     found = inspect_lumina2(dit)
-    found.quant.check(quant.transformer)
+    found.quant.check(quant)
     transformer = found.params
     check_widths(quant.transformer, quantisable_layers(transformer), parameter_shapes(transformer), dit)
     encoder = inspect_gemma2(gemma2).params

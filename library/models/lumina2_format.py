@@ -11,6 +11,7 @@ beside it, else it is as in the released 2B model.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -181,6 +182,12 @@ def _axes_of(head_dim: int) -> tuple[int, int, int]:
     """Divide a head among caption, row and column: equally, as in the 2B model; the rest to the caption."""
     spatial = head_dim // 6 * 2
     return head_dim - 2 * spatial, spatial, spatial
+
+
+def settings_of(params: NextDiTParams) -> dict[str, str]:
+    """Return what cannot be read off shapes, as the metadata that `inspect_lumina2` reads it from."""
+    keys = ("axes_dims", "patch_size", "rope_theta", "norm_eps", "qk_norm_eps")
+    return {key: json.dumps(getattr(params, key)) for key in keys}
 
 
 # ---- names ----

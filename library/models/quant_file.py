@@ -13,7 +13,7 @@ from pathlib import Path
 
 from library.core.checkpoint_files import Checkpoint
 from library.core.errors import CheckpointError, ConfigError
-from library.options.quant import SCHEMES, STORED, check_width
+from library.options.quant import SCHEMES, STORED, QuantOptions, check_width
 
 SCHEME_KEY = "flow_scripts.quant"
 # How many weights a number of the codes stands for.
@@ -27,8 +27,10 @@ class QuantFile:
     scheme: str | None = None
     layers: tuple[str, ...] = ()
 
-    def check(self, wanted: str | None) -> None:
-        """Raise ConfigError if another scheme is wanted than the file has."""
+    def check(self, options: QuantOptions) -> None:
+        """Raise ConfigError if another scheme is wanted than the file has, or does not go with the rest."""
+        wanted = options.transformer
+        options.check_products(self.scheme or wanted)
         if self.scheme is not None and wanted not in (None, self.scheme):
             raise ConfigError(
                 f"--base_quant {wanted} does not fit the transformer's file, which is quantised to "

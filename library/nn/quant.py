@@ -2,7 +2,7 @@
 
 A weight is kept as codes and scales; for a product it is restored to the dtype of the activations, used, and
 dropped, forward as backward. So the stored form is all that a quantised model occupies, and nothing but the
-stored form is kept for backward.
+stored form is kept for backward. Codes of 8 bits can be multiplied as they are, see `library.nn.eight_bit`.
 
 | scheme | codes | scale | bits a weight |
 | --- | --- | --- | --- |
@@ -28,9 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.nn import eight_bit
 from library.nn.products import Linear, layer_dtype
 from library.options.quant import GROUP, STORED, check_width
 
+_IN_8_BITS = " in 8 bits"  # ends the name of a scheme whose codes are multiplied as they are
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _TINY = 1e-12  # in place of the scale of a row or group of zeros
 
@@ -121,14 +123,40 @@ class Nf4:
 SCHEMES: dict[str, Scheme] = {"fp8": Fp8(), "int8": Int8(), "int4": Int4(), "nf4": Nf4()}
 
 
-def restore(scheme: str | None, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def restore(way: str | None, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the weight that tensors stand for: themselves, without a scheme."""
-    return stored[0].to(dtype) if scheme is None else SCHEMES[scheme].unpack(stored, dtype)
+    if way is None:
+        return stored[0].to(dtype)
+    return SCHEMES[way.removesuffix(_IN_8_BITS)].unpack(stored, dtype)
+
+
+def product(
+    x_NI: Tensor, way: str | None, stored: Sequence[Tensor], bias_O: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the output of a linear layer, (N, O) in `dtype`: x times the transposed weight, and the bias."""
+    if _in_8_bits(way, x_NI, stored):
+        y_NO = eight_bit.multiply(x_NI, *stored)
+        return (y_NO if bias_O is None else y_NO.add_(bias_O)).to(dtype)
+    return F.linear(x_NI.to(dtype), restore(way, stored, dtype), None if bias_O is None else bias_O.to(dtype))
+
+
+def product_back(grad_NO: Tensor, way: str | None, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a linear layer's input, (N, I) in `dtype`: the output's times the weight."""
+    if _in_8_bits(way, grad_NO, stored):
+        return eight_bit.multiply_back(grad_NO, *stored).to(dtype)
+    return torch.mm(grad_NO.to(dtype), restore(way, stored, dtype))
+
+
+def _in_8_bits(way: str | None, rows: Tensor, stored: Sequence[Tensor]) -> bool:
+    return way is not None and way.endswith(_IN_8_BITS) and eight_bit.suits(len(rows), stored[0])
 
 
 def stored_form(layer: nn.Linear) -> tuple[str | None, tuple[Tensor, ...]]:
-    """Return in which scheme a layer's weight is stored, and the tensors, for `restore`."""
-    return (layer.scheme, layer.stored) if isinstance(layer, QuantLinear) else (None, (layer.weight,))
+    """Return the way in which a layer's weight is stored and used, and the tensors, for the functions above.
+
+    None is the weight itself, and a scheme's name that of `SCHEMES`, with an ending for products in 8 bits.
+    """
+    return (layer.way, layer.stored) if isinstance(layer, QuantLinear) else (None, (layer.weight,))
 
 
 class QuantLinear(Linear):
@@ -143,10 +171,16 @@ class QuantLinear(Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
+        self.multiplies_in_8_bits = False
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         stored = SCHEMES[scheme].pack(torch.empty(out_features, in_features))
         for name, tensor in zip(STORED[scheme], stored, strict=True):
             self.register_buffer(name, tensor)
+
+    @property
+    def way(self) -> str:
+        """See `stored_form`."""
+        return self.scheme + _IN_8_BITS if self.multiplies_in_8_bits else self.scheme
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
@@ -182,11 +216,11 @@ class QuantLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return _QuantProduct.apply(x, self.bias, layer_dtype(x), self.scheme, *self.stored)
+        return _QuantProduct.apply(x, self.bias, layer_dtype(x), self.way, *self.stored)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{super().extra_repr()}, scheme={self.scheme}"
+        return f"{super().extra_repr()}, scheme={self.way}"
 
 
 class _QuantProduct(torch.autograd.Function):
@@ -194,19 +228,19 @@ class _QuantProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, bias: Tensor | None, dtype: torch.dtype, scheme: str, *stored: Tensor
+        ctx: FunctionCtx, x: Tensor, bias: Tensor | None, dtype: torch.dtype, way: str, *stored: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*stored)
-        ctx.dtype, ctx.scheme = dtype, scheme
-        bias = None if bias is None else bias.to(dtype)
-        return F.linear(x.to(dtype), restore(scheme, stored, dtype), bias).to(x.dtype)
+        ctx.dtype, ctx.way = dtype, way
+        y_NO = product(x.reshape(-1, x.shape[-1]), way, stored, bias, dtype)
+        return y_NO.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight_OI = restore(ctx.scheme, ctx.saved_tensors, ctx.dtype)
-        grad_x = (grad.to(ctx.dtype) @ weight_OI).to(grad.dtype)
-        return grad_x, None, None, None, *(None for _ in ctx.saved_tensors)
+        rows_NO = grad.reshape(-1, grad.shape[-1])
+        grad_x = product_back(rows_NO, ctx.way, ctx.saved_tensors, ctx.dtype).to(grad.dtype)
+        return grad_x.view(*grad.shape[:-1], -1), None, None, None, *(None for _ in ctx.saved_tensors)
 
 
 def use_quant_layers(model: nn.Module, paths: Sequence[str], scheme: str) -> None:
@@ -217,6 +251,31 @@ def use_quant_layers(model: nn.Module, paths: Sequence[str], scheme: str) -> Non
         with torch.device("meta"):
             quantised = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, scheme)
         setattr(model.get_submodule(parent), leaf, quantised)
+
+
+def multiply_in_8_bits(model: nn.Module) -> float | None:
+    """Let the quantised layers of a model multiply their codes as they are.
+
+    Returns:
+        The largest relative error, over the first layer of each size, of products with normally distributed
+        numbers: the norm of the difference to those with restored weights over the norm. None on meta.
+    """
+    sizes: dict[tuple[int, int], QuantLinear] = {}
+    for layer in quant_layers(model).values():
+        layer.multiplies_in_8_bits = True
+        sizes.setdefault((layer.out_features, layer.in_features), layer)
+    if any(layer.stored[0].is_meta for layer in sizes.values()):
+        return None
+    return max((_error_of_products(layer) for layer in sizes.values()), default=None)
+
+
+@torch.no_grad()
+def _error_of_products(layer: QuantLinear) -> float:
+    draw = torch.Generator().manual_seed(0)
+    x_NI = torch.randn(64, layer.in_features, generator=draw).to(layer.stored[0].device)
+    exact_NO = product(x_NI, layer.scheme, layer.stored, None, torch.float32)
+    y_NO = product(x_NI, layer.way, layer.stored, None, torch.float32)
+    return ((y_NO - exact_NO).norm() / exact_NO.norm().clamp_min(_TINY)).item()
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:

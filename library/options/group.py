@@ -134,31 +134,48 @@ class OptionGroup:
             )
 
     @classmethod
-    def take(cls, values: dict[str, Any]) -> typing.Self:
+    def take(cls, values: dict[str, Any], *, in_part: bool = False) -> typing.Self:
         """Build the group from parsed values; lists become tuples.
 
-        Raises ConfigError for a missing obligatory one.
+        Raises ConfigError for missing obligatory ones; `in_part`, only when one of them is read.
         """
-        missing = [f"--{f.name}" for f in fields(cls) if f.default is REQUIRED and f.name not in values]
-        if missing:
-            raise ConfigError(f"missing: {', '.join(missing)}. See --help.")
+        missing = [f.name for f in fields(cls) if f.default is REQUIRED and f.name not in values]
+        if missing and not in_part:
+            raise _missing(missing)
         given = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        group = cls(**given, **dict.fromkeys(missing, REQUIRED))
+        for name in missing:
+            object.__delattr__(group, name)
+        return group
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Answer for what is not there, such as an obligatory option that `take` did without."""
+        if name in {f.name for f in fields(self)}:
+            raise _missing([name])
+        raise AttributeError(f"{type(self).__name__} has no {name}")
 
 
 Options = TypeVar("Options")
 
 
 def parse_options(
-    options_class: type[Options], argv: Sequence[str] | None = None, description: str = ""
+    options_class: type[Options],
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    *,
+    in_part: bool = False,
 ) -> Options:
     """Read a script's options: defaults < `--config_file` < command line.
 
     Args:
         options_class: a frozen dataclass whose fields are OptionGroup subclasses.
+        in_part: the script makes use of some of the options only. An obligatory one may be left out, and is
+            missed (a ConfigError) when it is read.
 
     Raises:
-        ConfigError: unknown flag or key, wrong type or choice, or a combination that a group refuses.
+        ConfigError: unknown flag or key, wrong type or choice, a missing obligatory option, or a combination
+            that a group refuses.
         SystemExit: the options were written to a file, as `--output_config` asks.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -169,7 +186,7 @@ def parse_options(
         file_words = words_of(given["config_file"], parser)
         given = vars(_parse(parser, file_words + argv, given["config_file"]))
     _refuse(groups.values(), given)
-    options = options_class(**{name: group.take(given) for name, group in groups.items()})
+    options = options_class(**{name: group.take(given, in_part=in_part) for name, group in groups.items()})
     if given["output_config"]:
         _write_config(given["config_file"], options)
     return options
@@ -237,6 +254,10 @@ def _refuse(groups: Iterable[type[OptionGroup]], given: dict[str, Any]) -> None:
             reasons.append(f"--{f.name} cannot be used here: {refusal.reason}.")
     if reasons:
         raise ConfigError("\n".join(reasons))
+
+
+def _missing(names: Iterable[str]) -> ConfigError:
+    return ConfigError(f"missing: {', '.join(f'--{name}' for name in names)}. See --help.")
 
 
 def _scalar_type(hint: Any) -> Any:

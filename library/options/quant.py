@@ -17,6 +17,7 @@ STORED = {
     "nf4": ("codes", "scale"),
 }
 SCHEMES = tuple(STORED)
+PRODUCTS = ("int8", "fp8")  # schemes whose codes can be multiplied as they are
 GROUP = 64  # weights that share a scale in the 4-bit schemes, where the width of the layer allows it
 _SMALLEST_GROUP = 16
 _FP8_FLAGS = ("fp8_base", "fp8_base_unet", "fp8_scaled")
@@ -70,6 +71,11 @@ class QuantOptions(TextQuantOptions):
     base_quant: str | None = option(
         None, "keep the linear layers of the transformer's blocks in 8 or 4 bits", choices=SCHEMES
     )
+    quant_matmul: bool = option(
+        False,
+        "with weights in int8 or fp8: multiply their codes as they are, with the other factor in 8 bits too, "
+        "where the device can (int8: NVIDIA Ampere or later; fp8: Ada or later)",
+    )
     fp8_base: bool = option(False, "the same as --base_quant fp8: scaled, row by row")
     fp8_base_unet: bool = option(False, "the same as --base_quant fp8")
     fp8_scaled: bool = option(False, "the same as --base_quant fp8")
@@ -79,6 +85,15 @@ class QuantOptions(TextQuantOptions):
         if given and self.base_quant not in (None, "fp8"):
             raise ConfigError(
                 f"--base_quant {self.base_quant} and {given[0]} ask for two things; choose one."
+            )
+
+    def check_products(self, scheme: str | None) -> None:
+        """Raise ConfigError if codes of the transformer's scheme are to be multiplied, and cannot be."""
+        if self.quant_matmul and scheme not in PRODUCTS:
+            has = "not quantised" if scheme is None else f"in {scheme}"
+            raise ConfigError(
+                f"--quant_matmul multiplies codes of 8 bits, and the transformer is {has}; give --base_quant "
+                f"int8 or fp8, or leave --quant_matmul out."
             )
 
     @property

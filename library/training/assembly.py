@@ -29,8 +29,8 @@ from library.training.state.contents import (
 )
 from library.training.state.identity import dataset_digest
 from library.training.state.stop import StopRequest
-from library.training.update import Updater
-from library.training.watch.gauges import SigmaBands, StepClock, StopVote, WeightNorms
+from library.training.update import Gauge, Updater
+from library.training.watch.gauges import NormLimit, SigmaBands, StepClock, StopVote, WeightNorms
 from library.training.watch.grid import Grid
 from library.training.watch.metrics import Metrics
 from library.training.watch.trackers import make_trackers
@@ -40,7 +40,7 @@ from networks.module import apply_base_weights, install_network
 
 @dataclass(frozen=True)
 class Assembly:
-    """A run's parts. `ema` is None unless an average is kept."""
+    """A run's parts. `ema` is None unless an average is kept, `norm_limit` unless norms are limited."""
 
     model: nn.Module
     network: LoRANetwork
@@ -50,6 +50,7 @@ class Assembly:
     updater: Updater
     loader: BatchLoader
     ema: Ema | None
+    norm_limit: NormLimit | None
     output: Output
     grid: Grid
     metrics: Metrics
@@ -76,6 +77,11 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
     lockstep = Lockstep(model, context.processes, objective.idle, uniform)
     groups = network.parameter_groups(options.optimizer.network_lr)
     optimizer = create_optimizer(groups, options.optimizer)
+    limit = options.network.scale_weight_norms
+    norm_limit = NormLimit(network, limit, context.device) if limit else None
+    gauges: list[Gauge] = [bands, WeightNorms(network)]
+    gauges += [vote] if context.processes.world > 1 else []
+    gauges += [] if norm_limit is None else [norm_limit]
     updater = Updater(
         objective,
         list(network.parameters()),
@@ -86,7 +92,7 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
         scale_gradients=context.dtype == torch.float16,
         on_nan=options.state.on_nan,
         idle=lockstep.idle_step,
-        gauges=[bands, WeightNorms(network), *([vote] if context.processes.world > 1 else [])],
+        gauges=gauges,
     )
     sources = Sources(inputs.latent_source, inputs.text_source)
     ema = Ema(network.named_parameters(), options.ema) if options.ema.ema else None
@@ -120,6 +126,7 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
             complete=noising.add_to,
         ),
         ema=ema,
+        norm_limit=norm_limit,
         output=output,
         grid=grid,
         metrics=metrics,

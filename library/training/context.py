@@ -75,7 +75,7 @@ class RunContext:
             total_steps=steps,
             start=plan_start(options, resumed, prepared.changes, plan, steps),
             dtype=dtype,
-            inputs=Inputs(trainer, prepared.files, processes, dtype),
+            inputs=Inputs(trainer, prepared.identities, processes, dtype),
             started_at=time.time(),
         )
 

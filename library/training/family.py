@@ -29,16 +29,23 @@ class FamilySpec:
 class ModelFiles:
     """What weight files were found and what identifies them.
 
-    `latent_identity` and `text_identity` name everything that a cached latent or text feature depends on
-    besides the picture or text itself; a changed file or setting changes them. `described` goes into the
-    metadata of the saved network (key without `ss_` -> value).
+    `described` goes into the metadata of the saved network (key without `ss_` -> value).
 
     `trained_on` and `read_by` are digests of the files' content, by flag: of the models that the network is
     trained on, and of those that only read pictures and texts for it.
     """
 
-    latent_identity: str
-    text_identity: str
     described: dict[str, str] = field(default_factory=dict)
     trained_on: dict[str, str] = field(default_factory=dict)
     read_by: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CacheIdentities:
+    """Everything that cached latents and text features depend on besides the picture or text, as texts.
+
+    A changed file or setting changes them. None: there is no such cache.
+    """
+
+    latents: str | None = None
+    texts: str | None = None

@@ -18,7 +18,7 @@ from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import pixels_to_tensor
 from library.options.train import TrainOptions
 from library.training.caching import PassRun, cache_latents, cache_texts
-from library.training.family import ModelFiles
+from library.training.family import CacheIdentities
 from library.training.lending import Lending
 
 if TYPE_CHECKING:
@@ -33,7 +33,11 @@ class Inputs:
     """
 
     def __init__(
-        self, trainer: NetworkTrainer, files: ModelFiles, processes: Processes, dtype: torch.dtype
+        self,
+        trainer: NetworkTrainer,
+        identities: CacheIdentities,
+        processes: Processes,
+        dtype: torch.dtype,
     ) -> None:
         options, device = trainer.options, processes.device
         self._trainer = trainer
@@ -41,8 +45,8 @@ class Inputs:
         self._processes = processes
         self.vae = Lending(lambda: trainer.load_vae(device, dtype), device)
         self.encoders = Lending(lambda: trainer.load_text_encoders(device, dtype), device)
-        self.latent_source = _latent_source(options, files)
-        self.text_source = _text_source(trainer, files)
+        self.latent_source = _latent_source(options, identities)
+        self.text_source = _text_source(trainer, identities)
         self._prompts: dict[Prompt, Condition] = {}
         self._edited: dict[SourcePicture, Tensor] = {}
 
@@ -154,7 +158,7 @@ class Inputs:
         return self._encode
 
     def _tokens(self, text: str) -> int:
-        return min(self._trainer.count_tokens(text))  # the text's, or as many as the encoder takes
+        return min(self._trainer.count_tokens(Prompt(text)))  # the text's, or as many as the encoder takes
 
     def _fill_texts(self, source: TextSource, items: Sequence[Item]) -> None:
         size = self._trainer.texts_at_once(self._options.caching.text_encoder_batch_size)
@@ -187,21 +191,21 @@ class Inputs:
         return condition.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _latent_source(options: TrainOptions, files: ModelFiles) -> LatentSource | None:
+def _latent_source(options: TrainOptions, identities: CacheIdentities) -> LatentSource | None:
+    if identities.latents is None:
+        return None
     caching = options.caching
-    if not caching.latents:
-        return None
     place = CachePlace(caching.cache_latents_to_disk, caching.cache_directory, caching.cache_dtype)
-    return LatentSource(place, files.latent_identity)
+    return LatentSource(place, identities.latents)
 
 
-def _text_source(trainer: NetworkTrainer, files: ModelFiles) -> TextSource | None:
-    caching = trainer.options.caching
-    if not caching.texts:
+def _text_source(trainer: NetworkTrainer, identities: CacheIdentities) -> TextSource | None:
+    if identities.texts is None:
         return None
+    caching = trainer.options.caching
     return TextSource(
         CachePlace(caching.cache_text_encoder_outputs_to_disk, caching.cache_directory, caching.cache_dtype),
-        files.text_identity,
+        identities.texts,
         max_variants=caching.max_caption_variants,
         prompt_of=trainer.format_prompt,
         source_dropout=trainer.source_dropout(),

@@ -39,7 +39,7 @@ class Noising:
         """Return noise like the latents of a batch; their values count with --adaptive_noise_scale only."""
         means: Sequence[Tensor | None] = [None] * len(latents)
         if self._noise.adaptive_noise_scale:
-            means = [latent.float().mean((1, 2)).cpu() for latent in latents]
+            means = [latent.float().mean((1, 2)) for latent in latents]
         return tuple(
             noise.training_noise(self._noise, latent.shape, mean_C, self._seed, d.step, d.micro, d.slot)
             for d, latent, mean_C in zip(batch.draws, latents, means, strict=True)

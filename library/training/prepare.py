@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from library.core.files import require_name_fits, require_writable_directory
 from library.core.hashing import HashLedger
+from library.core.launch import compiler_wishes
 from library.core.log import setup_logging
 from library.data.cache_keys import check_latents_cacheable, check_texts_cacheable
-from library.data.items import Manifest
+from library.data.items import Dataset, Manifest
 from library.data.prompt_files import load_sample_prompts, sources_of
 from library.data.scan import scan, without_sources
 from library.data.schema import load_datasets
 from library.options.request import ImageRequest
 from library.options.saving import SavingOptions
-from library.training.family import ModelFiles
+from library.training.family import CacheIdentities, ModelFiles
 from library.training.output.hub import check_uploads, fetch_state
 from library.training.state.checkpoint import SavedState, check_state_folders, find_resumed
 from library.training.state.identity import check_resumed, dataset_digest, settings_of
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run: its dataset, its weight files, and the ledger of file digests.
+    """A checked run: its dataset, its weight files and what caches know of them, and the ledger of digests.
 
     settings: what a state records of the run. resumed: the state to go on from. changes: a sentence for each
     setting that is not what it was there. adjustments: a sentence for each flag or option of a prompt that
@@ -39,6 +40,7 @@ class Prepared:
 
     manifest: Manifest
     files: ModelFiles
+    identities: CacheIdentities
     ledger: HashLedger
     settings: Mapping[str, object]
     resumed: SavedState | None = None
@@ -65,18 +67,18 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     options.network.check_caches(options.caching)
     trainer.check_files()
     resumed = find_resumed(fetch_state(options.hub, options.state), options.saving)
-    edits = trainer.edits_pictures()
-    datasets = load_datasets(options.dataset, stride=trainer.family.pixel_stride, edits=edits)
-    if options.caching.latents:
-        check_latents_cacheable(datasets)
-    if options.caching.texts:
-        check_texts_cacheable(datasets)
+    datasets, edits = described_datasets(trainer), trainer.edits_pictures()
     ledger = HashLedger()
     manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
     if trainer.token_budget is not None:
         trainer.token_budget.check(manifest)
     files = trainer.model_files(ledger)
+    identities = CacheIdentities(
+        trainer.latent_identity(ledger) if options.caching.latents else None,
+        trainer.text_identity(ledger) if options.caching.texts else None,
+    )
     adjustments = list(options.adjustments())
+    adjustments += compiler_wishes(os.environ, compiles=options.compute.compiles)
     if not manifest.validation:
         adjustments += options.validation.without_pictures()
     if options.sampling.prompts is not None:
@@ -91,7 +93,23 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
         if options.budget.vram_budget is not None and options.quant.transformer is None:
             settings["base_quant"] = resumed.record.settings.get("base_quant")  # goes on as it was planned
         changes = check_resumed(resumed, settings, options.training.seed, dataset_digest(manifest))
-    return Prepared(manifest, files, ledger, settings, resumed, tuple(changes), tuple(adjustments))
+    return Prepared(
+        manifest, files, identities, ledger, settings, resumed, tuple(changes), tuple(adjustments)
+    )
+
+
+def described_datasets(trainer: NetworkTrainer) -> tuple[Dataset, ...]:
+    """Return the datasets as they are described; no picture is looked for.
+
+    Raises ConfigError for a mistake, or for what would change from epoch to epoch and is to be cached.
+    """
+    options, edits = trainer.options, trainer.edits_pictures()
+    datasets = load_datasets(options.dataset, stride=trainer.family.pixel_stride, edits=edits)
+    if options.caching.latents:
+        check_latents_cacheable(datasets)
+    if options.caching.texts:
+        check_texts_cacheable(datasets)
+    return datasets
 
 
 def _longest_name(saving: SavingOptions) -> str:

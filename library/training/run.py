@@ -13,6 +13,7 @@ from library.core.files import sweep_leftovers, write_text
 from library.core.log import logger
 from library.data.batch import Batch
 from library.nn.compiling import check_compiler
+from library.nn.eight_bit import check_device
 from library.training.assembly import Assembly, assemble
 from library.training.context import RunContext
 from library.training.events import Event, Moment
@@ -41,6 +42,8 @@ class TrainingRun:
         self.broken_off = False  # whether events of this moment are left for the resumed run
         check_optimizer(options.optimizer, context.device)
         check_compiler(options.compute, context.device)
+        if options.quant.quant_matmul and options.quant.transformer is not None:
+            check_device(options.quant.transformer, context.device)
         self.schedule = learning_rate_schedule(options.optimizer, context.total_steps)
 
     def run(self) -> Path:
@@ -89,12 +92,15 @@ class TrainingRun:
             for step, shares in parts.clock.watch(self._steps(batches)):
                 set_learning_rates(parts.optimizer, self.schedule, step)
                 result = self._update(step, shares)
-                norms = self._limit_norms()
+                if parts.norm_limit is not None:
+                    parts.norm_limit.apply()
                 if parts.ema is not None:
                     parts.ema.update(step + 1)
-                numbers = self._numbers(shares, result) | norms
+                numbers = self._numbers(shares, result)
                 parts.metrics.step(step + 1, result.loss, numbers, peak_memory_bytes(context.device))
                 self._happen(events, context.moment(step + 1))
+        if parts.norm_limit is not None:
+            parts.metrics.log(context.total_steps, parts.norm_limit.last())
 
     def _steps(self, batches: Iterator[tuple[int, int, Batch]]) -> Iterator[tuple[int, list[Share]]]:
         """Yield each step with this process's shares of its micro-batches."""
@@ -125,18 +131,6 @@ class TrainingRun:
             return "It was the first one, so there is nothing new to keep."
         self._on_main(lambda: self._save_state(self.context.moment(step)))
         return "A state of the moment before it is saved; --resume latest goes on from there."
-
-    def _limit_norms(self) -> dict[str, float]:
-        """Apply --scale_weight_norms; return its numbers under the names of the reference tool."""
-        limit = self.options.network.scale_weight_norms
-        if not limit:
-            return {}
-        done = self.parts.network.apply_max_norm(limit)
-        return {
-            "max_norm/keys_scaled": done.scaled,
-            "max_norm/average_key_norm": done.average,
-            "max_norm/max_key_norm": done.largest,
-        }
 
     def _numbers(self, shares: Sequence[Share], result: StepResult) -> dict[str, float]:
         """Return what is recorded of a step beside its loss."""

@@ -48,7 +48,21 @@ class NetworkTrainer(ABC):
 
     @abstractmethod
     def model_files(self, ledger: HashLedger) -> ModelFiles:
-        """Identify the weight files by content. Torch-free."""
+        """Identify the weight files by content, and describe them for the metadata. Torch-free."""
+
+    @abstractmethod
+    def latent_identity(self, ledger: HashLedger) -> str:
+        """Return everything that the latents of a picture depend on besides it. Torch-free.
+
+        Only the files and options that decide that are read: tools have no others.
+        """
+
+    @abstractmethod
+    def text_identity(self, ledger: HashLedger) -> str:
+        """Return everything that the features of a formatted text depend on besides it and its source.
+
+        As for `latent_identity`.
+        """
 
     @abstractmethod
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -89,8 +103,11 @@ class NetworkTrainer(ABC):
         """
 
     @abstractmethod
-    def count_tokens(self, text: str) -> tuple[int, int]:
-        """Return how many tokens a formatted text has, and how many the text encoder takes. Torch-free."""
+    def count_tokens(self, prompt: Prompt) -> tuple[int, int]:
+        """Return how many tokens a prompt has, and how many the text encoder takes. Torch-free.
+
+        Those of its source, which are never cut, count in both.
+        """
 
     @abstractmethod
     def blank_condition(self, tokens: int, device: torch.device) -> Condition:

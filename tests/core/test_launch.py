@@ -12,7 +12,7 @@ import pytest
 
 from library.core.dist import Processes
 from library.core.errors import ConfigError
-from library.core.launch import adopt_deepspeed, adopt_rank, several_processes_words
+from library.core.launch import adopt_deepspeed, adopt_rank, compiler_wishes, several_processes_words
 
 ROOT = Path(__file__).resolve().parents[2]
 # Says which of how many processes it is. Its own words must not be taken for the launcher's.
@@ -158,6 +158,24 @@ def test_settings_of_fsdp_that_are_not_used(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=sentence):
         Processes.start()
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiles", "said"),
+    [
+        (None, False, []),
+        ("NO", False, []),
+        ("INDUCTOR", False, ["dynamo_backend inductor of .* no effect: blocks are compiled with --torch_co"]),
+        ("INDUCTOR", True, ["dynamo_backend inductor of .* other dynamo_ settings: --torch_compile and"]),
+    ],
+)
+def test_compiling_by_accelerates_configuration_is_told_of(
+    backend: str | None, compiles: bool, said: list[str]
+) -> None:
+    environment = {} if backend is None else {"ACCELERATE_DYNAMO_BACKEND": backend}
+    found = list(compiler_wishes(environment, compiles=compiles))
+    assert len(found) == len(said)
+    assert all(re.search(pattern, sentence) for pattern, sentence in zip(said, found, strict=True))
 
 
 def test_one_process_has_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:

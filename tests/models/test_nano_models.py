@@ -87,7 +87,7 @@ def test_transformer_works_and_nothing_in_it_is_off(nano_in):
 
 
 def test_command_line(run_script, tmp_path):
-    done = run_script("tools/make_nano_models.py", "--output_dir", tmp_path, "--layout", "comfyui")
+    done = run_script("tools/make_nano_models.py", "--output_dir", tmp_path, "--layout", "comfyui", cold=True)
     assert done.code == 0
     assert done.out.split() == [str(tmp_path / f"{name}.safetensors") for name in ("lumina", "gemma2", "ae")]
     assert all((tmp_path / f"{name}.safetensors").is_file() for name in ("lumina", "gemma2", "ae"))

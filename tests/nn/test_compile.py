@@ -103,8 +103,12 @@ def test_dropout_is_drawn_in_the_graph_and_again_in_a_checkpoint():
     assert not counters["graph_break"]
 
 
-def test_inductor_agrees_and_what_it_compiled_is_kept(tmp_path):
-    """With a single layer, because compiling whole blocks takes a minute; benchmarks/modes.py does that."""
+def test_inductor_agrees_and_what_it_compiled_is_kept(monkeypatch, tmp_path):
+    """With a single layer, because compiling whole blocks takes a minute; benchmarks/modes.py does that.
+
+    And without vector instructions: to find out which there are, inductor compiles a program for each.
+    """
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)
     plain, network = make_model(n_layers=1, n_context_refiners=0, n_noise_refiners=0)
     layer = plain.layers[0].feed_forward.w1
 

@@ -87,6 +87,18 @@ def test_missing_obligatory_option_is_named():
         parse("--count", "2")
 
 
+def test_a_script_that_uses_some_options_misses_the_obligatory_ones_that_it_reads():
+    fruit = parse_options(Options, ["--count", "2"], in_part=True).fruit
+    assert (fruit.count, fruit.weight) == (2, 1.0)
+    with pytest.raises(ConfigError, match="missing: --file"):
+        print(fruit.file)
+    assert parse_options(Options, ["--file", "x"], in_part=True) == parse_options(Options, ["--file", "x"])
+    with pytest.raises(ConfigError, match="--count is 0"):
+        parse_options(Options, ["--count", "0"], in_part=True)
+    with pytest.raises(AttributeError, match="peel"):
+        print(fruit.peel)
+
+
 def test_help_prints_percent_signs(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse("--help")

@@ -20,6 +20,7 @@ MODES = {
 COMPILED = {"torch_compile": True, "dynamo_backend": "eager"}
 WITHOUT_DROPOUT = {
     "no dropout": {},
+    "products in 8 bits": {"base_quant": "int8", "quant_matmul": True},
     "compiled": COMPILED | CHECKPOINTS | {"blocks_to_swap": 3, "attn_mode": "torch"},
 }
 
@@ -64,3 +65,10 @@ def test_compiled_blocks_train_the_same(runs: dict[str, Run]) -> None:
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
     assert compiled.norms == pytest.approx(plain.norms, rel=1e-3)
     assert len(list((compiled.folder / "sample").glob("*.png"))) == STEPS
+
+
+def test_products_in_8_bits_train_nearly_the_same(runs: dict[str, Run]) -> None:
+    plain, fast = runs["no dropout"], runs["products in 8 bits"]
+    assert fast.losses != plain.losses
+    assert fast.losses == pytest.approx(plain.losses, rel=0.01)
+    assert fast.norms == pytest.approx(plain.norms, rel=0.05)

@@ -29,7 +29,7 @@ from networks.from_file import create_network_from_file
 from networks.lora import LoRANetwork
 from tests.parity.independent import Sample, State
 from tests.parity.independent_kandinsky5 import Kandinsky
-from tests.parity.kandinsky5_cases import RECIPE, Case, from_pictures, from_text
+from tests.parity.kandinsky5_cases import EDITS, RECIPE, Case, from_pictures, from_text
 from tests.parity.runs import Run, flags
 from tools.convert_lora import main as convert_lora
 
@@ -86,24 +86,26 @@ def test_the_runs_have_what_could_hide_a_mistake(cases: dict[str, Case]) -> None
         assert any(sample.caption == "" for sample in samples_of(case))
     longest = max(samples_of(cases["t2i"]), key=lambda sample: len(sample.caption))
     assert len(cases["t2i"].kandinsky.condition(longest.caption, None).tokens_LD) == cases["t2i"].limit
-    kinds = {(sample.source_3HW is None, sample.caption == "") for sample in samples_of(cases["i2i"])}
+    edits = samples_of(cases["i2i"])
+    kinds = {(sample.source_3HW is None, sample.caption == "") for sample in edits}
     assert kinds == {(False, False), (False, True), (True, False), (True, True)}
-    assert any(
-        len({sample.source_3HW is None for sample in batch}) == 2
-        for step in cases["i2i"].planned
-        for batch in step
-    )
+    sources = [sample.source_3HW for sample in edits if sample.source_3HW is not None]
+    assert len({source.numpy().tobytes() for source in sources}) == len(EDITS)
+    mixed = [
+        {sample.source_3HW is None for sample in batch} for step in cases["i2i"].planned for batch in step
+    ]
+    assert {True, False} in mixed, "a batch has a picture with a source and one without"
 
 
 def test_the_loss_of_every_step(case: Case, trained: Run) -> None:
     losses, _, _ = case.expected
     assert len(trained.losses) == case.steps
-    assert trained.losses == pytest.approx(losses, rel=1e-5)
+    assert trained.losses == pytest.approx(losses, rel=2e-6)
 
 
 def test_the_gradient_norm_of_every_step(case: Case, trained: Run) -> None:
     _, norms, _ = case.expected
-    assert trained.norms == pytest.approx(norms, rel=1e-4)
+    assert trained.norms == pytest.approx(norms, rel=1e-5)
     assert min(norms) < RECIPE.max_norm < max(norms), "some steps are clipped, some are not"
 
 
@@ -117,7 +119,7 @@ def test_the_trained_lora(case: Case, trained: Run) -> None:
             continue
         moved = (theirs - case.start[key]).norm()
         assert moved > 0.05 * theirs.norm()
-        assert (ours - theirs).norm() < 1e-3 * moved, key
+        assert (ours - theirs).norm() < 5e-4 * moved, key
 
 
 # --- a batch, and other programs ---

@@ -30,8 +30,6 @@ from lumina_train_network import LuminaTrainer
 from tests.reliability import legs
 
 FILES = ModelFiles(
-    "",
-    "",
     trained_on={"pretrained_model_name_or_path": "a" * 64},
     read_by={"ae": "b" * 64, "gemma2": "c" * 64},
 )

@@ -51,6 +51,7 @@ def test_the_report_says_what_a_run_would_do(rehearsed):
     assert "1 longer than the text encoder takes" in out
     assert "cut to 50: " in out
     assert "latents: 0 of 4 are there already, 4 to encode" in out
+    assert "filling the text cache: " in out and "filling the latent cache: " in out
     assert "--max_train_epochs decides the number of steps: 8" in out
     assert "no --seed is given" in out
 
@@ -110,6 +111,24 @@ def test_checkpointing_makes_the_estimate_smaller(rehearsed, command, run_script
 
     words = [f"--output_dir={tmp_path}", "--dry_run", "--gradient_checkpointing"]
     assert size(run_script("lumina_train_network.py", *command, *words).out) < 0.5 * size(rehearsed[0])
+
+
+def test_encoders_are_not_looked_at_where_nothing_is_left_to_encode(nano, tmp_path, monkeypatch):
+    """A text encoder takes seconds to import."""
+    from library.training.look.dry_run import Rehearsal
+    from lumina_train_network import LuminaTrainer
+    from tests.training.assembled import command, context_of, write_pictures
+
+    config = write_pictures(tmp_path / "pictures", [(32, 32), (48, 32)])
+    words = command(nano, config, tmp_path / "out", "--cache_latents_to_disk")
+    words += ["--cache_text_encoder_outputs_to_disk", "--console_log_level=INFO"]
+    context = context_of(words)
+    context.inputs.fill_caches(context.prepared.manifest)
+    for loads in ("load_text_encoders", "load_vae"):
+        monkeypatch.setattr(LuminaTrainer, loads, lambda *_: pytest.fail("loaded"))
+    out = "\n".join(Rehearsal(context.trainer, context.prepared).report())
+    assert "texts: 2 of 2 are there already, 0 to encode, kept on disk" in out
+    assert "memory of tensors while training: " in out and "filling the" not in out
 
 
 def test_debug_dataset_draws_every_picture(command, run_script, tmp_path):

@@ -135,8 +135,27 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(name, case, run_script):
     assert not case.output.is_dir() or not any(case.output.iterdir())
 
 
+WITHOUT_TORCH = """
+import runpy, sys
+try:
+    runpy.run_path("lumina_train_network.py", run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["misspelt flag", "swapped models", "misspelt dataset key", "truncated picture"]
+)
+def test_a_mistake_is_told_before_torch_is_imported(name, case, run_script):
+    spoil, message = MISTAKES[name]
+    spoil(case)
+    result = run_script("-c", WITHOUT_TORCH, *case.words())
+    assert result.code == 2 and result.err.startswith("error: ") and message in result.err
+
+
 def test_help_lists_every_option_once(run_script):
-    result = run_script("lumina_train_network.py", "--help")
+    result = run_script("lumina_train_network.py", "--help", cold=True)
     assert result.code == 0
     flags = [word for line in result.out.splitlines() if line.startswith("  --") for word in line.split()[:1]]
     assert len(flags) == len(set(flags)) > 60

@@ -13,6 +13,7 @@ from tests.pretended_device import PretendedDevice
 from tests.training.assembled import command, started, write_pictures
 
 CPU = torch.device("cpu")
+NOT_CACHED = "latents are not cached"
 
 
 @pytest.mark.parametrize(
@@ -63,13 +64,17 @@ def test_backward_stays_on_the_device() -> None:
     [
         ["--mixed_precision=bf16", "--gradient_checkpointing", "--ema"],
         ["--mixed_precision=fp16", "--gradient_accumulation_steps=2", "--max_batch_tokens=30"],
-        ["--ip_noise_gamma=0.1", "--loss_type=huber", "--noise_offset=0.1", "--adaptive_noise_scale=0.1"],
+        ["--ip_noise_gamma=0.1", "--loss_type=huber", "--scale_weight_norms=0.1"],
+        ["--noise_offset=0.1", "--adaptive_noise_scale=0.1", "--multires_noise_iterations=2", NOT_CACHED],
     ],
-    ids=["bf16", "fp16", "noise"],
+    ids=["bf16", "fp16", "norms", "noise"],
 )
 def test_a_step_waits_once(nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
     config = write_pictures(tmp_path / "pictures")
-    run = started(command(nano, config, tmp_path / "out", *flags))
+    words = command(nano, config, tmp_path / "out", *flags)
+    if NOT_CACHED in words:
+        words = [word for word in words if word not in (NOT_CACHED, "--cache_latents")]
+    run = started(words)
     device, found = PretendedDevice(), []
     loop, step = TrainingRun._loop, Metrics.step
 

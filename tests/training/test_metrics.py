@@ -17,9 +17,10 @@ from torch import nn
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.options.saving import LoggingOptions
-from library.training.watch.gauges import SigmaBands, StepClock, WeightNorms
+from library.training.watch.gauges import NormLimit, SigmaBands, StepClock, WeightNorms
 from library.training.watch.metrics import AverageLoss, Metrics, SmoothedLoss
 from library.training.watch.trackers import check_trackers, make_trackers
+from networks.lora import LoRANetwork, LoRASize
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
@@ -97,6 +98,23 @@ def test_norms_of_all_weights_of_a_kind() -> None:
     assert norms.keys() == {"norm/weight", "norm/bias"}
     looked = [step + 1 for step in range(25) if gauge.named(gauge.measure(step).tolist())]
     assert looked == [1, 10, 20]
+
+
+def test_what_a_limit_did_is_read_with_the_numbers_of_the_next_step() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    network = LoRANetwork(model, {"0": LoRASize(2, 2.0)})
+    (lora,) = network.loras.values()
+    nn.init.ones_(lora.up)
+    gauge = NormLimit(network, 0.5, torch.device("cpu"))
+    assert gauge.named(gauge.measure(0).tolist()) == {}
+    gauge.apply()
+    found = gauge.named(gauge.measure(1).tolist())
+    assert found["max_norm/keys_scaled"] == 1
+    assert found["max_norm/max_key_norm"] == found["max_norm/average_key_norm"] == pytest.approx(0.5)
+    assert lora.norm().item() == pytest.approx(0.5)
+    assert gauge.last() == {}
+    gauge.apply()
+    assert gauge.last()["max_norm/max_key_norm"] == pytest.approx(0.5)
 
 
 def test_the_clock_times_waiting_and_work_but_not_what_lies_between(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Read `look` first. Each part of the report is a list of lines about one subject.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,14 +59,18 @@ class Rehearsal:
     def report(self) -> list[str]:
         """Return the lines of the report."""
         prompts = self._prompts()
-        lengths = {prompt.text: self.trainer.count_tokens(prompt.text) for prompt in prompts}
+        lengths: dict[str, tuple[int, int]] = {}
+        for prompt in prompts:  # a text may go with several sources, and without
+            counted = self.trainer.count_tokens(prompt)
+            lengths[prompt.text] = max(counted, lengths.get(prompt.text, counted))
         sources = source_lines(self.manifest, self.trainer.source_dropout())
+        cached = self._cached(prompts)
         parts = {
             "Pictures": bucket_lines(self.manifest, self.trainer.token_budget) + sources,
             "Captions": caption_lines(lengths),
             "Steps": self._step_lines(),
-            "Caches": self._cache_lines(prompts),
-            "Model": self._model_lines(min(max(lengths.values(), default=(1, 1)))),
+            "Caches": cache_lines(cached),
+            "Model": self._model_lines(max(map(min, lengths.values()), default=1), cached),
             "Adjusted": self._adjustments() or ["nothing"],
         }
         return [line for title, lines in parts.items() for line in ("", title, *(f"  {x}" for x in lines))]
@@ -111,25 +116,27 @@ class Rehearsal:
             *self.context.start.sentences,
         ]
 
-    def _cache_lines(self, prompts: dict[Prompt, Item]) -> list[str]:
-        lines = []
+    def _cached(self, prompts: dict[Prompt, Item]) -> dict[str, Cached]:
+        """What is there of latents and texts, as far as they are cached."""
+        found = {}
         if (latents := self.inputs.latent_source) is not None:
             wanted = {latents.key(item): item for item in self._items()}
-            lines.append(f"latents: {_found(latents.entries, wanted)}")
-        else:
-            lines.append("latents: not cached; the autoencoder encodes every picture each time")
+            found["latents"] = Cached.of(latents.entries, wanted)
         if (features := self.inputs.text_source) is not None:
             wanted = {features.key(prompt): item for prompt, item in prompts.items()}
-            lines.append(f"texts: {_found(features.entries, wanted)}")
-        else:
-            lines.append("texts: not cached; the text encoder stays in memory and encodes every caption")
-        return lines
+            found["texts"] = Cached.of(features.entries, wanted)
+        return found
 
-    def _model_lines(self, tokens: int) -> list[str]:
+    def _model_lines(self, tokens: int, cached: dict[str, Cached]) -> list[str]:
         """Trained numbers, and memory of each part at each time; `tokens` of the longest caption."""
         estimate = MemoryEstimate(self.trainer, self.context, tokens=tokens)
         manner, swap = Manner.of(self.options), self.options.swap
-        training, others = estimate.training(manner, swap), estimate.other_phases(manner, swap)
+        training = estimate.training(manner, swap)
+        # A text encoder takes a second to import, which nothing left to encode is not worth.
+        to_encode = {name: bool(some.missing) for name, some in cached.items()}
+        if self.options.sampling.prompts is not None:
+            to_encode["texts"] = True
+        others = estimate.other_phases(manner, swap, **to_encode)
         return [
             *trained_lines(estimate.network),
             f"memory of tensors while training: {shown(sum(training.values()))}",
@@ -154,6 +161,40 @@ class Rehearsal:
         if caching.cache_text_encoder_outputs_to_disk and not caching.cache_text_encoder_outputs:
             lines.append("--cache_text_encoder_outputs_to_disk implies --cache_text_encoder_outputs")
         return [*lines, *self.prepared.adjustments]
+
+
+@dataclass(frozen=True)
+class Cached:
+    """How many entries there are of those that are wanted."""
+
+    there: int
+    wanted: int
+    to_disk: bool
+
+    @classmethod
+    def of(cls, entries: Entries, wanted: dict[str, Item]) -> Cached:
+        """Look for entries by their keys; items say in which store."""
+        there = sum(entries.store(item).check(key) for key, item in wanted.items())
+        return cls(there, len(wanted), entries.place.to_disk)
+
+    @property
+    def missing(self) -> int:
+        """How many are to be encoded."""
+        return self.wanted - self.there
+
+
+def cache_lines(cached: dict[str, Cached]) -> list[str]:
+    """Return a line each about latents and texts."""
+    lines = {
+        "latents": "not cached; the autoencoder encodes every picture each time",
+        "texts": "not cached; the text encoder stays in memory and encodes every caption",
+    }
+    for name, some in cached.items():
+        kept = "on disk" if some.to_disk else "in memory only"
+        lines[name] = (
+            f"{some.there} of {some.wanted} are there already, {some.missing} to encode, kept {kept}"
+        )
+    return [f"{name}: {line}" for name, line in lines.items()]
 
 
 def bucket_lines(manifest: Manifest, budget: TokenBudget | None = None) -> list[str]:
@@ -194,7 +235,7 @@ def source_lines(manifest: Manifest, dropout: float) -> list[str]:
 
 
 def caption_lines(lengths: dict[str, tuple[int, int]]) -> list[str]:
-    """Return lines about the tokens of texts, given as (needed, taken at most)."""
+    """Return lines about the tokens of texts and sources, given as (needed, taken at most) by text."""
     if not lengths:
         return ["there are none"]
     needed = sorted(count for count, _ in lengths.values())
@@ -228,9 +269,3 @@ def _cut_share(item: Item) -> float:
 
 def _is_enlarged(item: Item) -> bool:
     return item.geometry.resized[0] > item.size[0]
-
-
-def _found(entries: Entries, wanted: dict[str, Item]) -> str:
-    there = sum(entries.store(item).check(key) for key, item in wanted.items())
-    kept = "on disk" if entries.place.to_disk else "in memory only"
-    return f"{there} of {len(wanted)} are there already, {len(wanted) - there} to encode, kept {kept}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from library.data.images import drawn_source
+from library.data.items import Item
+from library.data.prompt import Prompt
 from library.data.prompt_files import load_sample_prompts
 from library.nn.block_swap import chosen_blocks, spared_bytes
 from library.options.optimizer import OptimizerOptions
@@ -59,9 +62,11 @@ class MemoryEstimate:
         kind: str = "cuda",
         speeds: Speeds | None = None,
     ) -> None:
-        """`tokens`: of the longest caption; None: as many as the text encoder takes. `kind`: of device."""
+        """`tokens`: of the longest caption and its source; None: as many as the text encoder takes. `kind`:
+        of device.
+        """
         options = trainer.options
-        limit = trainer.count_tokens("")[1]
+        limit = _most_tokens(trainer, context.prepared.manifest.items)
         self.work = Work(context.plan.largest_batch, min(limit, tokens or limit))
         self.trains_text = options.network.trains_text_encoder
         self._trainer, self._context, self._kind, self._speeds = trainer, context, kind, speeds
@@ -91,15 +96,20 @@ class MemoryEstimate:
             parts["autoencoder"] = weight_bytes(self.vae)
         return parts
 
-    def other_phases(self, manner: Manner, swap: SwapOptions) -> dict[str, Parts]:
-        """Return what is in memory at other times: while caches are filled, and pictures are drawn."""
+    def other_phases(
+        self, manner: Manner, swap: SwapOptions, *, texts: bool = True, latents: bool = True
+    ) -> dict[str, Parts]:
+        """Return what is in memory at other times: while caches are filled, and pictures are drawn.
+
+        texts, latents: whether there is anything to encode.
+        """
         caching, phases = self._trainer.options.caching, {}
-        if caching.texts:
+        if caching.texts and texts:
             phases["filling the text cache"] = {
                 "text encoder": self._trainer.text_encoder_bytes(self.encoders),
                 "its work": self._encoding_texts(caching.text_encoder_batch_size, trained=False)[0],
             }
-        if caching.latents:
+        if caching.latents and latents:
             phases["filling the latent cache"] = {
                 "autoencoder": weight_bytes(self.vae),
                 "its work": self._encoding_pictures(caching.vae_batch_size),
@@ -219,6 +229,13 @@ class MemoryEstimate:
         decoding = peak_of(lambda: self._trainer.decode_latents(self.vae, latents_BCHW), self.vae)[0]
         both = Work(((width, height),) * 2 * sampling.sample_batch_size, self.work.tokens)  # and unguided
         return max(decoding, self.simulation(manner.quant).forward(both))
+
+
+def _most_tokens(trainer: NetworkTrainer, items: Sequence[Item]) -> int:
+    """Return how many tokens the text encoder takes at most: of a text, and of a source as large as any."""
+    edits = {item.geometry.bucket: item for item in items if item.source is not None}
+    sources = [drawn_source(item, None, flip=False) for item in edits.values()]
+    return max(trainer.count_tokens(Prompt("", source))[1] for source in (None, *sources))
 
 
 def optimizer_bytes(options: OptimizerOptions, device: torch.device) -> float:

@@ -43,7 +43,7 @@ TOLD = {
     *("cpu_offload_checkpointing", "gradient_accumulation_steps", "prior_loss_weight"),
     *("max_batch_tokens",),
     *("checkpoint_mode", "checkpoint_every_n_blocks", "torch_compile", "dynamo_backend"),
-    *("activation_memory_budget", "attn_mode", "base_quant", "text_encoder_quant"),
+    *("activation_memory_budget", "attn_mode", "base_quant", "quant_matmul", "text_encoder_quant"),
     *("cache_latents", "cache_text_encoder_outputs", "cache_dtype", "max_caption_variants"),
     *("optimizer_args", "learning_rate", "unet_lr", "max_grad_norm", "lr_scheduler", "lr_scheduler_type"),
     *("lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps", "lr_scheduler_num_cycles"),

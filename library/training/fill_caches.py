@@ -1,0 +1,67 @@
+"""Filling the caches on disk ahead of training, for the tools. Torch is imported once all is checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from library.core.hashing import HashLedger
+from library.core.launch import complete_launch
+from library.core.log import logger, setup_logging
+from library.data.items import Manifest
+from library.data.scan import scan, without_sources
+from library.training.family import CacheIdentities
+from library.training.prepare import described_datasets
+
+if TYPE_CHECKING:
+    from library.training.trainer import NetworkTrainer
+
+_log = logger("caching")
+
+
+def fill_caches(trainer: NetworkTrainer, *, latents: bool = False, texts: bool = False) -> None:
+    """Encode what a training run with these options would, as far as the caches do not have it.
+
+    The options must ask for the caches that are filled, on disk. Of the others only those are read that
+    decide about the entries. Raises UserError for what is wrong with them, or with a file.
+    """
+    complete_launch()
+    options = trainer.options
+    logging = options.logging
+    setup_logging(logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)
+    if texts:
+        options.network.check_caches(options.caching)
+    datasets, ledger = described_datasets(trainer), HashLedger()
+    try:
+        identities = CacheIdentities(
+            trainer.latent_identity(ledger) if latents else None,
+            trainer.text_identity(ledger) if texts else None,
+        )
+        manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
+    finally:
+        ledger.save()  # a bad picture is no reason to read large files again at the next start
+    _encode(trainer, manifest, identities)
+
+
+def _encode(trainer: NetworkTrainer, manifest: Manifest, identities: CacheIdentities) -> None:
+    from library.core.device import dtype_named
+    from library.core.dist import Processes
+    from library.training.guards import caching_advice, memory_explained
+    from library.training.inputs import Inputs
+
+    options, logging = trainer.options, trainer.options.logging
+    processes = Processes.start(options.training.ddp_timeout)
+    setup_logging(
+        logging.console_log_level,
+        is_main=processes.is_main,
+        file=logging.console_log_file,
+        simple=logging.console_log_simple,
+    )
+    for sentence in manifest.skipped:
+        _log.warning("left out: %s", sentence)
+    alone = without_sources(manifest) if trainer.edits_pictures() else ()
+    for sentence in (*options.adjustments(), *manifest.notes, *alone):
+        _log.info("%s", sentence)
+    inputs = Inputs(trainer, identities, processes, dtype_named(options.training.mixed_precision))
+    advice = caching_advice(options)
+    with processes.tied(), memory_explained("encoding the dataset", processes.device, advice):
+        inputs.fill_caches(manifest)

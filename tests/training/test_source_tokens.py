@@ -1,0 +1,73 @@
+"""What is foretold of a model that edits pictures counts the tokens of the pictures that it edits."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from kandinsky5_train_network import Kandinsky5Trainer
+from library.options.group import parse_options
+from library.options.train_kandinsky5 import Kandinsky5TrainOptions
+from library.training.context import RunContext
+from library.training.look.dry_run import Rehearsal
+from library.training.look.memory_estimate import MemoryEstimate
+from library.training.prepare import prepare
+from tests.picture_sets import manifest_of, write_picture, write_pictures
+from tools.make_nano_models import make_nano_kandinsky5
+
+CAPTIONS = {"small": "make it red", "large": "make it blue", "alone": "a very long caption " * 3}
+SIDE = 448  # Qwen sees half of it, in squares of 28 pixels
+PICTURE_TOKENS = (SIDE // 2 // 28) ** 2
+AROUND = 3  # tokens behind the caption beside the picture's own
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Kandinsky5Trainer:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("edits")
+    nano = make_nano_kandinsky5(folder / "nano")
+    write_pictures(folder / "after", CAPTIONS, ((64, 64), (SIDE, SIDE), (64, 64)))
+    (folder / "before").mkdir()
+    (folder / "apart").mkdir()
+    for ending in ("png", "txt"):
+        (folder / "after" / f"alone.{ending}").rename(folder / "apart" / f"alone.{ending}")
+    for number, stem in enumerate(("small", "large")):
+        write_picture(folder / "before" / f"{stem}.png", (SIDE, SIDE), seed=number)
+    subset = f"conditioning_data_dir = '{folder / 'before'}'\n[[datasets.subsets]]\n"
+    subset += f"image_dir = '{folder / 'apart'}'\ncaption_extension = '.txt'"
+    dataset = "bucket_no_upscale = true"
+    manifest_of(folder / "after", dataset=dataset, subset=subset, resolution=SIDE, edits=True)
+    words = [
+        *(f"--dit={nano.i2i}", f"--vae={nano.vae}", f"--text_encoder_qwen={nano.qwen}", "--seed=1"),
+        *(f"--text_encoder_clip={nano.clip}", f"--dataset_config={folder / 'after.toml'}"),
+        *("--network_module=networks.lora_kandinsky5", f"--output_dir={folder / 'out'}"),
+        *("--qwen_max_token_length=100", "--max_train_steps=2", "--console_log_level=WARNING"),
+    ]
+    return Kandinsky5Trainer(parse_options(Kandinsky5TrainOptions, words))
+
+
+def test_the_most_that_the_text_encoder_takes(trainer: Kandinsky5Trainer) -> None:
+    context = RunContext.decide(trainer, prepare(trainer))
+    assert MemoryEstimate(trainer, context).work.tokens == 100 + PICTURE_TOKENS + AROUND
+    assert MemoryEstimate(trainer, context, tokens=20).work.tokens == 20
+
+
+def test_a_dry_run_counts_what_the_model_is_given(
+    trainer: Kandinsky5Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimated: list[int] = []
+    monkeypatch.setattr(Rehearsal, "_model_lines", lambda _, tokens, *__: estimated.append(tokens) or [])
+    rehearsal = Rehearsal(trainer, prepare(trainer))
+    report = rehearsal.report()
+    encoders = trainer.load_text_encoders(torch.device("cpu"), torch.float32)
+    prompts = list(rehearsal._prompts())
+    with torch.no_grad():
+        lengths = [len(c.tokens_LD) for c in trainer.encode_prompts(encoders, prompts)]
+    assert [min(trainer.count_tokens(prompt)) for prompt in prompts] == lengths
+    assert estimated == [max(lengths)] and max(lengths) > PICTURE_TOKENS
+    (told,) = (
+        re.search(r"3 texts of (\d+) to (\d+) tokens", line) for line in report if " texts of " in line
+    )
+    assert (int(told[1]), int(told[2])) == (min(lengths), max(lengths))

@@ -25,7 +25,7 @@ from library.data.prompt import Prompt, SourcePicture
 from library.inference.script import InferenceScript
 from library.inference.sizes import sized
 from library.models.kandinsky5_files import build_tokenizers, check_models, inspect_autoencoder
-from library.models.kandinsky5_format import MOST_TOKENS, check_patches, linear_layers
+from library.models.kandinsky5_format import check_patches, linear_layers
 from library.models.kandinsky5_prompt import Kandinsky5Tokenizers, count_tokens
 from library.options.group import parse_options
 from library.options.inference_kandinsky5 import SIZES, Kandinsky5InferenceOptions
@@ -77,18 +77,8 @@ class Kandinsky5Inference(InferenceScript[Prompt]):
         request = sized(request, SIZES, None if path is None else read_facts(path).size)
         check_patches(request.height // SIZE_STEP, request.width // SIZE_STEP)
         for prompt in self.prompts_of(request):
-            self._check_length(prompt, request)
+            count_tokens(self._tokenizers.qwen, prompt, **self._limits)  # refuses what cannot be encoded
         return request
-
-    def _check_length(self, prompt: Prompt, request: ImageRequest) -> None:
-        """Raise UserError for a prompt that, cut, with its picture is more than the DiT has positions for."""
-        tokens = min(count_tokens(self._tokenizers.qwen, prompt, **self._limits))
-        if tokens > MOST_TOKENS:
-            raise ConfigError(
-                f"The prompt '{prompt.text[:60]}' and its picture of {request.width}x{request.height} are "
-                f"{tokens} tokens, but Kandinsky 5 has positions for {MOST_TOKENS}; draw a smaller picture, "
-                f"or shorten the prompt."
-            )
 
     @property
     def _limits(self) -> dict[str, int]:

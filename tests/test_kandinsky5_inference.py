@@ -304,9 +304,7 @@ def test_a_source_that_cannot_be_used(
     assert str(path) in str(caught.value)
 
 
-def test_a_picture_that_is_too_large_for_the_text_encoders_part(
-    i2i: Kandinsky5Folder, source: Path, tmp_path: Path
-) -> None:
-    large = ("--image", source, "--image_width=2048", "--image_height=2048")
-    with pytest.raises(UserError, match="2048x2048 are .* tokens, but Kandinsky 5 has positions for 1024"):
-        run(i2i, tmp_path, *large)
+def test_the_mark_of_a_picture_is_no_text(i2i: Kandinsky5Folder, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has <\|image_pad\|> in it, which stands for the source picture"):
+        run(i2i, tmp_path, "--image", source, "--prompt", "a <|image_pad|> of a fox")
+    assert not list(tmp_path.iterdir())

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
 from library.core.hashing import HashLedger
+from library.data.items import Manifest
 from library.data.prompt import Prompt
 from library.models import file_identity, kandinsky5_identity
+from library.models.kandinsky5_data import check_data
 from library.models.kandinsky5_files import (
     build_tokenizers,
     check_models,
@@ -64,7 +66,7 @@ class Kandinsky5Trainer(NetworkTrainer):
     options: Kandinsky5TrainOptions
 
     def check_files(self) -> None:
-        """Read the headers of the four weight files, and check that the network fits the transformer."""
+        """Read the headers of the four weight files and the tokenizers; check that the network fits."""
         models = self.options.model
         transformer = check_models(
             models.pretrained_model_name_or_path,
@@ -76,6 +78,7 @@ class Kandinsky5Trainer(NetworkTrainer):
         )
         check_layers(self.options.network, linear_layers(transformer.params))
         self.options.swap.check(transformer.params.n_blocks)
+        self._tokenizers = build_tokenizers(models)  # a wrong one is told before an encoder is loaded
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
         """Identify the weight files for states, and describe them for the metadata."""
@@ -129,6 +132,20 @@ class Kandinsky5Trainer(NetworkTrainer):
         model for, or as its file says.
         """
         return (task_named(self.options.model.task) or self._transformer.params.task) == I2I
+
+    def check_data(self, manifest: Manifest, samples: Sequence[ImageRequest]) -> list[str]:
+        """Refuse sizes that there are no positions for, and captions with the mark of a picture.
+
+        Returns a sentence for each flag about source pictures, where the model or the data has none.
+        """
+        check_data(manifest, samples)
+        models = self.options.model
+        if not self.edits_pictures() and task_named(models.task) is None:  # with --task, the options tell
+            dit = models.pretrained_model_name_or_path
+            return [*models.without_sources(f"{dit} draws from text alone")]
+        if self.edits_pictures() and not any(item.source for item in manifest.items):
+            return [*models.without_sources("no picture has a source (conditioning_data_dir)")]
+        return []
 
     def source_dropout(self) -> float:
         """Return what --source_dropout_rate says."""

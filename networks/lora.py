@@ -21,7 +21,7 @@ from library.core.suggest import did_you_mean, shorten
 from library.nn.quant import QuantLinear, stored_form
 from networks.dora import Magnitude
 from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA, linear_layers
-from networks.names import ALPHA, DORA, ON_INPUT, is_anchored, kohya_name
+from networks.names import ALPHA, DORA, DOWN, ON_INPUT, UP, is_anchored, kohya_name
 
 Originals = dict[str, nn.Parameter | tuple[Tensor, ...]]  # by path; a quantised weight in stored form
 _NO_DROPOUT = Dropouts()
@@ -29,6 +29,11 @@ _TAKE_SIZES = (
     "the sizes must be those that the file was trained with. --dim_from_weights takes them from it: give "
     "that in place of --network_dim, --network_alpha and arguments about layers, ranks and alphas."
 )
+_OTHER_WIDTH = (
+    "the layer has another width in the model that the file was made for, which may be the one for another "
+    "task: name a file for this model."
+)
+_WIDTH_AT = {DOWN: 1, UP: 0}  # which number of a shape is a width of the layer, and not the rank
 # What has one dtype in every file: rounding m of a DoRA would change the weight itself.
 _EXACT = {ALPHA: torch.float32, DORA: torch.float32, ON_INPUT: torch.int64}
 
@@ -315,10 +320,13 @@ def _check_layer(
 ) -> None:
     """Raise CheckpointError unless the tensors of one layer are such as it has."""
     for ending, tensor in own.items():
-        if theirs[ending].shape != tensor.shape:
+        found, needed = tuple(theirs[ending].shape), tuple(tensor.shape)
+        if found != needed:
+            place = _WIDTH_AT.get(ending)
+            same_layer = place is None or found[place : place + 1] == needed[place : place + 1]
             raise CheckpointError(
-                f"{source}: '{name}{ending}' has shape {tuple(theirs[ending].shape)}, but this network needs "
-                f"{tuple(tensor.shape)}; {_TAKE_SIZES}"
+                f"{source}: '{name}{ending}' has shape {found}, but this network needs {needed}; "
+                f"{_TAKE_SIZES if same_layer else _OTHER_WIDTH}"
             )
     alpha = own.get(ALPHA)
     if alpha is not None and theirs[ALPHA] != alpha.to(theirs[ALPHA].dtype):

@@ -45,7 +45,9 @@ TORCH_FREE = [
     "networks.lycoris.module",
     "lumina_train_network",
     "lumina_minimal_inference",
+    "kandinsky5_train_network",
     "kandinsky5_minimal_inference",
+    "tools.cache_latents",
 ]
 
 
@@ -96,11 +98,13 @@ def test_what_answers_before_torch_does_not_import_it(module):
 
 
 def test_a_family_overrides_hooks_only():
+    from kandinsky5_train_network import Kandinsky5Trainer
     from library.training.trainer import NetworkTrainer
     from lumina_train_network import LuminaTrainer
 
     final = {name for name, value in vars(NetworkTrainer).items() if getattr(value, "__final__", False)}
     assert final == {"train", "with_options"}
-    own = {name for name in vars(LuminaTrainer) if not name.startswith("_")}
-    assert own <= set(vars(NetworkTrainer)) | set(NetworkTrainer.__annotations__)
-    assert not own & final
+    for trainer in (LuminaTrainer, Kandinsky5Trainer):
+        own = {name for name in vars(trainer) if not name.startswith("_")}
+        assert own <= set(vars(NetworkTrainer)) | set(NetworkTrainer.__annotations__)
+        assert not own & final

@@ -278,7 +278,13 @@ def _kind_mistakes(kind: Kind, table: Table, options: DatasetOptions) -> list[tu
     if kind == "conditioning" and "metadata_file" in table:
         mistakes.append(("metadata_file", "cannot go with conditioning_data_dir; leave out one of them"))
     if kind == "conditioning" and not options.masked_loss:
-        mistakes.append(("conditioning_data_dir", "has no effect without --masked_loss; add that flag"))
+        mistakes.append(
+            (
+                "conditioning_data_dir",
+                "has no effect without --masked_loss, for which it has masks; add that flag, or train an "
+                "image-to-image model, for which it has the pictures to edit",
+            )
+        )
     for key in _NOT_FOR[kind]:
         if key in table:
             mistakes.append((key, f"has no effect in a subset with {_KIND_KEYS[kind]}; remove it"))

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Generic
 
 from torch import Tensor
 
-from library.core.device import device_named
+from library.core.device import device_named, dtype_named
 from library.data.batch import Condition
 from library.flow.generate import ImageModel
 from library.inference.artist import Artist, Prompt
 from library.inference.models import Models
+from library.nn.attention import check_kernel
 from library.options.request import ImageRequest
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ class Drawing(Generic[Prompt]):
     """The models of a script at work."""
 
     def __init__(self, script: InferenceScript[Prompt]) -> None:
-        """Raises ConfigError: `--device` names none that is there."""
+        """Raises UserError: `--device` names none that is there, or it cannot do what --attn_mode says."""
         self._script, self._options = script, script.options
         where = self._options.where
         device = device_named(where.device)
+        check_kernel(self._options.attention.attention, device, dtype_named(self._options.models.dtype))
         self._models = Models(script, device)
         model = ImageModel(
             self._velocity,

@@ -129,11 +129,11 @@ def check_text_length(tokens: int) -> None:
         )
 
 
-def check_patches(rows: int, columns: int) -> None:
+def check_patches(rows: int, columns: int, what: str = "A picture") -> None:
     """Raise ConfigError for a picture that the model has no positions for."""
     if max(rows, columns) > MOST_PATCHES:
         raise ConfigError(
-            f"A picture of {_PIXELS * columns}x{_PIXELS * rows} pixels is too large for Kandinsky 5, which "
+            f"{what} of {_PIXELS * columns}x{_PIXELS * rows} pixels is too large for Kandinsky 5, which "
             f"has positions for {_PIXELS * MOST_PATCHES} along a side: use a lower resolution."
         )
 

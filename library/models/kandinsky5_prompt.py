@@ -18,6 +18,7 @@ The picture stands for itself: `<|image_pad|>` is repeated as often as Qwen sees
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.core.errors import DataError
 from library.data.prompt import Prompt
@@ -83,11 +84,7 @@ def qwen_prompt(tokenizer: QwenTokenizer, prompt: Prompt, *, max_length: int, ed
         crop = tokenizer.count(T2I_HEAD)
         return QwenPrompt(ids[: crop + max_length], crop, len(ids) - crop, max_length)
     ids = tokenizer.ids(f"{I2I_HEAD}{prompt.text}{_PICTURE}{_TAIL}")
-    if ids.count(tokenizer.image_pad_id) != 1:
-        raise DataError(
-            f"The prompt {prompt.text[:80]!r} has {IMAGE_PAD} in it, which stands for the source picture "
-            f"{prompt.source.path}; take it out."
-        )
+    check_text(prompt.text, prompt.source.path)
     text, tail = ids[:-_PICTURE_TAIL_TOKENS], ids[-_PICTURE_TAIL_TOKENS:]
     crop = tokenizer.count(I2I_HEAD) + edit_crop - I2I_HEAD_TOKENS
     grid = picture_grid(prompt.source.geometry.bucket)
@@ -95,6 +92,15 @@ def qwen_prompt(tokenizer: QwenTokenizer, prompt: Prompt, *, max_length: int, ed
     limit = min(max_length + len(tail), MOST_TOKENS)
     kept = [*text[: crop + limit - len(tail)], *tail]
     return QwenPrompt(kept, crop, len(text) + len(tail) - crop, limit, grid)
+
+
+def check_text(text: str, source: Path | None) -> None:
+    """Raise DataError for a text with the mark of a picture inside, if it goes with one."""
+    if source is not None and IMAGE_PAD in text:
+        raise DataError(
+            f"The prompt {text[:80]!r} has {IMAGE_PAD} in it, which stands for the source picture {source}; "
+            f"take it out."
+        )
 
 
 def count_tokens(

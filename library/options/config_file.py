@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 from library.core.errors import ConfigError
-from library.core.suggest import did_you_mean
 from library.core.toml_file import dump_toml, read_config
 
 
-def words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+def words_of(path: Path, parser: argparse.ArgumentParser, way_out: Callable[[str], str]) -> list[str]:
     """Turn a config file into command-line words, so that both are checked by the same rules.
+
+    way_out: what a message says behind an unknown key.
 
     Raises:
         ConfigError: it cannot be read, or it has an unknown key or the same key twice.
@@ -25,7 +26,7 @@ def words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     seen: set[str] = set()
     for key, value in _flattened(read_config(path, "The config file")):
         if key not in actions:
-            raise ConfigError(f"{path}: unknown key '{key}'{did_you_mean(key, actions) or '.'}")
+            raise ConfigError(f"{path}: unknown key '{key}'{way_out(key)}")
         if key in seen:
             raise ConfigError(f"{path}: '{key}' is there twice, in two sections; keep one.")
         seen.add(key)

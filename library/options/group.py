@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from library.core.errors import ConfigError
 from library.core.files import write_text
@@ -92,7 +93,11 @@ class OptionGroup:
 
     A flag that a script brings along from sd-scripts and that does nothing here must not stop it: it belongs
     into `adjustments`. What would train something else than the words say stays an error.
+
+    elsewhere: what to write in place of a flag that is none here; see library/options/elsewhere.py.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def adjustments(self) -> Iterator[str]:
         """Yield a sentence for each flag that is given but has no effect, with the reason.
@@ -183,7 +188,7 @@ def parse_options(
     parser = build_parser(options_class, description)
     given = vars(_parse(parser, argv))
     if given["config_file"] and not given["output_config"]:
-        file_words = words_of(given["config_file"], parser)
+        file_words = words_of(given["config_file"], parser, parser.way_out)
         given = vars(_parse(parser, file_words + argv, given["config_file"]))
     _refuse(groups.values(), given)
     options = options_class(**{name: group.take(given, in_part=in_part) for name, group in groups.items()})
@@ -192,9 +197,11 @@ def parse_options(
     return options
 
 
-def build_parser(options_class: type, description: str = "") -> argparse.ArgumentParser:
+def build_parser(options_class: type, description: str = "") -> _Parser:
     """Return the argparse parser of a script's options."""
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    for group in group_classes(options_class).values():
+        parser.elsewhere |= group.elsewhere
     parser.add_argument("--config_file", type=Path, help=COMMON_FLAGS["config_file"])
     parser.add_argument("--output_config", action="store_true", help=COMMON_FLAGS["output_config"])
     for group in group_classes(options_class).values():
@@ -210,6 +217,19 @@ def group_classes(options_class: type) -> dict[str, type[OptionGroup]]:
 class _Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are ConfigError, with a suggestion for a misspelt flag."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.elsewhere: dict[str, str] = {}
+
+    def way_out(self, name: str) -> str:
+        """Return what a message says behind an option that there is not: a flag, or a key without dashes."""
+        bare = name.removeprefix("--")
+        if bare in self.elsewhere:
+            return f": {self.elsewhere[bare]}."
+        flags = self._option_string_actions
+        valid = flags if name.startswith("--") else [flag.removeprefix("--") for flag in flags]
+        return did_you_mean(name, valid) or "."
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.strip().rstrip(".") + ".")
 
@@ -219,17 +239,15 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
-def _parse(
-    parser: argparse.ArgumentParser, words: list[str], config_file: Path | None = None
-) -> argparse.Namespace:
+def _parse(parser: _Parser, words: list[str], config_file: Path | None = None) -> argparse.Namespace:
     try:
         namespace, unknown = parser.parse_known_args(words)
     except ConfigError as error:
         raise ConfigError(f"{config_file}: {error}" if config_file else str(error)) from None
     if unknown:
         word = unknown[0].partition("=")[0]
-        near = did_you_mean(word, parser._option_string_actions) if word.startswith("--") else ""
-        raise ConfigError(f"unknown argument '{word}'{near or '.'} See --help.")
+        way_out = parser.way_out(word) if word.startswith("--") else "."
+        raise ConfigError(f"unknown argument '{word}'{way_out} See --help.")
     return namespace
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.errors import ConfigError
+from library.options.elsewhere import KANDINSKY5
 from library.options.group import REQUIRED, OptionGroup, option
 from library.options.inference import DTYPES, InferenceOptions, PictureOptions
 from library.options.model import DEFAULT_TOKEN_LIMIT
@@ -17,6 +18,8 @@ class LuminaInferenceModelOptions(OptionGroup):
 
     Weight files may be in the original, ComfyUI, all-in-one or diffusers layout.
     """
+
+    elsewhere = KANDINSKY5
 
     pretrained_model_name_or_path: Path = option(
         REQUIRED, "the DiT: a .safetensors file, an index, or a folder"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.errors import ConfigError
+from library.options.elsewhere import LUMINA
 from library.options.group import REQUIRED, OptionGroup, option
 from library.options.model import TransformerOptions
 
@@ -37,6 +38,8 @@ def task_named(name: str) -> str | None:
 @dataclass(frozen=True, kw_only=True)
 class Kandinsky5EncoderOptions(OptionGroup):
     """Text encoders."""
+
+    elsewhere = LUMINA
 
     text_encoder_qwen: Path = option(
         REQUIRED, "the Qwen2.5-VL 7B text encoder: a .safetensors file, an index, or a folder"
@@ -121,5 +124,8 @@ class Kandinsky5ModelOptions(
         """Yield a sentence for each flag that has nothing to do with pictures from text alone."""
         yield from super().adjustments()
         if task_named(self.task) == T2I:
-            names = ("source_dropout_rate", "edit_prompt_crop")
-            yield from self.without_effect(names, f"--task {self.task} has no source pictures")
+            yield from self.without_sources(f"--task {self.task} has no source pictures")
+
+    def without_sources(self, reason: str) -> Iterator[str]:
+        """Yield a sentence for each flag about source pictures, where there are none."""
+        return self.without_effect(("source_dropout_rate", "edit_prompt_crop"), reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from library.options.elsewhere import SIMPLETUNER
 from library.options.group import OptionGroup, inert, refused
 
 _LEAVE_OUT = "leave it out"
@@ -29,6 +30,8 @@ class LegacyOptions(OptionGroup):
     A command line that has one of them is told the reason, and where it matters what to use instead;
     docs/flags.md has the list.
     """
+
+    elsewhere = SIMPLETUNER
 
     v2: bool = refused(f"it tells versions of Stable Diffusion apart; {_LEAVE_OUT}", default=False)
     v_parameterization: bool = refused(

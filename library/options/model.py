@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.errors import ConfigError
+from library.options.elsewhere import KANDINSKY5
 from library.options.group import REQUIRED, OptionGroup, option
 
 DEFAULT_TOKEN_LIMIT = 256
@@ -26,6 +27,8 @@ class TransformerOptions(OptionGroup):
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderOptions(OptionGroup):
     """Text encoder."""
+
+    elsewhere = KANDINSKY5
 
     gemma2: Path = option(REQUIRED, "the Gemma2 text encoder: a .safetensors file, an index, or a folder")
     gemma2_tokenizer: Path | None = option(

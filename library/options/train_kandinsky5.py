@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.options.group import option
@@ -9,6 +10,8 @@ from library.options.kandinsky5 import Kandinsky5ModelOptions
 from library.options.legacy import Kandinsky5LegacyOptions
 from library.options.timesteps import TimestepOptions
 from library.options.train import TrainOptions
+
+_READ_SHIFT = ("shift", "sigma")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,13 @@ class Kandinsky5TimestepOptions(TimestepOptions):
         3.0, "shift towards noise of the samplings 'shift' and 'sigma'; 3 is what the model was trained with"
     )
 
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for the shift too, where neither training nor, as ever, the sampler reads it."""
+        yield from super().adjustments()
+        if self.timestep_sampling not in _READ_SHIFT:
+            reason = f"only --timestep_sampling {' or '.join(_READ_SHIFT)} reads it"
+            yield from self.without_effect(("discrete_flow_shift",), reason)
+
 
 @dataclass(frozen=True)
 class Kandinsky5TrainOptions(TrainOptions):
@@ -30,3 +40,8 @@ class Kandinsky5TrainOptions(TrainOptions):
     timesteps: Kandinsky5TimestepOptions
     model: Kandinsky5ModelOptions
     legacy: Kandinsky5LegacyOptions
+
+    def _across_groups(self) -> Iterator[str]:
+        yield from super()._across_groups()
+        if not self.sampling.scheduled:
+            yield from self.model.without_effect(("scheduler_scale",), "no sample pictures are drawn")

@@ -68,7 +68,7 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
     model = _load_model(context)
     network = _install_network(context, model)
     uniform = _shard(context, model)
-    bands = SigmaBands(context.device)
+    bands = SigmaBands(context.device, shared=context.processes.world > 1)
     vote = StopVote(stop.reason, context.device)
     noising = Noising(options, context.trainer.family, context.seed)
     objective = Objective(

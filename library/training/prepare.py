@@ -81,9 +81,11 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     adjustments += compiler_wishes(os.environ, compiles=options.compute.compiles)
     if not manifest.validation:
         adjustments += options.validation.without_pictures()
+    samples = []
     if options.sampling.prompts is not None:
-        requests = load_sample_prompts(options.sampling.prompts, ImageRequest(seed=0), adjustments.append)
-        sources_of(requests, edits=edits)
+        samples = load_sample_prompts(options.sampling.prompts, ImageRequest(seed=0), adjustments.append)
+        sources_of(samples, edits=edits)
+    adjustments += trainer.check_data(manifest, samples)
     if edits:
         adjustments += without_sources(manifest)
     settings = settings_of(options, files, manifest, ledger)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self, final
 
 from library.core.hashing import HashLedger
+from library.data.items import Manifest
 from library.data.token_batches import TokenBudget
 from library.options.group import OptionGroup
 from library.options.request import ImageRequest
@@ -128,6 +129,14 @@ class NetworkTrainer(ABC):
         masks, and sample prompts may name one. Torch-free.
         """
         return False
+
+    def check_data(self, manifest: Manifest, samples: Sequence[ImageRequest]) -> list[str]:
+        """Check what is trained on, and what is drawn meanwhile, before hours pass until it is met.
+
+        Torch-free; raises UserError for what the model cannot take. Returns a sentence for each of the
+        family's flags that has no effect on these files and pictures.
+        """
+        return []
 
     def source_dropout(self) -> float:
         """Return the share of the draws of an edited picture that are trained without its source. Torch-free.

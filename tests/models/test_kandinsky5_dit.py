@@ -99,6 +99,7 @@ def in_bf16(model):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of diffusers
 @torch.no_grad()
 @pytest.mark.parametrize("fast", [True, False], ids=["bf16 products", "fp32 products"])
 def test_bf16(monkeypatch, fast):

@@ -36,7 +36,7 @@ class Launched:
         with messages.open("w") as err:
             self.script = python.start([*LAUNCH.split(), *words], environment, err=err.fileno())
 
-    def ended(self, seconds: float = 60) -> str:
+    def ended(self, seconds: float = 200) -> str:
         """Wait until it has ended; return what was written."""
         self.script.join(seconds)
         assert self.script.exitcode is not None, self._messages.read_text()

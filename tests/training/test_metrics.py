@@ -75,11 +75,12 @@ def test_the_averages_go_on_from_a_state_exactly() -> None:
     assert found["late"] == found["straight"][9:]
 
 
-def test_loss_by_band_of_sigma() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_loss_by_band_of_sigma(shared: bool) -> None:
     def read(bands: SigmaBands) -> dict[str, float]:
         return bands.named(bands.measure(0).tolist())
 
-    bands = SigmaBands(torch.device("cpu"))
+    bands = SigmaBands(torch.device("cpu"), shared=shared)
     bands.add((0.05, 0.15, 0.2), torch.tensor([1.0, 2.0, 8.0], requires_grad=True))
     bands.add((1.0, 0.05), torch.tensor([5.0, 6.0]))
     assert read(bands) == {"loss/sigma_0.0_0.2": 3.0, "loss/sigma_0.2_0.4": 8.0, "loss/sigma_0.8_1.0": 5.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save
@@ -31,9 +32,10 @@ def write_shards(folder: Path, stem: str, tensors: Tensors, count: int) -> None:
     write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def write_file(file: Path, tensors: Tensors) -> None:
+def write_file(file: Path, tensors: Tensors, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write one file of tensors."""
-    write_bytes(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(file, save(contiguous, {"format": "pt", **metadata}))
 
 
 def write_json(file: Path, content: dict[str, object]) -> None:

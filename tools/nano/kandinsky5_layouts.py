@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,10 @@ def write_original(models: NanoKandinsky5, folder: Path) -> NanoKandinsky5Paths:
 
 
 def write_comfyui(models: NanoKandinsky5, folder: Path) -> NanoKandinsky5Paths:
-    """Single files with ComfyUI's prefixes, and the tokenizers in folders of their own."""
+    """Single files with ComfyUI's prefixes, and the tokenizers in folders of their own.
+
+    Qwen's file tells in its metadata what the sizes of the real one tell by themselves.
+    """
     paths = NanoKandinsky5Paths(
         *(folder / f"{stem}.safetensors" for stem in ("kandinsky5lite_t2i", "kandinsky5lite_i2i")),
         *(folder / f"{stem}.safetensors" for stem in ("qwen_2.5_vl_7b", "clip_l", "ae")),
@@ -66,7 +70,8 @@ def write_comfyui(models: NanoKandinsky5, folder: Path) -> NanoKandinsky5Paths:
     )
     for path, tensors in ((paths.t2i, models.t2i), (paths.i2i, models.i2i)):
         write_file(path, prefixed(cast(tensors, torch.bfloat16), "model.diffusion_model."))
-    write_file(paths.qwen, cast(models.qwen, torch.bfloat16))
+    config = json.dumps(kandinsky5_qwen.qwen_config())
+    write_file(paths.qwen, cast(models.qwen, torch.bfloat16), {"config": config})
     write_file(paths.clip, prefixed(cast(models.clip, torch.float16), "text_model."))
     write_file(paths.vae, models.autoencoder)
     kandinsky5_text.write_qwen_tokenizer(paths.qwen_tokenizer, slow=True)

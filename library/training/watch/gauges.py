@@ -16,6 +16,9 @@ EVERY = 10  # steps from one look at all weights to the next
 _LIMITED = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
 BANDS = 5  # of equal width, as far apart as validation's sigmas, which lie in their middles
 
+_BANDS = range(BANDS)
+_NAMES = [f"loss/sigma_{band / BANDS:.1f}_{(band + 1) / BANDS:.1f}" for band in _BANDS]
+
 Item = TypeVar("Item")
 
 
@@ -45,37 +48,44 @@ class StepClock:
 class SigmaBands:
     """The training loss of a step's pictures by band of sigma, over all processes.
 
-    Losses are those that are trained on: weighted, and before the update.
+    Losses are those that are trained on: weighted, and before the update. A process that is alone reads them
+    as they are; several add them up on their devices, band by band.
     """
 
-    shared = True
-
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, shared: bool) -> None:
+        """`shared`: there are several processes."""
+        self.shared = shared
         self._device = device
         self._seen: list[tuple[Sequence[float], Tensor]] = []
+        self._bands: list[int] = []  # of the losses that were measured last
 
     def add(self, sigmas: Sequence[float], losses_B: Tensor) -> None:
         """Take note of a micro-batch."""
         self._seen.append((sigmas, losses_B.detach()))
 
     def measure(self, step: int) -> Tensor:
-        """Return each band's sum of losses, then each band's number of pictures; then forget them."""
-        if not self._seen:
-            return torch.zeros(2 * BANDS, device=self._device)
-        bands = [min(int(sigma * BANDS), BANDS - 1) for some, _ in self._seen for sigma in some]
-        strangers_NB = torch.tensor([[own != band for own in bands] for band in range(BANDS)])
-        counts = torch.tensor([float(bands.count(band)) for band in range(BANDS)])
-        losses_B = torch.cat([losses_B for _, losses_B in self._seen])
+        """Return the losses, or each band's sum of losses and then its number of pictures; forget them."""
+        self._bands = [min(int(sigma * BANDS), BANDS - 1) for some, _ in self._seen for sigma in some]
+        losses = [losses_B for _, losses_B in self._seen]
         self._seen.clear()
-        # Not a product with the members: one loss that is not a number would spoil every band.
-        sums = losses_B.masked_fill(sent(strangers_NB, self._device), 0.0).sum(1)
-        return torch.cat([sums, sent(counts, self._device)])
+        if not self.shared:
+            return torch.cat(losses) if losses else torch.zeros(0, device=self._device)
+        return self._by_band(torch.cat(losses)) if losses else torch.zeros(2 * BANDS, device=self._device)
 
     def named(self, numbers: Sequence[float]) -> dict[str, float]:
         """Return the mean loss of each band that had a picture."""
-        names = [f"loss/sigma_{band / BANDS:.1f}_{(band + 1) / BANDS:.1f}" for band in range(BANDS)]
-        sums, counts = numbers[:BANDS], numbers[BANDS:]
-        return {name: s / n for name, s, n in zip(names, sums, counts, strict=True) if n}
+        if self.shared:
+            sums, counts = numbers[:BANDS], numbers[BANDS:]
+        else:
+            members = [[x for x, own in zip(numbers, self._bands, strict=True) if own == b] for b in _BANDS]
+            sums, counts = [sum(some) for some in members], [len(some) for some in members]
+        return {name: s / n for name, s, n in zip(_NAMES, sums, counts, strict=True) if n}
+
+    def _by_band(self, losses_B: Tensor) -> Tensor:
+        members_NB = torch.tensor([[own == band for own in self._bands] for band in _BANDS])
+        # Not a product with the members: one loss that is not a number would spoil every band.
+        sums = losses_B.where(sent(members_NB, self._device), 0.0).sum(1)
+        return torch.cat([sums, sent(members_NB.sum(1).float(), self._device)])
 
 
 class WeightNorms:

@@ -29,7 +29,7 @@ from library.models.kandinsky5_format import check_patches, linear_layers
 from library.models.kandinsky5_prompt import Kandinsky5Tokenizers, count_tokens
 from library.options.group import parse_options
 from library.options.inference_kandinsky5 import SIZES, Kandinsky5InferenceOptions
-from library.options.kandinsky5 import I2I
+from library.options.kandinsky5 import I2I, task_named
 from library.options.request import SIZE_STEP, ImageRequest
 
 if TYPE_CHECKING:
@@ -60,6 +60,10 @@ class Kandinsky5Inference(InferenceScript[Prompt]):
             models.pretrained_model_name_or_path, *files, task=models.task, quant=self.options.quant
         ).params
         self._edits = transformer.task == I2I
+        if not self._edits and task_named(models.task) is None:  # with --task, the options tell
+            reason = f"{models.pretrained_model_name_or_path} draws from text alone"
+            for sentence in models.without_effect(("edit_prompt_crop",), reason):
+                _log.warning("%s", sentence)
         self._tokenizers = build_tokenizers(models)
         return linear_layers(transformer), transformer.n_blocks
 

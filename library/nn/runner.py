@@ -90,8 +90,17 @@ class BlockRunner:
         """Run a block, with its weights in place. A checkpoint comes through here a second time."""
         if self.ring is not None:
             self.ring.hold(block)
-        return block(x, *others)
+        return block(x, *map(_own, others))
 
     def _remaking(self, block: nn.Module, mode: str) -> Remaking:
         prepare = None if self.ring is None else partial(self.ring.hold, block)
         return Remaking(products_too=mode == "feed_forward", prepare=prepare)
+
+
+def _own(other: object) -> object:
+    """Return what a block reads beside its stream as a tensor of the block's own, if it gets a gradient.
+
+    So its parts of that gradient are added up before they meet those of other blocks. FSDP does so too, and
+    in another order rounding would be another.
+    """
+    return other.view_as(other) if isinstance(other, Tensor) and other.requires_grad else other

@@ -151,3 +151,6 @@ class InferenceOptions:
         """Yield a sentence for each flag that is given but has no effect, with the reason."""
         for f in fields(self):
             yield from getattr(self, f.name).adjustments()
+        if self.run.from_file is None and not self.run.interactive and self.picture.guidance_scale == 1:
+            reason = "--guidance_scale 1 does not guide"
+            yield from self.picture.without_effect(("negative_prompt",), reason)

@@ -31,7 +31,9 @@ class SampleOptions(OptionGroup):
         1,
         "pictures of equal settings drawn together; above 1 is faster, but can change a picture's last bits",
     )
-
+    sequential_cfg: bool = option(
+        False, "let prompt and negative prompt go through the model one after the other: less memory"
+    )
     sample_compare_base: bool = option(
         False, "draw every prompt once without the network too, to compare with: <name>-base_..."
     )
@@ -71,7 +73,7 @@ class SampleOptions(OptionGroup):
         yield from super().adjustments()
         if not self.scheduled:
             reason = "nothing says when to draw (--sample_every_n_epochs, ..._steps or --sample_at_first)"
-            names = ("sample_prompts", "sample_sampler", "sample_batch_size")
+            names = ("sample_prompts", "sample_sampler", "sample_batch_size", "sequential_cfg")
             yield from self.without_effect(names, reason)
         elif self.sample_sampler in NOISE_SAMPLERS:
             yield f"--sample_sampler {self.sample_sampler} has no effect: {DRAWN_WITH_EULER}"

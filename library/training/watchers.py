@@ -67,6 +67,7 @@ def _previews(context: RunContext, parts: Assembly, stop: StopRequest) -> Previe
         family.latent_channels,
         family.latent_stride,
         context.trainer.sampler_sigmas,
+        sequential=options.sampling.sequential_cfg,
     )
     return Previews(
         options=options.sampling,

@@ -99,6 +99,9 @@ def test_flags_without_effect_are_told() -> None:
     assert "--edit_prompt_crop has no effect: --task t2i edits no pictures" in told
     told = "\n".join(parse("--block_swap_ring_size", "3", "--quantize_device", "cpu").adjustments())
     assert "--block_swap_ring_size has no effect" in told and "--quantize_device has no effect" in told
+    unguided = ("--guidance_scale", "1", "--negative_prompt", "fog")
+    assert "--negative_prompt has no effect" in "\n".join(parse_kandinsky5(*unguided).adjustments())
+    assert list(parse_kandinsky5(*unguided, "--interactive").adjustments()) == []  # --l of a line may guide
 
 
 def test_several_loras() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,7 +78,8 @@ def test_every_flag_is_in_one_table() -> None:
     families = (LuminaTrainOptions, Kandinsky5TrainOptions)
     groups = dict.fromkeys(pair for family in families for pair in group_classes(family).items())
     for group_name, group in groups:
-        for name, f in group.__dataclass_fields__.items():
+        for f in fields(group):
+            name = f.name
             known.add(name)
             places = sum(name in table for table in tables) + (group_name in SILENT_GROUPS | JUDGED_GROUPS)
             elsewhere = f.metadata["refusal"] is not None or f.metadata["inert"] is not None

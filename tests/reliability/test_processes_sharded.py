@@ -54,16 +54,17 @@ def output(nano, tmp_path_factory: pytest.TempPathFactory, python: WarmPython | 
     (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --l 4 --d 1\n")
     watched = (f"--sample_prompts={folder / 'prompts.txt'}", "--sample_every_n_epochs=1")
     more = {
-        "all": (*watched, "--gradient_checkpointing"),
+        "all": ("--console_log_level=INFO", *watched, "--gradient_checkpointing"),
         "late": (
-            "--mixed_precision=bf16",
+            *("--console_log_level=INFO", "--mixed_precision=bf16"),
             "--network_args",
             "train_blocks=transformer",
             "module_dropout=0.5",
         ),
     }
+    script = "lumina_train_network.py"
     jobs = [
-        (sharded, legs.words(nano, dataset, folder / f"{name}-{sharded}", "--console_log_level=INFO", *flags))
+        (sharded, [script, *legs.words(nano, dataset, folder / f"{name}-{sharded}", *flags)])
         for name, flags in more.items()
         for sharded in (False, True)
     ]
@@ -71,11 +72,11 @@ def output(nano, tmp_path_factory: pytest.TempPathFactory, python: WarmPython | 
     words = [*LAUNCHER.split(), "tests/reliability/sharding_worker.py", str(folder / "jobs")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
     with (folder / "log").open("w") as log:
-        script = python.start(words, environment, log.fileno(), log.fileno())
-    script.join(200)
-    script.kill()
+        processes = python.start(words, environment, log.fileno(), log.fileno())
+    processes.join(200)
+    processes.kill()
     told = (folder / "log").read_text()
-    assert script.exitcode == 0, told
+    assert processes.exitcode == 0, told
     assert told.count("are spread over 2 processes by FSDP2") == 2, told
     return folder
 

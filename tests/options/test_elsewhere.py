@@ -1,0 +1,56 @@
+"""Flags of other programs: none of them is one here, and what is said in their place can be written."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from library.core.errors import ConfigError
+from library.options.group import build_parser, parse_options
+from library.options.inference_kandinsky5 import Kandinsky5InferenceOptions
+from library.options.inference_lumina import LuminaInferenceOptions
+from library.options.train import LuminaTrainOptions
+from library.options.train_kandinsky5 import Kandinsky5TrainOptions
+
+SCRIPTS = (Kandinsky5TrainOptions, LuminaTrainOptions, Kandinsky5InferenceOptions, LuminaInferenceOptions)
+
+
+@pytest.mark.parametrize("options", SCRIPTS)
+def test_what_is_proposed_is_there(options: type) -> None:
+    parser = build_parser(options)
+    flags = set(parser._option_string_actions)
+    family = SCRIPTS[0::2] if "Kandinsky" in options.__name__ else SCRIPTS[1::2]
+    known = {flag for script in family for flag in build_parser(script)._option_string_actions}
+    assert parser.elsewhere
+    for name, way_out in parser.elsewhere.items():
+        assert f"--{name}" not in flags
+        proposed = set(re.findall(r"--\w+", way_out.partition("Kandinsky's sample pictures")[0]))
+        assert proposed <= known, (name, proposed - known)
+
+
+@pytest.mark.parametrize(
+    ("options", "word", "message"),
+    [
+        (Kandinsky5TrainOptions, "--system_prompt=x", "'--system_prompt': a flag of Lumina's scripts; "),
+        (Kandinsky5TrainOptions, "--text_encoder_2_precision=x", ": use --text_encoder_quant. See --help."),
+        (LuminaTrainOptions, "--dit=x", "'--dit': use --pretrained_model_name_or_path."),
+        (LuminaTrainOptions, "--lora_rank", "'--lora_rank': use --network_dim."),
+        (LuminaInferenceOptions, "--image=x", "it is a flag of Kandinsky's scripts"),
+        (Kandinsky5InferenceOptions, "--gemma2_path=x", "--text_encoder_qwen and --text_encoder_clip."),
+    ],
+)
+def test_a_flag_of_another_program_is_answered_with_the_way_out(
+    options: type, word: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_options(options, [word])
+    assert message in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_key_of_another_program_too(tmp_path) -> None:
+    config = tmp_path / "simpletuner.json"
+    config.write_text('{"model_family": "kandinsky5-image", "lora_rank": 16}')
+    with pytest.raises(ConfigError, match=r"unknown key 'model_family': which model it is, is read off"):
+        parse_options(Kandinsky5TrainOptions, ["--config_file", str(config)])

@@ -52,8 +52,10 @@ class Batch:
     `source_latents` or `source_pixels` are that as the model takes it; None for a picture without one, and
     () or None when no picture of the batch has one.
 
-    The noise is made ahead, where it can be: see `library.training.noising`. `sigmas` are those of sigma_B.
-    `perturbation` is what the input has in noise beyond what the target tells.
+    Noise is made ahead, see `library.training.noising`. `sigmas` are those of sigma_B. Where latents are
+    there, `noisy` is what the model is given of them, and `targets` the velocities that it should predict.
+    Otherwise there is the `noise` that they will have, where it does not hang on them, and `perturbation`,
+    which the input has in noise beyond what the target tells.
     """
 
     draws: tuple[Draw, ...]
@@ -71,6 +73,8 @@ class Batch:
     preserved: tuple[bool, ...] = ()
     sigmas: tuple[float, ...] = ()
     sigma_B: Tensor | None = None
+    noisy: tuple[Tensor, ...] | None = None
+    targets: tuple[Tensor, ...] | None = None
     noise: tuple[Tensor, ...] | None = None
     perturbation: tuple[Tensor, ...] | None = None
 

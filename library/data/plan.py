@@ -44,6 +44,7 @@ class Plan:
         self.accumulation = accumulation
         self._cut: _Cut = _ByBucket(manifest, world) if budget is None else _ByTokens(manifest, world, budget)
         self._batches_of_epoch = lru_cache(maxsize=2)(self._shuffled_batches)
+        self._made_step = lru_cache(maxsize=64)(self._make_step)  # the loader asks for it, and then the loop
 
     @property
     def batches_per_epoch(self) -> int:
@@ -71,6 +72,9 @@ class Plan:
 
     def step(self, step: int) -> tuple[MicroBatch, ...]:
         """Return the micro-batches of a step (from 0, over the whole run)."""
+        return self._made_step(step)
+
+    def _make_step(self, step: int) -> tuple[MicroBatch, ...]:
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self.accumulation
         batches = self._batches_of_epoch(epoch)[first : first + self.accumulation]

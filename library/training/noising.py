@@ -1,17 +1,53 @@
-"""Sigma and noise of training pictures: functions of the draw they are for, so they can be made ahead."""
+"""Sigma and noise of training pictures: functions of the draw they are for, so they can be made ahead.
+
+Pictures of a batch may differ in size: latents, noise and velocities are sequences, (C, h, w) a picture.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from library.data.batch import Batch
-from library.flow import noise, timesteps
+from library.flow import loss, noise, path, timesteps
 from library.options.train import TrainOptions
 from library.training.family import FamilySpec
+
+
+@dataclass(frozen=True)
+class NoisyLatents:
+    """Latents at a place on the path to noise, and the velocity that the model should predict there.
+
+    `x` and `target` are (C, h, w) a picture, fp32.
+    """
+
+    x: Sequence[Tensor]
+    target: Sequence[Tensor]
+    sigma_B: Tensor
+
+
+def add_noise(latents: Sequence[Tensor], noise: Sequence[Tensor], sigma_B: Tensor) -> NoisyLatents:
+    """Mix noise into latents, in fp32 on the latents' device."""
+    device = latents[0].device
+    sigma_B = sigma_B.to(device, non_blocking=True)
+    x, target = [], []
+    for latent, one, sigma in zip(latents, noise, sigma_B.split(1), strict=True):
+        one = one.to(device, non_blocking=True)
+        x.append(path.mix(latent, one, sigma).squeeze(0))
+        target.append(path.velocity_target(latent, one))
+    return NoisyLatents(x, target, sigma_B)
+
+
+def perturbed(noisy: NoisyLatents, perturbation: Sequence[Tensor] | None) -> NoisyLatents:
+    """Mix noise into the input that the target does not know of, where --ip_noise_gamma asks for it."""
+    if perturbation is None:
+        return noisy
+    extra = [each.to(noisy.sigma_B.device, non_blocking=True) for each in perturbation]
+    triples = zip(noisy.x, extra, noisy.sigma_B, strict=True)
+    return replace(noisy, x=[x + sigma * more for x, more, sigma in triples])
 
 
 class Noising:
@@ -23,17 +59,27 @@ class Noising:
         self._seed = seed
 
     def add_to(self, batch: Batch) -> Batch:
-        """Return the batch with its sigmas and noise; without noise if that has to wait for latents."""
+        """Return the batch with its sigmas and what hangs on them: weights of losses, and noisy latents.
+
+        Latents that are yet to be made get their noise later, see `noisy`.
+        """
         sigma_B = self.sigmas(batch)
+        weights_B = batch.weights_B * loss.sigma_weight(self._timesteps.weighting_scheme, sigma_B)
+        batch = replace(batch, sigmas=tuple(sigma_B.tolist()), sigma_B=sigma_B, weights_B=weights_B)
         latents = self._like_latents(batch)
-        waits = self._noise.adaptive_noise_scale and batch.latents is None
-        return replace(
-            batch,
-            sigmas=tuple(sigma_B.tolist()),
-            sigma_B=sigma_B,
-            noise=None if waits else self.noise(batch, latents),
-            perturbation=self._perturbation(batch, latents) if self._noise.ip_noise_gamma else None,
-        )
+        perturbation = self._perturbation(batch, latents) if self._noise.ip_noise_gamma else None
+        if batch.latents is not None:
+            noisy = perturbed(add_noise(latents, self.noise(batch, latents), sigma_B), perturbation)
+            return replace(batch, noisy=tuple(noisy.x), targets=tuple(noisy.target))
+        waits = bool(self._noise.adaptive_noise_scale)
+        noise = None if waits else self.noise(batch, latents)
+        return replace(batch, noise=noise, perturbation=perturbation)
+
+    def noisy(self, batch: Batch, latents: Sequence[Tensor]) -> NoisyLatents:
+        """Return the latents of a batch of `add_to` with their noise, made now."""
+        assert batch.sigma_B is not None
+        noise = self.noise(batch, latents) if batch.noise is None else batch.noise
+        return perturbed(add_noise(latents, noise, batch.sigma_B), batch.perturbation)
 
     def noise(self, batch: Batch, latents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return noise like the latents of a batch; their values count with --adaptive_noise_scale only."""

@@ -1,7 +1,4 @@
-"""From a batch to losses: what is not cached is encoded, noise is added, the model is asked.
-
-Pictures of a batch may differ in size: latents, noise and velocities are sequences, (C, h, w) a picture.
-"""
+"""From a batch to losses: what is not cached is encoded and given its noise, the model is asked."""
 
 from __future__ import annotations
 
@@ -13,25 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from library.data.batch import Batch, Condition
-from library.flow import loss, path
+from library.flow import loss
 from library.training.inputs import Inputs
-from library.training.noising import Noising
+from library.training.noising import Noising, NoisyLatents
 from networks.lora import LoRANetwork
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
-
-
-@dataclass(frozen=True)
-class NoisyLatents:
-    """Latents at a place on the path to noise, and the velocity that the model should predict there.
-
-    `x` and `target` are (C, h, w) a picture, fp32.
-    """
-
-    x: Sequence[Tensor]
-    target: Sequence[Tensor]
-    sigma_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,7 +47,7 @@ class Objective:
         step.
         """
         self._trainer = trainer
-        self._timesteps, self._loss = trainer.options.timesteps, trainer.options.loss
+        self._loss = trainer.options.loss
         self._model = model
         self._network = network
         self._inputs = inputs
@@ -73,15 +58,11 @@ class Objective:
     def training_losses(self, batch: Batch) -> Tensor:
         """Return the weighted training loss of each picture of a batch, fp32 (B,).
 
-        The batch has its sigmas, and its noise unless that hangs on latents that are encoded here.
+        The batch is one of `Noising.add_to`.
         """
-        assert batch.sigma_B is not None
-        latents, conditions = self._inputs.latents(batch), self.conditions(batch)
-        noise = self._noising.noise(batch, latents) if batch.noise is None else batch.noise
-        noisy = self._perturb(batch, add_noise(latents, noise, batch.sigma_B))
+        noisy, conditions = self._noisy(batch), self.conditions(batch)
         noisy = self._preserve(batch, noisy, conditions)
         weights_B = batch.weights_B.to(noisy.sigma_B.device, non_blocking=True)
-        weights_B = weights_B * loss.sigma_weight(self._timesteps.weighting_scheme, noisy.sigma_B)
         losses_B = self.losses_at(batch, noisy, conditions) * weights_B
         if self._on_losses is not None:
             self._on_losses(batch.sigmas, losses_B)
@@ -141,13 +122,17 @@ class Objective:
         if self._network.multiplier != multiplier:  # every LoRA is told, which takes longer than to look
             self._network.multiplier = multiplier
 
-    def _perturb(self, batch: Batch, noisy: NoisyLatents) -> NoisyLatents:
-        """Mix noise into the input that the target does not know of, where --ip_noise_gamma asks for it."""
-        if batch.perturbation is None:
-            return noisy
-        extra = [each.to(noisy.sigma_B.device, non_blocking=True) for each in batch.perturbation]
-        triples = zip(noisy.x, extra, noisy.sigma_B, strict=True)
-        return replace(noisy, x=[x + sigma * more for x, more, sigma in triples])
+    def _noisy(self, batch: Batch) -> NoisyLatents:
+        """Return what the model is given and should predict, on this process's device."""
+        if batch.noisy is None:
+            return self._noising.noisy(batch, self._inputs.latents(batch))
+        assert batch.targets is not None and batch.sigma_B is not None
+        device = self._inputs.device
+
+        def there(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+        return NoisyLatents(there(batch.noisy), there(batch.targets), *there([batch.sigma_B]))
 
     def _preserve(self, batch: Batch, noisy: NoisyLatents, conditions: Sequence[Condition]) -> NoisyLatents:
         """Where a subset says diff_output_preservation, make the untrained model's own output the target."""
@@ -162,18 +147,6 @@ class Objective:
         self._network.enabled = True
         triples = zip(base, noisy.target, batch.preserved, strict=True)
         return replace(noisy, target=[own if preserved else target for own, target, preserved in triples])
-
-
-def add_noise(latents: Sequence[Tensor], noise: Sequence[Tensor], sigma_B: Tensor) -> NoisyLatents:
-    """Mix noise into latents, in fp32 on the latents' device."""
-    device = latents[0].device
-    sigma_B = sigma_B.to(device, non_blocking=True)
-    x, target = [], []
-    for latent, one, sigma in zip(latents, noise, sigma_B.split(1), strict=True):
-        one = one.to(device, non_blocking=True)
-        x.append(path.mix(latent, one, sigma).squeeze(0))
-        target.append(path.velocity_target(latent, one))
-    return NoisyLatents(x, target, sigma_B)
 
 
 def _wanting_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ class Updater:
 
     def _backward(self, step: int, shares: Sequence[Share], between: Callable[[], None] | None) -> Tensor:
         """Add up gradients and return this process's part of the mean loss."""
-        total = torch.zeros((), device=self._processes.device)
+        parts: list[Tensor] = []
         self._losses = []
         for micro, share in enumerate(shares):
             if micro > 0 and between is not None:
@@ -169,13 +170,16 @@ class Updater:
                 self._idle()
                 continue  # this process has no picture in the last batch of a bucket
             # Dropout in the network draws from the global generator: seeded here, it has no history either.
-            _seed_globally(derive(self._seed, "dropout", step, micro, self._processes.rank), total.device)
+            seed = derive(self._seed, "dropout", step, micro, self._processes.rank)
+            _seed_globally(seed, self._processes.device)
             losses_B = self._objective.training_losses(share.batch)
             self._losses.append(losses_B.detach())
             loss = losses_B.sum() / (share.total * len(shares))
             self._scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
+            parts.append(loss.detach())
+        return (
+            functools.reduce(Tensor.add, parts) if parts else torch.zeros((), device=self._processes.device)
+        )
 
     def _clip(self, gradients: Sequence[Tensor], norm: float) -> None:
         """Scale the gradient, which has this norm, down to --max_grad_norm unless that is 0."""

@@ -21,7 +21,8 @@ from library.flow import path
 from library.options.training import ValidationOptions
 from library.training.events import Interval, Moment
 from library.training.inputs import Inputs
-from library.training.objective import Objective, add_noise
+from library.training.noising import add_noise
+from library.training.objective import Objective
 from library.training.state.stop import StopRequest
 from library.training.watch.preview import evaluating
 

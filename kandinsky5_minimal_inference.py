@@ -14,16 +14,20 @@ Notable facts:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
 from library.core.errors import ConfigError
 from library.core.log import logger, setup_logging
+from library.data.items import Size
 from library.data.prompt import Prompt, SourcePicture
 from library.inference.script import InferenceScript
 from library.inference.sizes import sized
+from library.models.clip_tokenizer import MAX_TOKENS
 from library.models.kandinsky5_files import build_tokenizers, check_models, inspect_autoencoder
 from library.models.kandinsky5_format import check_patches, linear_layers
 from library.models.kandinsky5_prompt import Kandinsky5Tokenizers, count_tokens
@@ -33,6 +37,7 @@ from library.options.kandinsky5 import I2I, task_named
 from library.options.request import SIZE_STEP, ImageRequest
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -41,7 +46,9 @@ if TYPE_CHECKING:
     from library.models.flux_vae import FluxVAE
     from library.models.kandinsky5_dit import Kandinsky5DiT
     from library.models.kandinsky5_text import Kandinsky5TextEncoders
+    from networks.fit import Shapes
 
+_PICTURES_KEPT = 16  # decoded, for Qwen, the negative prompt and the autoencoder
 _log = logger("inference")
 
 
@@ -52,7 +59,12 @@ class Kandinsky5Inference(InferenceScript[Prompt]):
     _tokenizers: Kandinsky5Tokenizers
     _edits: bool
 
-    def check_models(self) -> tuple[Iterable[str], int]:
+    def __init__(self, options: Kandinsky5InferenceOptions) -> None:
+        super().__init__(options)
+        self._sizes: dict[tuple[Path, int, int], Size] = {}  # by path, and when and how large it was
+        self._sources: dict[tuple[Path, Size], SourcePicture] = {}  # by path, and size of what is drawn
+
+    def check_models(self) -> tuple[Shapes, int]:
         """Read the headers of the four weight files, and find the tokenizers."""
         models = self.options.models
         files = (models.text_encoder_qwen, models.text_encoder_clip, models.vae)
@@ -69,7 +81,7 @@ class Kandinsky5Inference(InferenceScript[Prompt]):
 
     def completed(self, request: ImageRequest) -> ImageRequest:
         """Fill in the size, and look at the picture that is edited."""
-        from library.data.images import read_facts  # here, because it imports Pillow and numpy
+        from library.data.images import source_picture  # here, because it imports Pillow and numpy
 
         path = request.source
         if path is not None and not self._edits:
@@ -78,11 +90,28 @@ class Kandinsky5Inference(InferenceScript[Prompt]):
                 f"--image or --ci names {path}, but {dit} draws from text alone; leave it out, or name a "
                 f"model that edits pictures (I2I)."
             )
-        request = sized(request, SIZES, None if path is None else read_facts(path).size)
+        own_size = None if path is None else self._looked_at(path)
+        request = sized(request, SIZES, own_size)
+        if own_size is not None:
+            size = request.width, request.height
+            self._sources[path, size] = source_picture(path, size, own_size)
         check_patches(request.height // SIZE_STEP, request.width // SIZE_STEP)
         for prompt in self.prompts_of(request):
             count_tokens(self._tokenizers.qwen, prompt, **self._limits)  # refuses what cannot be encoded
         return request
+
+    def _looked_at(self, path: Path) -> Size:
+        """Return the size of a picture, which is decoded for it, but not for every prompt that names it."""
+        from library.data.images import read_facts
+
+        try:
+            stat = path.stat()
+        except OSError:
+            return read_facts(path).size  # which says what is wrong
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        if key not in self._sizes:
+            self._sizes[key] = read_facts(path).size
+        return self._sizes[key]
 
     @property
     def _limits(self) -> dict[str, int]:
@@ -133,28 +162,34 @@ class Kandinsky5Inference(InferenceScript[Prompt]):
 
     def prompts_of(self, request: ImageRequest) -> tuple[Prompt, Prompt]:
         """Put the picture that is edited beside the prompt, and beside the negative prompt."""
-        from library.data.images import source_picture
-
         source = None
         if request.source is not None:
-            source = source_picture(request.source, (request.width, request.height))
+            source = self._sources[request.source, (request.width, request.height)]
         return Prompt(request.prompt, source), Prompt(request.negative_prompt, source)
 
     def encode(self, models: Models, prompts: Sequence[Prompt]) -> list[Condition]:
         """Encode texts with Qwen and CLIP, then the pictures that are edited with the autoencoder."""
+        from library.data.images import load_source
         from library.models.kandinsky5_text import encode_prompts
 
-        limits = self._limits
+        limits, load = self._limits, lru_cache(_PICTURES_KEPT)(load_source)
         for prompt in prompts:
-            count, limit = count_tokens(self._tokenizers.qwen, prompt, **limits)
-            if count > limit:
-                _log.warning(
-                    "only the first %d of %d tokens are used of: %.80s...", limit, count, prompt.text
-                )
+            counts = {
+                "Qwen2.5-VL": count_tokens(self._tokenizers.qwen, prompt, **limits),
+                "CLIP": (self._tokenizers.clip.count(prompt.text), MAX_TOKENS),
+            }
+            for encoder, (count, limit) in counts.items():
+                if count > limit:
+                    _log.warning(
+                        "%s takes only the first %d of %d tokens of: %.80s...",
+                        *(encoder, limit, count, prompt.text),
+                    )
         # One by one: what a text is encoded with can change the last bits of its features.
-        conditions = encode_prompts(models.text_encoder, self._tokenizers, prompts, batch_size=1, **limits)
+        conditions = encode_prompts(
+            models.text_encoder, self._tokenizers, prompts, batch_size=1, load=load, **limits
+        )
         pictures = dict.fromkeys(prompt.source for prompt in prompts if prompt.source is not None)
-        latents = {source: _encode_source(models.vae, source, models.device) for source in pictures}
+        latents = {source: _encoded(models.vae, load(source), models.device) for source in pictures}
         return [
             replace(condition, source_Chw=latents.get(prompt.source))
             for condition, prompt in zip(conditions, prompts, strict=True)
@@ -175,13 +210,11 @@ class Kandinsky5Inference(InferenceScript[Prompt]):
         return shifted_sigmas(steps, shift)
 
 
-def _encode_source(vae: FluxVAE, source: SourcePicture, device: torch.device) -> Tensor:
-    """Return the latents of a picture that is edited."""
+def _encoded(vae: FluxVAE, pixels: np.ndarray, device: torch.device) -> Tensor:
+    """Return the latents of a picture that is edited, (H, W, 3) uint8."""
     import torch
 
-    from library.data.images import load_source
-
-    pixels_HWC = torch.tensor(load_source(source), device=device)
+    pixels_HWC = torch.tensor(pixels, device=device)
     pixels_1CHW = pixels_HWC.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     return vae.encode_mean(pixels_1CHW)[0]
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
 from library.core.hashing import HashLedger
-from library.data.items import Manifest
+from library.data.items import Manifest, Size
 from library.data.prompt import Prompt
 from library.models import file_identity, kandinsky5_identity
+from library.models.clip_tokenizer import MAX_TOKENS
 from library.models.kandinsky5_data import check_data
 from library.models.kandinsky5_files import (
     build_tokenizers,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from library.models.flux_vae import FluxVAE
     from library.models.kandinsky5_dit import Kandinsky5DiT
     from library.models.kandinsky5_text import Kandinsky5TextEncoders
+    from library.nn.routing import Routing
 
 KANDINSKY5 = FamilySpec(
     name="kandinsky5_image_lite",
@@ -78,6 +80,7 @@ class Kandinsky5Trainer(NetworkTrainer):
         )
         check_layers(self.options.network, linear_layers(transformer.params))
         self.options.swap.check(transformer.params.n_blocks)
+        self.options.tread.check(transformer.params.n_visual_blocks)
         self._tokenizers = build_tokenizers(models)  # a wrong one is told before an encoder is loaded
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
@@ -223,6 +226,10 @@ class Kandinsky5Trainer(NetworkTrainer):
         """Count Qwen's tokens behind the template, those of a source picture too."""
         return count_tokens(self._tokenizers.qwen, prompt, **self._limits)
 
+    def count_of_others(self, prompt: Prompt) -> dict[str, tuple[int, int]]:
+        """Count CLIP's tokens."""
+        return {"CLIP": (self._tokenizers.clip.count(prompt.text), MAX_TOKENS)}
+
     @property
     def _limits(self) -> dict[str, int]:
         """Where prompts are cut."""
@@ -232,6 +239,10 @@ class Kandinsky5Trainer(NetworkTrainer):
     def encode_blank(self, encoders: Kandinsky5TextEncoders, tokens: int, count: int) -> list[Condition]:
         """Encode texts of Qwen's token 0."""
         return encoders.encode_blank(tokens, count)
+
+    def see_blank(self, encoders: Kandinsky5TextEncoders, source: Size, count: int) -> object:
+        """Let Qwen's vision tower look at sources of zeros."""
+        return encoders.see_blank(source, count)
 
     def blank_condition(self, tokens: int, device: torch.device) -> Condition:
         """Return features of zeros, as wide as the text encoders'."""
@@ -245,12 +256,17 @@ class Kandinsky5Trainer(NetworkTrainer):
         )
 
     def velocities(
-        self, model: Kandinsky5DiT, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+        self,
+        model: Kandinsky5DiT,
+        x: Sequence[Tensor],
+        sigma_B: Tensor,
+        conditions: Sequence[Condition],
+        routing: Routing | None = None,
     ) -> list[Tensor]:
         """Predict the velocities in the house convention, which is Kandinsky's."""
         from library.models.kandinsky5 import velocities
 
-        return velocities(model, x, sigma_B, conditions)
+        return velocities(model, x, sigma_B, conditions, routing)
 
     def sample_defaults(self) -> ImageRequest:
         """Return the official settings: 50 steps, guidance 3.5 all the way and not renormalised."""

@@ -13,7 +13,7 @@ Notable facts:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from library.models.flux_vae import FluxVAE
     from library.models.gemma2 import Gemma2Encoder
     from library.models.nextdit import NextDiT
+    from networks.fit import Shapes
 
 _log = logger("inference")
 
@@ -45,7 +46,7 @@ class LuminaInference(InferenceScript[str]):
     options: LuminaInferenceOptions
     _tokenizer: GemmaTokenizer
 
-    def check_models(self) -> tuple[Iterable[str], int]:
+    def check_models(self) -> tuple[Shapes, int]:
         """Read the headers of the three weight files, and find the tokenizer."""
         models = self.options.models
         files = (models.pretrained_model_name_or_path, models.gemma2_path, models.ae_path)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from library.models.flux_vae import FluxVAE
     from library.models.gemma2 import Gemma2Encoder
     from library.models.nextdit import NextDiT
+    from library.nn.routing import Routing
 
 LUMINA2 = FamilySpec(
     name="lumina2",
@@ -62,6 +63,7 @@ class LuminaTrainer(NetworkTrainer):
         transformer = check_models(*files, self.options.quant)
         check_layers(self.options.network, linear_layers(transformer.params))
         self.options.swap.check(transformer.params.n_blocks)
+        self.options.tread.check(transformer.params.n_layers)
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
         """Identify the weight files for states, and describe them for the metadata."""
@@ -192,12 +194,17 @@ class LuminaTrainer(NetworkTrainer):
         return Condition(torch.empty(tokens, width, device=device))
 
     def velocities(
-        self, model: NextDiT, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+        self,
+        model: NextDiT,
+        x: Sequence[Tensor],
+        sigma_B: Tensor,
+        conditions: Sequence[Condition],
+        routing: Routing | None = None,
     ) -> list[Tensor]:
         """Predict the velocities in the house convention."""
         from library.models.lumina2 import velocities
 
-        return velocities(model, x, sigma_B, conditions)
+        return velocities(model, x, sigma_B, conditions, routing)
 
 
 def main() -> None:

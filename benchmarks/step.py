@@ -3,14 +3,15 @@
     python benchmarks/step.py                          # Lumina, bf16, batch 1, one CPU thread
     python benchmarks/step.py --family kandinsky5
     python benchmarks/step.py --dtype fp32 --batch 4
-    python benchmarks/step.py --device cuda --size full
+    python benchmarks/step.py --device cuda --size full --triton
 
 All train LoRA of rank 16 on the same layers of the same random transformer, with AdamW and clipping by norm.
 Needs `diffusers` and `peft` (requirements-dev.txt). Who takes part: see step_lumina.py, step_kandinsky5.py.
 
 Time: steps of ours, theirs and ours again (the control, which shows the noise) take turns in one process;
-medians. With one CPU thread it is the process's CPU time, which other work on the machine disturbs least;
-with several threads it is wall time; on CUDA it is device time. The first step of each is not counted.
+medians. With --triton ours takes part a third time, with `--fused_kernels triton`. With one CPU thread it is
+the process's CPU time, which other work on the machine disturbs least; with several threads it is wall time;
+on CUDA it is device time. The first step of each is not counted.
 Matmul share: the products that the step cannot do without (no weight gradients of frozen weights, attention
 backward = 2 x forward, real text tokens only) over the time that a 1536^3 product, measured between the
 steps in the fastest dtype that this processor has for it, says they should take.
@@ -26,6 +27,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,18 +38,22 @@ from benchmarks.report import Result, add_arguments, matmul_gflops, show, summar
 from benchmarks.step_kandinsky5 import KANDINSKY5  # noqa: E402
 from benchmarks.step_lumina import LUMINA  # noqa: E402
 from benchmarks.step_parts import Clock, Settings, make_step  # noqa: E402
+from library.core.errors import UserError  # noqa: E402
+from library.nn.kernels import use_fused_kernels  # noqa: E402
 from library.nn.products import product_dtype  # noqa: E402
 
 FAMILIES = {family.name: family for family in (LUMINA, KANDINSKY5)}
 MATMUL = 1536
 
 
-def measure_time(settings: Settings, reps: int) -> list[Result]:
+def measure_time(settings: Settings, reps: int, *, triton: bool) -> list[Result]:
     """Print medians of interleaved steps; return them against each rival."""
     family, clock = settings.family, Clock(settings.device)
     work = family.work(settings)
     turns = {name: make_step(make(settings), work) for name, make in family.contestants.items()}
     turns["control"] = turns["ours"]
+    if triton:
+        turns["ours, --fused_kernels triton"] = _by_triton(turns["ours"], settings.device)
     times: dict[str, list[float]] = {name: [] for name in turns}
     rates: list[float] = []
     square = torch.randn(MATMUL, MATMUL, device=settings.device, dtype=settings.dtype)
@@ -72,6 +78,17 @@ def measure_time(settings: Settings, reps: int) -> list[Result]:
         results.append(summarise(title, times, rival, rate / 1e9, f"{clock.kind} seconds"))
         show(results[-1], "step")
     return results
+
+
+def _by_triton(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    def call() -> object:
+        use_fused_kernels("triton", device)
+        try:
+            return step()
+        finally:
+            use_fused_kernels("torch", device)
+
+    return call
 
 
 def peak_above_weights(settings: Settings, name: str) -> dict[str, float]:
@@ -121,6 +138,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
+    parser.add_argument("--triton", action="store_true", help="measure --fused_kernels triton, too")
     parser.add_argument("--only", choices=("time", "memory"), help="measure just this")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     add_arguments(parser, rounds=6)
@@ -134,11 +152,17 @@ def main(arguments: list[str]) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     family, device = FAMILIES[args.family], torch.device(args.device)
     settings = Settings(family, args.size, dtype, args.batch, device, args.checkpointing)
+    if args.triton:
+        try:
+            use_fused_kernels("triton", device)  # is it possible here?
+        except UserError as error:
+            raise SystemExit(str(error)) from None
+        use_fused_kernels("torch", device)
     if args.memory_of:
         print(json.dumps(peak_above_weights(settings, args.memory_of)))
         return
     print(f"{settings}, {args.threads} thread(s)")
-    results = [] if args.only == "memory" else measure_time(settings, args.rounds)
+    results = [] if args.only == "memory" else measure_time(settings, args.rounds, triton=args.triton)
     if args.only != "time":
         peaks = measure_memory(settings, arguments)
         title = f"Peak memory of a step above what was there before: {settings}"

@@ -37,6 +37,7 @@ from networks.families.args import LoRAArgs
 from networks.families.family import Family
 from networks.families.known import family_of
 from networks.files import LoRAFile, inspect_lora
+from networks.fit import Shapes, Size, check_sizes
 from networks.from_file import dit_paths, last_layer, sizes_in_file, text_paths
 from networks.names import DIT, TEXT_ENCODER, is_anchored
 from networks.network_args import parse_args
@@ -84,22 +85,28 @@ class LoRAModule:
         if is_anchored(chosen.init):
             _check_anchored(options, chosen.init)
 
-    def check_layers(
-        self, args: Mapping[str, str], files: Iterable[LoRAFile], layers: Iterable[str], *, dit: bool = True
-    ) -> None:
-        """Check arguments and files against the paths of the DiT's linear layers.
+    def check_layers(self, options: NetworkOptions, layers: Shapes) -> None:
+        """Check arguments, and the sizes in --network_weights, against the DiT's linear layers.
 
         Raises:
-            ConfigError: the layers are of another family, or an argument does not fit them; the latter is not
-                looked at if the DiT is not trained.
-            CheckpointError: a file with LoRAs for other layers.
+            ConfigError: the layers are of another family, an argument does not fit them, or there is nothing
+                to train; the latter two are not looked at if the DiT is not trained.
+            CheckpointError: the network to start from is another one than is to be trained.
         """
-        layers = list(layers)
         self._require_family(layers)
-        if dit:
-            self._parse(args).check_layers(layers)
-        for file in files:
-            dit_paths(file, layers)
+        chosen = self._parse(options.args_by_key())
+        if options.trains_dit:
+            chosen.check_layers(layers)
+        file = None if options.network_weights is None else inspect_lora(options.network_weights)
+        if options.dim_from_weights:
+            _check_parts(chosen, layers, file)
+            return
+        sizes = dict(_planned(chosen, options, layers)) if options.trains_dit else {}
+        if options.trains_dit and not sizes:
+            raise _nothing_to_train()
+        if file is not None:
+            alpha = chosen.scaled_alpha(options.network_alpha, options.network_dim)
+            check_sizes(file, layers, sizes, Size(options.network_dim, alpha, chosen.dora))
 
     def no_diffusers(self, options: NetworkOptions) -> str | None:
         """Return why what is trained cannot have diffusers' names in files; None if it can."""
@@ -133,9 +140,7 @@ class LoRAModule:
         else:
             sizes = _sizes_of_file(chosen, layers, request.sizes_from)
         if not sizes:
-            raise ConfigError(
-                "--network_dim and --network_args leave no layer to train; raise a rank above 0."
-            )
+            raise _nothing_to_train()
         return _new(model, sizes, chosen, request, DIT)
 
     def create_text_network(self, model: nn.Module, request: NetworkRequest) -> LoRANetwork:
@@ -173,6 +178,32 @@ class LoRAModule:
             raise ConfigError(
                 f"--network_module {self.family.module} is for {self.family.name}, but the model is "
                 f"{found.name}; give --network_module {found.module}."
+            )
+
+
+def _nothing_to_train() -> ConfigError:
+    return ConfigError("--network_dim and --network_args leave no layer to train; raise a rank above 0.")
+
+
+def _planned(chosen: LoRAArgs, options: NetworkOptions, layers: Shapes) -> Iterator[tuple[str, Size]]:
+    """Yield the LoRA of each layer that gets one, by path, as it will be in a file."""
+    for path, (out_features, in_features) in layers.items():
+        rank = chosen.rank_of(path, options.network_dim)
+        if rank > 0:
+            parts = len(chosen.widths_of(path, in_features, out_features)) or 1
+            alpha = chosen.alpha_of(path, options.network_alpha, rank)
+            yield path, Size(parts * rank, parts * alpha, chosen.dora)
+
+
+def _check_parts(chosen: LoRAArgs, layers: Shapes, file: LoRAFile) -> None:
+    """Raise CheckpointError if a file has a LoRA that cannot be divided into those of a layer's parts."""
+    for name, path in dit_paths(file, layers).items():
+        out_features, in_features = layers[path]
+        rank, widths = file.ranks[name], chosen.widths_of(path, in_features, out_features)
+        if widths and rank % len(widths):
+            raise CheckpointError(
+                f"{file.path}: the LoRA of '{path}' has rank {rank}, which is not three times that of "
+                f"q, k and v, so it cannot be continued with split_qkv."
             )
 
 
@@ -264,13 +295,9 @@ def _sizes(chosen: LoRAArgs, layers: Mapping[str, nn.Linear], request: NetworkRe
 def _sizes_of_file(chosen: LoRAArgs, layers: Mapping[str, nn.Linear], file: LoRAFile) -> dict[str, LoRASize]:
     """Return the LoRA of each layer that gets one, as in a file; what is not there, as the arguments say."""
     sizes = sizes_in_file(file, dit_paths(file, layers))
+    _check_parts(chosen, {path: (m.out_features, m.in_features) for path, m in layers.items()}, file)
     for path, size in sizes.items():
         widths = chosen.widths_of(path, layers[path].in_features, layers[path].out_features)
-        if widths and size.rank % len(widths):
-            raise CheckpointError(
-                f"{file.path}: the LoRA of '{path}' has rank {size.rank}, which is not three times that of "
-                f"q, k and v, so it cannot be continued with split_qkv."
-            )
         parts = len(widths) or 1
         sizes[path] = replace(
             size, rank=size.rank // parts, alpha=size.alpha / parts, lr=chosen.lr_of(path), widths=widths

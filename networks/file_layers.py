@@ -17,8 +17,9 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from struct import calcsize, unpack
 from typing import TYPE_CHECKING, BinaryIO
 
 from library.core.checkpoint_files import Checkpoint
@@ -37,6 +38,7 @@ _KEY = re.compile(
 )
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.(dora_scale|lora_magnitude_vector((\.(?!weight)[^.]+)?\.weight)?)")
 _REST_ELSEWHERE = re.compile(r"pissa.*|olora|corda|loftq")  # starts of peft that change the model's weights
+_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}  # of struct
 _ALPHA_KEYS = (ALPHA, ".lora_alpha")
 
 
@@ -44,11 +46,14 @@ _ALPHA_KEYS = (ALPHA, ".lora_alpha")
 class Part:
     """The LoRA of one layer in the file. `alpha` holds unless the file has it as a tensor, `alpha_key`.
 
-    dora_key, dora: the magnitudes of a DoRA, and whether they are of "input" or "output" features.
+    in_features, out_features: of the layer it is for, or of the part of one. dora_key, dora: the magnitudes
+    of a DoRA, and whether they are of "input" or "output" features.
     """
 
     down: str
     up: str
+    in_features: int
+    out_features: int
     rank: int
     alpha: float
     alpha_key: str | None
@@ -59,6 +64,10 @@ class Part:
     def keys(self) -> set[str]:
         """The names of its tensors."""
         return {key for key in (self.down, self.up, self.alpha_key, self.dora_key) if key}
+
+    def strength(self, content: Content) -> float:
+        """Return alpha / rank."""
+        return (self.alpha if self.alpha_key is None else content.number(self.alpha_key)) / self.rank
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,21 @@ class Layer:
     def rank(self) -> int:
         """The rank of the LoRA that it becomes."""
         return self.present[0].rank if self.shared else sum(part.rank for part in self.present)
+
+    def alpha(self, content: Content) -> float:
+        """Return the alpha of the LoRA that it becomes: parts of different strength become one of 1."""
+        strengths = {part.strength(content) for part in self.present}
+        return self.rank * (strengths.pop() if len(strengths) == 1 else 1)
+
+    @property
+    def in_features(self) -> int:
+        """Input features of the linear layer it is for."""
+        return self.present[0].in_features
+
+    @property
+    def out_features(self) -> int | None:
+        """Output features of the linear layer it is for; None if a part is missing that would tell."""
+        return None if None in self.parts else sum(part.out_features for part in self.present)
 
     @property
     def dora(self) -> str | None:
@@ -118,7 +142,7 @@ def layers_in(checkpoint: Checkpoint) -> dict[str, Layer]:
             raise CheckpointError(f"{checkpoint.path} has more than one LoRA for the layer of '{module}'.")
         parts[place or 0] = part
     _check(checkpoint, layers.values())
-    content = _Content(checkpoint)
+    content = Content(checkpoint)
     return {name: Layer(tuple(parts), _shared(parts, content)) for name, parts in sorted(layers.items())}
 
 
@@ -158,26 +182,29 @@ def _part(checkpoint: Checkpoint, module: str, keys: Mapping[str, str], settings
         raise CheckpointError(
             f"{checkpoint.path} is not complete: '{module}' lacks its down (A) or up (B) weight."
         )
-    rank = checkpoint.shape(keys["down"])[0]
+    down, up = checkpoint.shape(keys["down"]), checkpoint.shape(keys["up"])
+    if min(len(down), len(up)) < 2 or down[0] != up[1]:
+        raise CheckpointError(
+            f"{checkpoint.path}: '{keys['down']}' has shape {down} and '{keys['up']}' {up}, which are no "
+            f"(rank, in) and (out, rank) of one LoRA."
+        )
+    rank, in_features, out_features = *down[:2], up[0]
     alpha_key = next((module + end for end in _ALPHA_KEYS if module + end in checkpoint.tensors), None)
     alpha = settings.alpha(without_prefix(module), rank)
+    part = Part(keys["down"], keys["up"], in_features, out_features, rank, alpha, alpha_key)
     if "dora" not in keys:
-        return Part(keys["down"], keys["up"], rank, alpha, alpha_key)
-    features = {
-        (checkpoint.shape(keys["up"])[0],): "output",
-        (checkpoint.shape(keys["up"])[0], 1): "output",
-        (1, checkpoint.shape(keys["down"])[-1]): "input",
-    }
+        return part
+    features = {(out_features,): "output", (out_features, 1): "output", (1, in_features): "input"}
     shape = checkpoint.shape(keys["dora"])
     if shape not in features:
         raise CheckpointError(
             f"{checkpoint.path}: '{keys['dora']}' has shape {shape}, which is neither one number for each "
             f"input feature nor one for each output feature of its layer."
         )
-    return Part(keys["down"], keys["up"], rank, alpha, alpha_key, keys["dora"], features[shape])
+    return replace(part, dora_key=keys["dora"], dora=features[shape])
 
 
-class _Content:
+class Content:
     """The bytes of a checkpoint's tensors, of whatever type."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -194,6 +221,15 @@ class _Content:
             handle.seek(first)
             return handle.read(last - first)
 
+    def number(self, key: str) -> float:
+        """Return a tensor of one number. Raises CheckpointError for any other."""
+        content, kind = self.of(key), self._checkpoint.tensors[key].dtype
+        if kind == "BF16":
+            content, kind = bytes(2) + content, "F32"
+        if kind not in _FORMATS or len(content) != calcsize(_FORMATS[kind]):
+            raise CheckpointError(f"{self._checkpoint.path}: '{key}' is not a single number.")
+        return float(unpack(_FORMATS[kind], content)[0])
+
 
 def _offsets(handle: BinaryIO) -> dict[str, tuple[int, int]]:
     """Return where each tensor of a safetensors file begins and ends."""
@@ -204,7 +240,7 @@ def _offsets(handle: BinaryIO) -> dict[str, tuple[int, int]]:
     return {name: (start + first, start + last) for name, (first, last) in ends.items()}
 
 
-def _shared(parts: Sequence[Part | None], content: _Content) -> bool:
+def _shared(parts: Sequence[Part | None], content: Content) -> bool:
     """Whether q, k and v have one `down`. Its bytes are compared without torch, but for a header's price."""
     if len(parts) < 3 or None in parts or len({part.rank for part in parts}) > 1:
         return False

@@ -20,19 +20,12 @@ from library.core.errors import CheckpointError, ConfigError
 from library.core.suggest import did_you_mean, shorten
 from library.nn.quant import QuantLinear, stored_form
 from networks.dora import Magnitude
+from networks.fit import OTHER_WIDTH, TAKE_SIZES
 from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA, linear_layers
 from networks.names import ALPHA, DORA, DOWN, ON_INPUT, UP, is_anchored, kohya_name
 
 Originals = dict[str, nn.Parameter | tuple[Tensor, ...]]  # by path; a quantised weight in stored form
 _NO_DROPOUT = Dropouts()
-_TAKE_SIZES = (
-    "the sizes must be those that the file was trained with. --dim_from_weights takes them from it: give "
-    "that in place of --network_dim, --network_alpha and arguments about layers, ranks and alphas."
-)
-_OTHER_WIDTH = (
-    "the layer has another width in the model that the file was made for, which may be the one for another "
-    "task: name a file for this model."
-)
 _WIDTH_AT = {DOWN: 1, UP: 0}  # which number of a shape is a width of the layer, and not the rank
 # What has one dtype in every file: rounding m of a DoRA would change the weight itself.
 _EXACT = {ALPHA: torch.float32, DORA: torch.float32, ON_INPUT: torch.int64}
@@ -303,15 +296,15 @@ def _check_keys(state: Mapping[str, Tensor], needed: set[str], source: str) -> N
     """Raise CheckpointError unless `state` has the needed keys and no others."""
     missing, unknown = sorted(needed - state.keys()), sorted(state.keys() - needed)
     if unknown and all(key.endswith(DORA) for key in unknown):
-        raise CheckpointError(f"{source} is a DoRA and this network is none; {_TAKE_SIZES}")
+        raise CheckpointError(f"{source} is a DoRA and this network is none; {TAKE_SIZES}")
     if unknown:
-        near = did_you_mean(unknown[0], needed) or "; " + _TAKE_SIZES
+        near = did_you_mean(unknown[0], needed) or "; " + TAKE_SIZES
         raise CheckpointError(
             f"{source} has {len(unknown)} keys that this network lacks: {shorten(unknown)}{near}"
         )
     if missing:
         raise CheckpointError(
-            f"{source} lacks {len(missing)} keys of this network: {shorten(missing)}; {_TAKE_SIZES}"
+            f"{source} lacks {len(missing)} keys of this network: {shorten(missing)}; {TAKE_SIZES}"
         )
 
 
@@ -326,13 +319,13 @@ def _check_layer(
             same_layer = place is None or found[place : place + 1] == needed[place : place + 1]
             raise CheckpointError(
                 f"{source}: '{name}{ending}' has shape {found}, but this network needs {needed}; "
-                f"{_TAKE_SIZES if same_layer else _OTHER_WIDTH}"
+                f"{TAKE_SIZES if same_layer else OTHER_WIDTH}"
             )
     alpha = own.get(ALPHA)
     if alpha is not None and theirs[ALPHA] != alpha.to(theirs[ALPHA].dtype):
         raise CheckpointError(
             f"{source}: '{name}{ALPHA}' is {theirs[ALPHA].item():g}, but this network has alpha "
-            f"{alpha.item():g}; {_TAKE_SIZES}"
+            f"{alpha.item():g}; {TAKE_SIZES}"
         )
     if (reason := lora.misfit(theirs)) is not None:
         raise CheckpointError(f"{source}, '{name}': {reason}.")

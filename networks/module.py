@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from library.options.network import NetworkOptions
 from library.options.saving import DIFFUSERS, SavingOptions
 from networks.families.known import FAMILIES, family_of
 from networks.files import LoRAFile, LycorisFile, inspect_lora
+from networks.fit import Shapes, check_widths
 from networks.from_file import create_network_from_file, create_text_network_from_file, text_model
 from networks.request import NetworkRequest
 
@@ -38,12 +39,10 @@ class NetworkModule(Protocol):
         together with other options."""
         ...
 
-    def check_layers(
-        self, args: Mapping[str, str], files: Iterable[LoRAFile], layers: Iterable[str], *, dit: bool
-    ) -> None:
-        """Check arguments and files against the paths of the DiT's linear layers.
+    def check_layers(self, options: NetworkOptions, layers: Shapes) -> None:
+        """Check arguments, and the sizes in --network_weights, against the DiT's linear layers.
 
-        Raises ConfigError or CheckpointError for one that does not fit. dit: whether that is trained.
+        Raises ConfigError or CheckpointError for what does not fit.
         """
         ...
 
@@ -66,15 +65,18 @@ def load_network_module(name: str) -> NetworkModule:
     Raises:
         ConfigError: there is no such module, or it is not one for networks.
     """
+    there = ", ".join([*(family.module for family in FAMILIES), LYCORIS])
     try:
         module = importlib.import_module(_STAND_INS.get(name, name))
     except ModuleNotFoundError as error:
-        there = [*(family.module for family in FAMILIES), LYCORIS]
         raise ConfigError(
-            f"--network_module {name}: there is no module '{error.name}'; there is {', '.join(there)}."
+            f"--network_module {name}: there is no module '{error.name}'; there is {there}."
         ) from error
     if not isinstance(module, NetworkModule):
-        raise ConfigError(f"--network_module {name} is not a module for networks; see networks/module.py.")
+        raise ConfigError(
+            f"--network_module {name} is not a module for networks, as networks/module.py describes them; "
+            f"there is {there}."
+        )
     return module
 
 
@@ -94,21 +96,21 @@ def check_network(options: NetworkOptions) -> None:
         inspect_lora(path)
 
 
-def check_layers(options: NetworkOptions, layers: Iterable[str]) -> None:
-    """Check the network's arguments and files against the paths of the DiT's linear layers. Torch-free.
+def check_layers(options: NetworkOptions, layers: Shapes) -> None:
+    """Check the network's arguments and files against the DiT's linear layers. Torch-free.
 
     Raises:
-        ConfigError: a module for another family, or an argument that does not fit the model.
-        CheckpointError: a file of another model.
+        ConfigError: a module for another family, an argument that does not fit the model, or nothing to
+            train.
+        CheckpointError: a file of another model, or one to start from that has other layers or sizes.
     """
-    weights = () if options.network_weights is None else (options.network_weights,)
-    files = [inspect_lora(path) for path in (*weights, *options.base_weights)]
-    layers = list(layers)
     family = family_of(layers)
     if family is not None:
         family.check_text_encoder(options)
-    module = load_network_module(options.network_module)
-    module.check_layers(options.args_by_key(), files, layers, dit=options.trains_dit)
+    weights = () if options.network_weights is None else (options.network_weights,)
+    for path in (*weights, *options.base_weights):
+        check_widths(inspect_lora(path), layers)
+    load_network_module(options.network_module).check_layers(options, layers)
 
 
 def check_saving(options: NetworkOptions, saving: SavingOptions) -> None:
@@ -210,12 +212,20 @@ def install_new_network(
     from networks.lora import JointNetwork  # here, because it imports torch
 
     if not options.trains_text_encoder:
-        _log.info("only the DiT is trained, not the text encoder")
+        if _could_train_text_encoder(model):
+            _log.info("only the DiT is trained, not the text encoder")
         return _on_dit(options, model, seed, device)
     networks = [_on_text_encoder(options, load_encoder(), seed, learning_rate, device)]
     if options.trains_dit:
         networks.append(_on_dit(options, model, seed, device))
     return JointNetwork(networks)
+
+
+def _could_train_text_encoder(model: nn.Module) -> bool:
+    from networks.layer import linear_layers  # here, because it imports torch
+
+    family = family_of(linear_layers(model))
+    return family is None or family.no_text_encoder is None
 
 
 def _on_dit(options: NetworkOptions, model: nn.Module, seed: int, device: torch.device | None) -> LoRANetwork:
@@ -264,6 +274,16 @@ def _check_parts(options: NetworkOptions, weights: LoRAFile) -> None:
         raise CheckpointError(
             f"--network_weights {weights.path} is for the text encoder too; train that too, with "
             f"--network_train_text_encoder, or start from a file without it."
+        )
+    if options.trains_text_encoder and not weights.has_text_encoder:
+        raise CheckpointError(
+            f"--network_weights {weights.path} has nothing for the text encoder, which is trained; name a "
+            f"file that has, or leave out what asks for it: --network_train_text_encoder, "
+            f"--network_train_text_encoder_only, --text_encoder_lr."
+        )
+    if options.trains_dit and not has_dit:
+        raise CheckpointError(
+            f"--network_weights {weights.path} has nothing for the DiT; name a file that has."
         )
     if has_dit and not options.trains_dit:
         raise CheckpointError(

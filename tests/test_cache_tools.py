@@ -227,6 +227,11 @@ def test_a_streamed_quantised_encoder(editing, capsys):
         ("cache_latents", ["--ae={gemma2}"], "looks like a Gemma2"),
         ("cache_latents", ["--ae={ae}", "--max_caption_variants=2"], "--max_caption_variants has no effect"),
         ("cache_latents", [], "missing: --ae."),
+        (
+            "cache_latents",
+            ["--vae={ae}", "--task=t2i"],
+            "Kandinsky's training script; add --family kandinsky5",
+        ),
         ("cache_text_encoder_outputs", ["--ae={ae}"], "missing: --gemma2."),
         ("cache_text_encoder_outputs", ["--gemma2={ae}"], "is not a Gemma2"),
         ("cache_text_encoder_outputs", ["--gemma2={gemma2}", "--gemma=2"], "did you mean '--gemma2'"),
@@ -243,6 +248,13 @@ def test_a_mistake_is_one_sentence(lumina, nano, tmp_path, name, words, said):
     with pytest.raises(UserError, match=re.escape(said)):
         lumina.fill(name, words=[*given, data])
     assert not (tmp_path / "pictures" / ".flow-cache").exists()
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_kandinskys_task_must_be_told(editing, name):
+    words = [word for word in editing.words if not word.startswith("--dit")]
+    with pytest.raises(UserError, match="Give --task t2i or --task i2i, or name the model with --dit"):
+        editing.fill(name, words=words)
 
 
 def test_what_a_tool_has_no_use_for_is_told(lumina, capsys):

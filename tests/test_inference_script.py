@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import resource
-import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import lumina_minimal_inference
-from library.core.errors import ConfigError
 from library.flow.generate import ImageModel, generate, to_uint8
 from library.models.flux_vae import load_flux_vae
 from library.models.gemma2 import encode_prompts, load_gemma2
@@ -31,8 +29,9 @@ from networks.lora_lumina import create_network
 from networks.request import NetworkRequest
 from tools.make_nano_models import make_nano_models
 
-ROOT = Path(__file__).resolve().parents[1]
+RunScript = Callable[..., Any]  # the fixture `run_script`
 CPU = torch.device("cpu")
+SCRIPT = "lumina_minimal_inference.py"
 SYSTEM = "You draw."
 FP32 = ("--dtype", "fp32", "--gemma2_dtype", "fp32", "--ae_dtype", "fp32")
 SMALL = ("--image_width", "64", "--image_height", "48", "--steps", "3", "--device", "cpu")
@@ -75,13 +74,6 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Nano:
     return Nano(folder, paths.dit, paths.gemma2, paths.ae, paths.tokenizer, folder / "style;2.safetensors")
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run the script as a user does."""
-    command = [sys.executable, "lumina_minimal_inference.py", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def draw(nano: Nano, folder: Path, *words: str) -> list[np.ndarray]:
     """Run the script in this process; return its pictures in the order in which it printed them."""
     with pytest.MonkeyPatch.context() as patch:
@@ -103,16 +95,16 @@ def assert_close(one: np.ndarray, other: np.ndarray, levels: int = 1) -> None:
     assert np.abs(one.astype(int) - other.astype(int)).max() <= levels
 
 
-def test_the_guides_command(nano: Nano, tmp_path: Path) -> None:
-    result = run(
-        *nano.flags,
+def test_the_guides_command(nano: Nano, tmp_path: Path, run_script: RunScript) -> None:
+    result = run_script(
+        *(SCRIPT, *nano.flags),
         *("--output_dir", str(tmp_path / "new" / "folder"), "--offload", "--seed", "1234"),
         *("--prompt", "Positive prompt", "--system_prompt", SYSTEM, "--negative_prompt", "negative prompt"),
         *SMALL,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
     (path,) = (tmp_path / "new" / "folder").iterdir()
-    assert result.stdout.strip() == str(path)
+    assert result.out.strip() == str(path)
     assert path.name.startswith("image_") and path.name.endswith("_1234.png")
     with Image.open(path) as picture:
         assert picture.size == (64, 48)
@@ -270,11 +262,11 @@ def test_multipliers_of_a_prompt_win_for_that_prompt(nano: Nano, tmp_path: Path)
     assert not np.array_equal(half, base) and not np.array_equal(half, whole)
 
 
-def test_help_answers_in_half_a_second_of_work() -> None:
+def test_help_answers_in_half_a_second_of_work(run_script: RunScript) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = run("--help")
+    result = run_script(SCRIPT, "--help", cold=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert result.returncode == 0 and "--lora_weights" in result.stdout
+    assert result.code == 0 and "--lora_weights" in result.out
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
@@ -300,9 +292,28 @@ def test_help_answers_in_half_a_second_of_work() -> None:
         ),
     ],
 )
-def test_mistakes_end_with_a_sentence_before_torch_is_imported(
-    nano: Nano, tmp_path: Path, words: list[str], message: str
+def test_mistakes_end_with_a_sentence(
+    nano: Nano, tmp_path: Path, run_script: RunScript, words: list[str], message: str
 ) -> None:
+    result = run_script(SCRIPT, *spoilt(nano, tmp_path, words))
+    assert result.code == 2, result.err
+    assert result.err.startswith("error: ") and message in result.err
+
+
+def test_the_last_mistake_to_be_found_is_told_before_torch_is_imported(
+    nano: Nano, tmp_path: Path, run_script: RunScript
+) -> None:
+    code = (
+        "import sys, runpy\n"
+        "try:\n    runpy.run_path('lumina_minimal_inference.py', run_name='__main__')\n"
+        "finally:\n    assert 'torch' not in sys.modules\n"
+    )
+    result = run_script("-c", code, *spoilt(nano, tmp_path, ["--output_dir", "{file}/below"]))
+    assert result.code == 2 and result.err.startswith("error: --output_dir"), result.err
+
+
+def spoilt(nano: Nano, tmp_path: Path, words: list[str]) -> list[str]:
+    """Return a command's words, the last of which are wrong; what they name is written to `tmp_path`."""
     places = {
         "dit": nano.dit,
         "gemma2": nano.gemma2,
@@ -317,33 +328,4 @@ def test_mistakes_end_with_a_sentence_before_torch_is_imported(
     (tmp_path / "p.txt").write_text("a fox --m 1,2")
     (tmp_path / "broken.safetensors").write_bytes(next(nano.ae.glob("*.safetensors")).read_bytes()[:5000])
     words = [word.format(**places) for word in words]
-    code = (
-        "import sys, runpy\n"
-        "try:\n    runpy.run_path('lumina_minimal_inference.py', run_name='__main__')\n"
-        "finally:\n    assert 'torch' not in sys.modules\n"
-    )
-    arguments = [*nano.flags, "--output_dir", str(tmp_path / "out"), *words]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: ") and message in result.stderr
-    assert "Traceback" not in result.stderr and not list((tmp_path).glob("out/*"))
-
-
-def test_a_device_that_is_not_there_is_named(nano: Nano, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--device cuda:99 cannot be used"):
-        draw(nano, tmp_path, "--device", "cuda:99")
-
-
-def test_every_layout_of_the_weights_draws_the_same(nano: Nano, tmp_path: Path) -> None:
-    pictures = {"diffusers": one(nano, tmp_path / "diffusers pictures")}
-    for layout in ("sharded", "original", "comfyui", "all_in_one"):
-        paths = make_nano_models(tmp_path / layout, seed=3, layout=layout)
-        other = replace(nano, dit=paths.dit, gemma2=paths.gemma2, ae=paths.ae, tokenizer=paths.tokenizer)
-        pictures[layout] = one(other, tmp_path / f"{layout} pictures")
-    assert np.array_equal(pictures["sharded"], pictures["diffusers"])
-    assert np.array_equal(pictures["all_in_one"], pictures["comfyui"])  # both are stored in bf16
-    assert_close(
-        pictures["original"], pictures["diffusers"], levels=3
-    )  # there the text encoder is stored in fp16
+    return [*nano.flags, "--output_dir", str(tmp_path / "out"), *words]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import kandinsky5_minimal_inference
 from library.core.errors import UserError
+from library.data import images
 from library.data.batch import Condition
 from library.data.images import source_picture
 from library.data.prompt import Prompt
@@ -235,7 +236,30 @@ def test_prompts_of_any_length(
     (tmp_path / "p.json").write_text(json.dumps([text, {"prompt": "", "control_image": str(source)}]))
     found = run(i2i, tmp_path / "out", "--from_file", tmp_path / "p.json", *SMALL, "--steps=1")
     assert len(found) == 2 and pixels(found[1]).std() > 0
-    assert "only the first 512 of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Qwen2.5-VL takes only the first 512 of" in said and "CLIP takes only the first 77 of" in said
+
+
+def test_a_picture_is_decoded_once_to_be_looked_at_and_once_to_be_edited(
+    i2i: Kandinsky5Folder, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Path] = []
+    decode = images._open
+    monkeypatch.setattr(images, "_open", lambda path: decoded.append(path) or decode(path))
+    lines = "a fox --n fog\na cat --n rain\n"
+    (tmp_path / "p.txt").write_text(lines)
+    words = ("--from_file", tmp_path / "p.txt", "--image", source, *SMALL, "--steps=1")
+    assert len(run(i2i, tmp_path / "out", *words)) == 2
+    assert decoded == [source, source]
+
+
+def test_options_in_a_prompt_of_the_command_line_are_told_to_be_text(
+    i2i: Kandinsky5Folder, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(i2i, tmp_path, "--prompt", f"a fox -- red --ci {source}", *SMALL, "--steps=1")
+    assert "--prompt is one text, options in it too: only 'a fox -- red' is" in capsys.readouterr().err
+    (path,) = run(i2i, tmp_path / "plain", "--prompt", "a fox -- red", *SMALL, "--steps=1")
+    assert "--prompt is one text" not in capsys.readouterr().err
 
 
 def test_pictures_of_any_kind_can_be_edited(i2i: Kandinsky5Folder, tmp_path: Path) -> None:

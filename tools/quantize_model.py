@@ -56,7 +56,14 @@ def main() -> None:
     chosen = parse_options(Options, description=__doc__.partition("\n")[0]).quantize
     setup_logging("INFO")
     path = chosen.pretrained_model_name_or_path
-    is_kandinsky = "Kandinsky 5 transformer" in kind_of(open_checkpoint(path, subfolder="transformer"))
+    kind = kind_of(open_checkpoint(path, subfolder="transformer"))
+    is_kandinsky = "Kandinsky 5 transformer" in kind
+    if not (is_kandinsky or "Lumina Image 2.0" in kind):
+        raise ConfigError(
+            f"--pretrained_model_name_or_path takes the transformer (DiT) of Lumina Image 2.0 or Kandinsky "
+            f"5.0 Image, but {path} looks like {kind}. Qwen2.5-VL and Gemma2 are quantised as they are "
+            f"loaded, by --text_encoder_quant."
+        )
     family = kandinsky5_format if is_kandinsky else lumina2_format
     found = family.inspect_kandinsky5(path) if is_kandinsky else family.inspect_lumina2(path)
     if found.quant.scheme is not None:

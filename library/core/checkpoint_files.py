@@ -3,12 +3,18 @@
 A checkpoint may be one `.safetensors` file, a folder with one or several of them, or a sharded
 `*.index.json`. Pickled files (`.ckpt`, `.pt`, `.bin`) are refused: unpickling runs whatever code the file
 contains.
+
+Weights in fp8 with scales, as ComfyUI has them, look like any others here. Beside `<layer>.weight` such a
+file has `<layer>.scale_weight`, in newer ones `<layer>.weight_scale`: fp32, one number or one an output row.
+What it has about activations, and marks of what it is, are left out.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,17 +23,25 @@ from library.core.errors import CheckpointError
 from library.core.files import explain
 
 _INDEX = ".safetensors.index.json"
+_SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")
+_OF_FP8 = re.compile(r".+\.(scale_weight|weight_scale|scale_input|input_scale|comfy_quant)|(.+\.)?scaled_fp8")
+_FP8 = {"F8_E4M3", "F8_E5M2"}
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is. `name` is its key inside `file`."""
+    """Where a tensor lies and what it is. `name` is its key inside `file`.
+
+    scale: what the stored numbers are to be multiplied by: one number, or one for each of the first
+    dimension.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    scale: TensorInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,8 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """The weight files, sorted."""
-        return tuple(sorted({info.file for info in self.tensors.values()}))
+        scales = (info.scale for info in self.tensors.values() if info.scale is not None)
+        return tuple(sorted({info.file for info in (*self.tensors.values(), *scales)}))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape; a missing name is a KeyError, which callers prevent by detecting the
@@ -87,7 +102,29 @@ def open_checkpoint(path: Path, subfolder: str | None = None) -> Checkpoint:
             )
         tensors |= shard
         metadata |= shard_metadata
-    return Checkpoint(path, tensors, metadata, _read_config(folder))
+    return Checkpoint(path, _with_scales(path, tensors), metadata, _read_config(folder))
+
+
+def _with_scales(path: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Put the scales of weights in fp8 to their weights.
+
+    Raises CheckpointError for scales of another kind.
+    """
+    scales = {match[1]: info for name, info in tensors.items() if (match := _SCALE.fullmatch(name))}
+    if not scales:
+        return tensors
+    kept = {name: info for name, info in tensors.items() if not _OF_FP8.fullmatch(name)}
+    for layer, scale in scales.items():
+        name = f"{layer}.weight"
+        weight = kept.get(name)
+        if weight is None or weight.dtype not in _FP8 or prod(scale.shape) not in (1, weight.shape[0]):
+            what = "no weight" if weight is None else f"a weight {weight.shape} in {weight.dtype}"
+            raise CheckpointError(
+                f"{path}: '{scale.name}' of shape {scale.shape} belongs to {what}. Only weights in fp8 with "
+                f"one scale, or one for each output row, can be read; take a file in bf16."
+            )
+        kept[name] = replace(weight, scale=scale)
+    return kept
 
 
 def _files_of_folder(folder: Path) -> list[Path]:

@@ -55,7 +55,11 @@ class Batch:
     Noise is made ahead, see `library.training.noising`. `sigmas` are those of sigma_B. Where latents are
     there, `noisy` is what the model is given of them, and `targets` the velocities that it should predict.
     Otherwise there is the `noise` that they will have, where it does not hang on them, and `perturbation`,
-    which the input has in noise beyond what the target tells.
+    which the input has in noise beyond what the target tells. `walks` are drawn with sigma, see
+    `library.training.rollout`; () where no picture can have one.
+
+    `kept`: of each route of --tread_routes, of each picture, the numbers of the tokens that take part; ()
+    where all of them do.
     """
 
     draws: tuple[Draw, ...]
@@ -73,10 +77,12 @@ class Batch:
     preserved: tuple[bool, ...] = ()
     sigmas: tuple[float, ...] = ()
     sigma_B: Tensor | None = None
+    walks: tuple[tuple[float, ...], ...] = ()
     noisy: tuple[Tensor, ...] | None = None
     targets: tuple[Tensor, ...] | None = None
     noise: tuple[Tensor, ...] | None = None
     perturbation: tuple[Tensor, ...] | None = None
+    kept: tuple[tuple[Tensor, ...], ...] = ()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `function` done to each of its tensors."""

@@ -173,8 +173,17 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
     return pattern.format(input=detail["input"], **detail.get("ctx", {}))
 
 
+# What other trainers call folders of pictures, and of the pictures that those are edits of.
+_ELSEWHERE = {
+    **dict.fromkeys(("image_directory", "folder_path"), "image_dir"),
+    **dict.fromkeys(("control_directory", "control_dir", "control_path"), "conditioning_data_dir"),
+}
+
+
 def _unknown_key(key: str, model: type[BaseModel]) -> str:
     for other, home in _HOMES:
         if key in other.model_fields and other is not model:
             return f"belongs in {home}, not here"
+    if key in _ELSEWHERE:
+        return f"unknown key; here it is called '{_ELSEWHERE[key]}', in [[datasets.subsets]]"
     return "unknown key" + (did_you_mean(key, model.model_fields) or ", with no similar one here")

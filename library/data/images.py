@@ -165,19 +165,22 @@ def source_variants(item: Item, dropout: float) -> tuple[SourcePicture | None, .
     return (plain, *flipped, *([None] if dropout > 0 else []))
 
 
-def source_picture(path: Path, size: Size) -> SourcePicture:
+def source_picture(path: Path, size: Size, own_size: Size | None = None) -> SourcePicture:
     """Return a picture as what is edited into one of `size`: it covers that, cut in the middle.
+
+    Args:
+        own_size: what `read_facts` says of it, where that was asked already; else it is decoded for this.
 
     Raises:
         DataError: it is not there, cannot be decoded, or is so long and thin that hardly anything would be
             left of it.
     """
-    picture = _open(path)
+    own_size = own_size or read_facts(path).size
     try:
-        geometry = source_geometry(picture.size, size, cover(size, size))
+        geometry = source_geometry(own_size, size, cover(size, size))
     except DataError as error:
         raise DataError(f"{path}: {error}.") from error
-    return SourcePicture(path, geometry, sha256_file(path), size=picture.size)
+    return SourcePicture(path, geometry, sha256_file(path), size=own_size)
 
 
 def is_flipped(item: Item, draw_key: DrawKey) -> bool:

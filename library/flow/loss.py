@@ -25,7 +25,10 @@ def velocity_loss(
     mask_B1HW: Tensor | None = None,
     weights_B: Tensor | None = None,
 ) -> Tensor:
-    """Return each picture's loss, fp32 (B,): elementwise, times mask, mean over C, H, W, times weight."""
+    """Return each picture's loss, fp32 (B,): elementwise, times mask, mean over C, H, W, times weight.
+
+    A mask may also have all channels, (B, C, H, W).
+    """
     difference_BCHW = predicted_BCHW.float() - target_BCHW.float()
     loss_BCHW = _elementwise(difference_BCHW, sigma_B, options)
     if mask_B1HW is not None:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar, final
 
 from library.core.errors import ConfigError, UserError
 from library.core.files import require_writable_directory
 from library.core.log import logger
-from library.data.prompt_files import load_prompts, sources_of
+from library.data.prompt_files import load_prompts, parse_line, sources_of
 from library.inference.console import typed_requests
 from library.options.inference import InferenceOptions
 from library.options.request import ImageRequest
 from networks.files import inspect_lora
-from networks.from_file import dit_paths
+from networks.fit import Shapes, check_widths
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +44,9 @@ class InferenceScript(ABC, Generic[Prompt]):
     # --- what a family must write ---
 
     @abstractmethod
-    def check_models(self) -> tuple[Iterable[str], int]:
-        """Check the weight files by their headers; return the paths of the DiT's linear layers, and how many
-        blocks it has. Torch-free; raises UserError."""
+    def check_models(self) -> tuple[Shapes, int]:
+        """Check the weight files by their headers; return the DiT's linear layers, and how many blocks it
+        has. Torch-free; raises UserError."""
 
     @abstractmethod
     def load_text_encoder(self, device: torch.device) -> nn.Module:
@@ -107,7 +107,7 @@ class InferenceScript(ABC, Generic[Prompt]):
         requests = load_prompts(run.from_file, start) if run.from_file else [start]
         requests = [self._checked(request) for request in requests]
         require_writable_directory(run.output_dir, "--output_dir")
-        for sentence in self.options.adjustments():
+        for sentence in (*self.options.adjustments(), *_options_as_text(start.prompt)):
             _log.warning("%s", sentence)
         from library.inference.drawing import Drawing  # here, because it imports torch
 
@@ -117,11 +117,10 @@ class InferenceScript(ABC, Generic[Prompt]):
         else:
             drawing.draw_all(requests)
 
-    def _check_loras(self, layers: Iterable[str]) -> None:
+    def _check_loras(self, layers: Shapes) -> None:
         """Check by their headers that all LoRAs are for this DiT, or for its text encoder."""
-        layers = list(layers)
         for lora in self.options.loras.lora_weights:
-            dit_paths(inspect_lora(lora.path), layers)
+            check_widths(inspect_lora(lora.path), layers)
 
     def _checked(self, request: ImageRequest) -> ImageRequest:
         """Return a completed request. Raises UserError for one that cannot be drawn with these models."""
@@ -139,3 +138,16 @@ class InferenceScript(ABC, Generic[Prompt]):
                 drawing.draw(request)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _options_as_text(prompt: str) -> Iterator[str]:
+    """Yield a sentence if a prompt of the command line has options in it, as the lines of a file may."""
+    try:
+        text = parse_line(prompt, ImageRequest()).prompt
+    except ConfigError:
+        return  # no line of a file either
+    if text != prompt.strip():
+        yield (
+            f"--prompt is one text, options in it too: only {text!r} is the text of such a line in a file. "
+            f"Draw the line with --from_file or --interactive, or give its options as flags of their own."
+        )

@@ -21,6 +21,7 @@ from library.models.kandinsky5_format import (
     quantisable_layers,
 )
 from library.models.transformer_loading import LoadOptions, load_transformer
+from library.nn.routing import Routing
 
 
 def load_kandinsky5(source: Path | Kandinsky5Checkpoint, **how: Any) -> Kandinsky5DiT:
@@ -54,12 +55,18 @@ def velocity(
 
 
 def velocities(
-    model: Kandinsky5DiT, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+    model: Kandinsky5DiT,
+    x: Sequence[Tensor],
+    sigma_B: Tensor,
+    conditions: Sequence[Condition],
+    routing: Routing | None = None,
 ) -> list[Tensor]:
     """Predict noise - x0 at noise level sigma (0 clean .. 1 noise), fp32, (C, h, w) a picture.
 
     The network predicts just that; its clock shows 1000 sigma. What an image-to-image model is given is put
     together here: noisy latents, source latents and a mask, which is 1 where there is a source.
+
+    `routing`: which tokens skip which visual blocks, in training.
 
     Raises:
         ConfigError: a source picture for a model that draws from texts alone.
@@ -71,7 +78,8 @@ def velocities(
     ]
     tokens = [condition.tokens_LD.to(device, non_blocking=True) for condition in conditions]
     pooled_BP = torch.stack([condition.pooled_D for condition in conditions]).to(device, non_blocking=True)
-    return [predicted.float() for predicted in model(inputs, 1000.0 * sigma_B.float(), tokens, pooled_BP)]
+    predictions = model(inputs, 1000.0 * sigma_B.float(), tokens, pooled_BP, routing)
+    return [predicted.float() for predicted in predictions]
 
 
 def _with_source(params: Kandinsky5Params, x_Chw: Tensor, source_Chw: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,9 @@ from library.nn.modulated import LayerNorm, Modulation, gated_residual, gelu, mo
 from library.nn.packing import Layout, Packing
 from library.nn.patches import grid_of, to_patches
 from library.nn.products import Fp32Linear, Linear
-from library.nn.recompute import costly
+from library.nn.recompute import costly, slight
 from library.nn.rope import ApartRopeTables
+from library.nn.routing import Routing, run_blocks
 from library.nn.runner import BlockRunner
 from library.nn.transformer import Transformer
 
@@ -109,19 +111,20 @@ class Attention(nn.Module):
 
     def queries(self, x_TD: Tensor, rope_TP2: Tensor | None = None) -> Tensor:
         """(T, D) -> (T, H, F)."""
-        return self._normed(self.to_query(x_TD), self.query_norm, rope_TP2)
+        return self._normed(costly(self.to_query, x_TD), self.query_norm, rope_TP2)
 
     def keys(self, x_TD: Tensor, rope_TP2: Tensor | None = None) -> Tensor:
         """(T, D) -> (T, H, F)."""
-        return self._normed(self.to_key(x_TD), self.key_norm, rope_TP2)
+        return self._normed(costly(self.to_key, x_TD), self.key_norm, rope_TP2)
 
     def values(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, H, F)."""
-        return self.to_value(x_TD).unflatten(1, (-1, self.head_dim))
+        return costly(self.to_value, x_TD).unflatten(1, (-1, self.head_dim))
 
     def attend(self, qkv: Sequence[Tensor], packing: Packing, keys: Packing | None = None) -> Tensor:
         """Let the tokens of each sample attend to its keys, (T, D)."""
-        return attention(*qkv, packing, self.kernel, keys=keys)
+        attended = partial(attention, packing=packing, kernel=self.kernel, keys=keys)
+        return attended(*qkv) if keys is None else slight(attended, *qkv)
 
     def _normed(self, x_TD: Tensor, norm: RMSNorm, rope_TP2: Tensor | None) -> Tensor:
         x_THF = x_TD.unflatten(1, (-1, self.head_dim))
@@ -140,7 +143,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.out_layer(gelu(costly(self.in_layer, x_TD)))
+        return self.out_layer(gelu(costly(self.in_layer, x_TD, wide=True)))
 
 
 class TextBlock(nn.Module):
@@ -176,7 +179,7 @@ class TextBlock(nn.Module):
     ) -> Tensor:
         """Return the block's output from its input and from what attention made of it."""
         gate_BD, *of_feed_forward = others
-        x_TD = gated_residual(x_TD, self.self_attention.out_layer(mixed_TD), gate_BD, packing)
+        x_TD = gated_residual(x_TD, costly(self.self_attention.out_layer, mixed_TD), gate_BD, packing)
         return _plus_feed_forward(self.feed_forward, x_TD, of_feed_forward, packing)
 
 
@@ -214,7 +217,7 @@ class VisualBlock(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the residual stream, and queries, keys and values of the attention to the text."""
         gate_BD, shift_BD, scale_BD = others
-        x_TD = gated_residual(x_TD, self.self_attention.out_layer(mixed_TD), gate_BD, packing)
+        x_TD = gated_residual(x_TD, costly(self.self_attention.out_layer, mixed_TD), gate_BD, packing)
         inner_TD = modulated_layer_norm(x_TD, 1 + scale_BD, shift_BD, packing, _LN_EPS)
         cross = self.cross_attention
         return x_TD, (cross.queries(inner_TD), cross.keys(text_SD), cross.values(text_SD))
@@ -224,7 +227,7 @@ class VisualBlock(nn.Module):
     ) -> Tensor:
         """Return the block's output from the residual stream and from what was found in the text."""
         gate_BD, *of_feed_forward = others
-        x_TD = gated_residual(x_TD, self.cross_attention.out_layer(mixed_TD), gate_BD, packing)
+        x_TD = gated_residual(x_TD, costly(self.cross_attention.out_layer, mixed_TD), gate_BD, packing)
         return _plus_feed_forward(self.feed_forward, x_TD, of_feed_forward, packing)
 
 
@@ -299,8 +302,30 @@ class Kandinsky5DiT(Transformer):
         for layer in self._attentions():
             layer.kernel = kernel
 
+    @property
+    def routed_blocks(self) -> nn.ModuleList:
+        """Those of the pictures."""
+        return self.visual_transformer_blocks
+
+    def block_flops(self, seen: Sequence[int], image: int, text: int) -> int:
+        """Count the products of all blocks."""
+        p = self.params
+        square, feed_forward = p.model_dim**2, 2 * p.model_dim * p.ff_dim
+
+        def block(tokens: int) -> int:
+            linear = tokens * (6 * square + feed_forward) + text * 2 * square
+            return 2 * linear + 4 * tokens * (tokens + text) * p.model_dim
+
+        of_text = 2 * text * (4 * square + feed_forward) + 4 * text**2 * p.model_dim
+        return p.n_text_blocks * of_text + sum(map(block, seen))
+
     def forward(
-        self, x: Sequence[Tensor], time_B: Tensor, tokens: Sequence[Tensor], pooled_BP: Tensor
+        self,
+        x: Sequence[Tensor],
+        time_B: Tensor,
+        tokens: Sequence[Tensor],
+        pooled_BP: Tensor,
+        routing: Routing | None = None,
     ) -> list[Tensor]:
         """Predict noise - x0.
 
@@ -310,6 +335,7 @@ class Kandinsky5DiT(Transformer):
             time_B: 1000 sigma: 0 for image .. 1000 for noise, fp32.
             tokens: text features, (L, text_dim) a sample.
             pooled_BP: pooled text features.
+            routing: which tokens skip which visual blocks, in training; None: all go through all of them.
 
         Returns:
             (C, h, w) a sample, in the model's dtype.
@@ -327,8 +353,11 @@ class Kandinsky5DiT(Transformer):
             text_TD = self.runner.run(block, text_TD, text, time_BE)
         patches = torch.cat([to_patches(sample, patch) for sample in x])
         x_TD = self.visual_embeddings(patches.to(self.dtype))
-        for block in self.visual_transformer_blocks:
-            x_TD = self.runner.run(block, x_TD, visual, text_TD, text.packing, time_BE)
+
+        def run(block: nn.Module, x_TD: Tensor, layout: Layout) -> Tensor:
+            return self.runner.run(block, x_TD, layout, text_TD, text.packing, time_BE)
+
+        x_TD = run_blocks(self.visual_transformer_blocks, x_TD, visual, run, routing)
         parts = visual.split(self.out_layer(x_TD, visual.packing, time_BE))
         return [self._unpatchify(part, grid) for part, grid in zip(parts, grids, strict=True)]
 

@@ -7,21 +7,25 @@ so padding on the right, which the official code takes out again by its mask, ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from library.core.errors import NonFiniteError
 from library.data.batch import Condition
 from library.data.images import load_source
-from library.data.prompt import Prompt
+from library.data.items import Size
+from library.data.prompt import Prompt, SourcePicture
 from library.models.clip_text import ClipTextEncoder, load_clip_text
 from library.models.clip_text_format import ClipTextCheckpoint
 from library.models.kandinsky5_prompt import Kandinsky5Tokenizers, QwenPrompt, qwen_prompt
 from library.models.qwen2_5_vl import Qwen2_5_VLEncoder, QwenInput, load_qwen2_5_vl
 from library.models.qwen2_5_vl_format import Qwen2_5_VLCheckpoint
+from library.models.qwen_grid import picture_grid
 from library.models.qwen_picture import qwen_picture
 from library.options.quant import TextQuantOptions
 
@@ -52,6 +56,13 @@ class Kandinsky5TextEncoders(nn.Module):
         pooled_BD = self.clip.encode([[0]] * count)
         pairs = zip(features, pooled_BD, strict=True)
         return [Condition(tokens_LD, pooled_D) for tokens_LD, pooled_D in pairs]
+
+    def see_blank(self, source: Size, count: int) -> list[Tensor | None]:
+        """Look at `count` sources of this size with nothing in them, of which only the shapes count."""
+        vision, grid = self.qwen.params.vision, picture_grid(source)
+        assert vision is not None, "loaded without its vision tower"
+        patches_NP = torch.zeros(prod(grid), vision.patch_width)
+        return self.qwen.see([QwenInput([], patches_NP, grid)] * count)
 
 
 def load_text_encoders(
@@ -88,8 +99,11 @@ def encode_prompts(
     max_length: int,
     edit_crop: int,
     batch_size: int = 8,
+    load: Callable[[SourcePicture], np.ndarray] = load_source,
 ) -> list[Condition]:
     """Encode prompts, one condition each; see `qwen_prompt` for `max_length` and `edit_crop`.
+
+    `load` reads a source picture; one that remembers them may be given.
 
     Prompts of similar length are put together, so little is padded. What a prompt is encoded together with
     changes no more than its last bits. A streamed Qwen gets all at once: it takes them through a layer before
@@ -107,7 +121,7 @@ def encode_prompts(
     together = len(order) if encoders.qwen.streamed else batch_size
     conditions: dict[int, Condition] = {}
     for batch in _chunks(order, together):
-        inputs = [_qwen_input(prompts[place], asked[place]) for place in batch]
+        inputs = [_qwen_input(prompts[place], asked[place], load) for place in batch]
         features = encoders.qwen.encode(inputs, batch_size=batch_size)
         pooled = [
             vector_D
@@ -126,10 +140,10 @@ def _chunks(places: list[int], size: int) -> list[list[int]]:
     return [places[start : start + size] for start in range(0, len(places), max(1, size))]
 
 
-def _qwen_input(prompt: Prompt, asked: QwenPrompt) -> QwenInput:
+def _qwen_input(prompt: Prompt, asked: QwenPrompt, load: Callable[[SourcePicture], np.ndarray]) -> QwenInput:
     if prompt.source is None:
         return QwenInput(asked.ids)
-    picture = qwen_picture(load_source(prompt.source))
+    picture = qwen_picture(load(prompt.source))
     assert picture.grid_thw == asked.grid, "a source picture is as large as its target"
     return QwenInput(asked.ids, torch.from_numpy(picture.patches_NP), picture.grid_thw)
 

@@ -14,6 +14,7 @@ from library.data.batch import Condition
 from library.models.lumina2_format import Lumina2Checkpoint, inspect_lumina2, quantisable_layers
 from library.models.nextdit import NextDiT
 from library.models.transformer_loading import LoadOptions, load_transformer
+from library.nn.routing import Routing
 
 
 def load_nextdit(source: Path | Lumina2Checkpoint, **how: Any) -> NextDiT:
@@ -45,12 +46,18 @@ def velocity(model: NextDiT, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequen
 
 
 def velocities(
-    model: NextDiT, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+    model: NextDiT,
+    x: Sequence[Tensor],
+    sigma_B: Tensor,
+    conditions: Sequence[Condition],
+    routing: Routing | None = None,
 ) -> list[Tensor]:
     """Predict noise - x0 at noise level sigma (0 clean .. 1 noise), fp32, (C, h, w) a picture.
 
     The network's own clock runs the other way, t = 1 - sigma, and its output is x0 - noise. This is the one
     place where that is translated.
+
+    `routing`: which tokens skip which blocks, in training.
     """
     captions = [condition.tokens_LD.to(x[0].device, non_blocking=True) for condition in conditions]
-    return [-predicted.float() for predicted in model(x, 1.0 - sigma_B.float(), captions)]
+    return [-predicted.float() for predicted in model(x, 1.0 - sigma_B.float(), captions, routing)]

@@ -193,10 +193,10 @@ def settings_of(params: NextDiTParams) -> dict[str, str]:
 # ---- names ----
 
 
-def linear_layers(params: NextDiTParams) -> list[str]:
-    """Return the paths of the network's linear layers."""
-    matrices = (name for name, shape in parameter_shapes(params) if len(shape) == 2)
-    return [name.removesuffix(".weight") for name in matrices]
+def linear_layers(params: NextDiTParams) -> dict[str, tuple[int, int]]:
+    """Return the shapes (out, in) of the network's linear layers, by their paths."""
+    matrices = {name: shape for name, shape in parameter_shapes(params) if len(shape) == 2}
+    return {name.removesuffix(".weight"): shape for name, shape in matrices.items()}
 
 
 def quantisable_layers(params: NextDiTParams) -> list[str]:

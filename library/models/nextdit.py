@@ -46,6 +46,7 @@ from library.nn.patches import grid_of, to_patches
 from library.nn.products import Linear
 from library.nn.recompute import costly
 from library.nn.rope import RopeTables
+from library.nn.routing import Routing, run_blocks
 from library.nn.runner import BlockRunner
 from library.nn.transformer import Transformer
 
@@ -66,7 +67,7 @@ class Attention(nn.Module):
     def project(self, x_TD: Tensor, rope_TP2: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) -> queries and keys, one behind the other (T, H + K, F), and values (T, K, F)."""
         heads, kv_heads = self.heads
-        qkv_TSF = self.qkv(x_TD).unflatten(1, (-1, self.head_dim))
+        qkv_TSF = costly(self.qkv, x_TD).unflatten(1, (-1, self.head_dim))
         qk_TSF, v_TKF = qkv_TSF.split([heads + kv_heads, kv_heads], dim=1)
         gain_SF = torch.cat((self.q_norm.gain().expand(heads, -1), self.k_norm.gain().expand(kv_heads, -1)))
         return norm_and_rotate(qk_TSF, gain_SF, rope_TP2, self.q_norm.eps), v_TKF
@@ -88,7 +89,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.w2(swiglu(costly(self.w1, x_TD), costly(self.w3, x_TD)))
+        return self.w2(swiglu(costly(self.w1, x_TD, wide=True), costly(self.w3, x_TD, wide=True)))
 
 
 class Block(nn.Module):
@@ -133,7 +134,7 @@ class Block(nn.Module):
         """Return the block's output from its input and from what attention made of it."""
         after_attention, before_ffn, after_ffn = gains
         eps = self.attention_norm1.eps
-        x_TD = normed_residual(x_TD, self.attention.out(mixed_TD), after_attention, packing, eps)
+        x_TD = normed_residual(x_TD, costly(self.attention.out, mixed_TD), after_attention, packing, eps)
         inner_TD = self.feed_forward(scaled_rms_norm(x_TD, before_ffn, packing, eps))
         return normed_residual(x_TD, inner_TD, after_ffn, packing, eps)
 
@@ -192,13 +193,36 @@ class NextDiT(Transformer):
         for block in self.runner.blocks:
             block.attention.kernel = kernel
 
-    def forward(self, x: Sequence[Tensor], t_B: Tensor, captions: Sequence[Tensor]) -> list[Tensor]:
+    @property
+    def routed_blocks(self) -> nn.ModuleList:
+        """Those that captions and images go through together."""
+        return self.layers
+
+    def block_flops(self, seen: Sequence[int], image: int, text: int) -> int:
+        """Count the products of all blocks; captions are never routed."""
+        p = self.params
+        weights = p.dim * p.qkv_dim + p.n_heads * p.head_dim * p.dim + 3 * p.dim * p.ffn_dim
+
+        def block(tokens: int) -> int:
+            return 2 * tokens * weights + 4 * tokens**2 * p.n_heads * p.head_dim
+
+        refiners = p.n_context_refiners * block(text) + p.n_noise_refiners * block(image)
+        return refiners + sum(block(text + tokens) for tokens in seen)
+
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        t_B: Tensor,
+        captions: Sequence[Tensor],
+        routing: Routing | None = None,
+    ) -> list[Tensor]:
         """Predict x0 - noise.
 
         Args:
             x: noisy latents, (C, h, w) a sample; sizes may differ and are multiples of the patch size.
             t_B: 0 for noise .. 1 for image, fp32.
             captions: text features, (L, cap_feat_dim) a sample.
+            routing: which tokens skip which of `layers`, in training; None: all go through all of them.
 
         Returns:
             (C, h, w) a sample, in the model's dtype.
@@ -211,7 +235,7 @@ class NextDiT(Transformer):
         image_TD = self._run(self.noise_refiner, self._embed_images(x), image, time_BE)
         pairs = zip(text.split(text_TD), image.split(image_TD), strict=True)
         x_TD = torch.cat([tokens for pair in pairs for tokens in pair])
-        x_TD = self._run(self.layers, x_TD, joint, time_BE)
+        x_TD = self._run(self.layers, x_TD, joint, time_BE, routing, always=text.packing.lengths)
         pairs = zip(joint.split(x_TD), text.packing.lengths, strict=True)
         patches = image.split(self.final_layer([tokens[length:] for tokens, length in pairs], time_BE))
         return [self._unpatchify(tokens, grid) for tokens, grid in zip(patches, grids, strict=True)]
@@ -247,11 +271,19 @@ class NextDiT(Transformer):
         return rearrange(tokens, "(h w) (p q c) -> c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
 
     def _run(
-        self, blocks: nn.ModuleList, x_TD: Tensor, layout: Layout, time_BE: Tensor | None = None
+        self,
+        blocks: nn.ModuleList,
+        x_TD: Tensor,
+        layout: Layout,
+        time_BE: Tensor | None = None,
+        routing: Routing | None = None,
+        *,
+        always: Sequence[int] | None = None,
     ) -> Tensor:
-        for block in blocks:
-            x_TD = self.runner.run(block, x_TD, layout, time_BE)
-        return x_TD
+        def run(block: nn.Module, x_TD: Tensor, layout: Layout) -> Tensor:
+            return self.runner.run(block, x_TD, layout, time_BE)
+
+        return run_blocks(blocks, x_TD, layout, run, routing, always=always)
 
 
 def _blocks(params: NextDiTParams, count: int, modulated: bool) -> nn.ModuleList:

@@ -152,7 +152,7 @@ class Qwen2_5_VLEncoder(nn.Module):
 
     def _encode(self, groups: Sequence[Sequence[QwenInput]]) -> list[list[Tensor]]:
         """Take groups of sequences through the whole network, all of them through a layer before the next."""
-        seen = iter(self._see([sequence for group in groups for sequence in group]))
+        seen = iter(self.see([sequence for group in groups for sequence in group]))
         tokens = sum(len(sequence.token_ids) for group in groups for sequence in group)
         waiting = self.waiting_place(tokens * self.params.hidden)
         batches = [self._embed(group, [next(seen) for _ in group], waiting) for group in groups]
@@ -166,8 +166,9 @@ class Qwen2_5_VLEncoder(nn.Module):
             for sequence, normed_LD in zip(group, normed_BLD, strict=True)
         ]
 
-    def _see(self, sequences: Sequence[QwenInput]) -> list[Tensor | None]:
-        """Return features (U, D) of the sequences' pictures."""
+    @torch.no_grad()
+    def see(self, sequences: Sequence[QwenInput]) -> list[Tensor | None]:
+        """Return features (U, D) of the sequences' pictures: what the vision tower makes of them."""
         pictures = {place: s for place, s in enumerate(sequences) if s.patches_NP is not None}
         if not pictures:
             return [None] * len(sequences)

@@ -35,9 +35,9 @@ _BLOCK_MARK = re.compile(r"visual\.blocks\.(\d+)\.norm1\.weight")
 # What may stand beside the weights: the output head, position tables, and what ComfyUI adds.
 _BESIDE = re.compile(r"lm_head\.weight|logit_scale|.*rotary(_pos)?_emb\.inv_freq")
 _QUANTISED = (
-    (r"\.(scale_weight|weight_scale)$|(^|\.)scaled_fp8$|\.comfy_quant$", "fp8 with scales, as for ComfyUI"),
     (r"\.weight\.(absmax|quant_map|quant_state\..*)$", "in 4 or 8 bits by bitsandbytes"),
     (r"\.(qweight|qzeros|weight_packed)$", "in 4 or 8 bits, by GPTQ, AWQ or the like"),
+    (r"\.weight_scale_inv$", "in fp8, by blocks"),
 )
 _OTHER_QWEN = {"qwen2": "Qwen2 or Qwen2.5 without vision", "qwen2_vl": "Qwen2-VL"}
 

@@ -10,6 +10,7 @@ import torch
 
 from library.core.checkpoint_files import Checkpoint
 from library.core.device import keep_freed_memory
+from library.core.errors import ConfigError
 from library.core.log import logger
 from library.models.quant_file import QuantFile
 from library.nn.attention import check_kernel
@@ -119,11 +120,25 @@ def load_transformer(
         mmap=options.mmap,
         quantise_on=quant.quantise_on,
     )
-    if quant.quant_matmul and (error := multiply_in_8_bits(model)) is not None:
-        _log.info(
-            "products in 8 bits: of normally distributed numbers, %.1f%% from those with restored weights",
-            100 * error,
-        )
+    if quant.quant_matmul:
+        _multiply_in_8_bits(model, tell=device.type != "meta")
     model.runner.ring = make_ring(swapped, device, options.swap)
     model.use_attention(options.kernel)
     return model.eval()
+
+
+def _multiply_in_8_bits(model: Transformer, *, tell: bool) -> None:
+    """Raise ConfigError if no layer can multiply its codes."""
+    found = multiply_in_8_bits(model)
+    if not found.layers:
+        raise ConfigError(
+            "--quant_matmul multiplies with layers whose widths are multiples of 16, and this model has "
+            "none; leave it out."
+        )
+    if tell:
+        others = f"; {found.others} are not, because of their widths" if found.others else ""
+        _log.info(
+            "%d layers are multiplied in 8 bits%s; of normally distributed numbers, products are %.1f %% "
+            "from those with restored weights",
+            *(found.layers, others, 100 * found.error),
+        )

@@ -18,7 +18,7 @@ head.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,9 @@ def _has_flash(device: torch.device) -> bool:
 
 def _samples(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, keys: Packing
-) -> zip[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    if len(packing.lengths) == 1:  # a slice of all rows would be copied in backward
+        return iter([(q, k, v)])
     ours, theirs = list(packing.lengths), list(keys.lengths)
     return zip(q.split(ours), k.split(theirs), v.split(theirs), strict=True)
 

@@ -24,7 +24,7 @@ _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: torch.finfo(torch.float8_e4m
 _CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}  # from which NVIDIA's cards multiply so: Ampere, Ada
 _FEWEST_ROWS = 17  # cuBLAS takes no fewer
 _MULTIPLE = 16  # of widths that its kernels can take
-_TINY = 1e-12  # in place of the scale of a row of zeros
+_TINY = 1e-30  # in place of the largest number of a row of zeros; gradients can be very small
 
 
 def check_device(scheme: str, device: torch.device) -> None:
@@ -43,17 +43,21 @@ def check_device(scheme: str, device: torch.device) -> None:
         )
 
 
-def suits(rows: int, codes_MK: Tensor) -> bool:
-    """Whether kernels can multiply so many rows with these codes, in both directions."""
-    return rows >= _FEWEST_ROWS and all(width % _MULTIPLE == 0 for width in codes_MK.shape)
+def suits_widths(*widths: int) -> bool:
+    """Whether kernels can multiply with a weight of these widths, in both directions."""
+    return all(width % _MULTIPLE == 0 for width in widths)
+
+
+def suits_rows(rows: int) -> bool:
+    """Whether kernels can multiply so many rows."""
+    return rows >= _FEWEST_ROWS
 
 
 def times_codes(x_NK: Tensor, codes_MK: Tensor) -> Tensor:
     """Return x times the transposed codes, (N, M) in fp32; x is rounded to the kind of the codes."""
-    wide_NK = x_NK.float()
     largest = _LARGEST[codes_MK.dtype]
-    scale_N1 = wide_NK.abs().amax(1, keepdim=True).clamp_min(_TINY) / largest
-    rounded_NK = wide_NK / scale_N1
+    scale_N1 = x_NK.abs().amax(1, keepdim=True).float().clamp_min(_TINY) / largest
+    rounded_NK = x_NK / scale_N1  # in fp32, as the scale
     if codes_MK.dtype == torch.int8:
         sums_NM = torch._int_mm(rounded_NK.round_().to(torch.int8), codes_MK.t()).float()
     else:

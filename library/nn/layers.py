@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.nn.kernels import fused
 from library.nn.packing import Packing, spread
-from library.nn.recompute import cheap
+from library.nn.recompute import cheap, run_again_in_backward
 from library.nn.rope import rotate
 from library.nn.stand_in import device_kind, rms_norm
 
@@ -100,7 +101,7 @@ def scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float)
         gain_BD: one row a sample, or a single row for all.
         packing: which tokens are whose.
     """
-    return cheap(_scaled_rms_norm, x_TD, gain_BD, packing, eps)
+    return cheap(fused("scaled_rms_norm", _scaled_rms_norm), x_TD, gain_BD, packing, eps)
 
 
 def _scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float) -> Tensor:
@@ -119,7 +120,7 @@ def plain_normed_residual(
 
 def normed_residual(stream_TD: Tensor, x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float) -> Tensor:
     """Return stream + x / rms(x) * gain, see `scaled_rms_norm`. A gate is a factor of the gain."""
-    return cheap(_normed_residual, stream_TD, x_TD, gain_BD, packing, eps)
+    return cheap(fused("normed_residual", _normed_residual), stream_TD, x_TD, gain_BD, packing, eps)
 
 
 def _normed_residual(
@@ -201,7 +202,7 @@ def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
     """Return silu(a) * b. Nothing is kept for backward but a and b, which linear layers made."""
     if torch.compiler.is_compiling():
         return plain_swiglu(a_TF, b_TF)
-    return cheap(_SwiGLU.apply, a_TF, b_TF)
+    return cheap(fused("swiglu", _SwiGLU.apply), a_TF, b_TF)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -221,9 +222,11 @@ class _SwiGLU(torch.autograd.Function):
         a_TF, b_TF = ctx.saved_tensors
         grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
         for rows in _blocks(a_TF):
-            a, grad = a_TF[rows], grad_TF[rows]
-            torch.mul(F.silu(a), grad, out=grad_b_TF[rows])
-            torch.ops.aten.silu_backward.grad_input(grad * b_TF[rows], a, grad_input=grad_a_TF[rows])
+            a, grad, grad_a, grad_b = (x[rows] for x in (a_TF, grad_TF, grad_a_TF, grad_b_TF))
+            torch.ops.aten.silu.out(a, out=grad_a)  # its room serves for what lies in between, too
+            torch.mul(grad_a, grad, out=grad_b)
+            torch.mul(grad, b_TF[rows], out=grad_a)
+            torch.ops.aten.silu_backward.grad_input(grad_a, a, grad_input=grad_a)
         return grad_a_TF, grad_b_TF
 
 
@@ -249,7 +252,7 @@ def norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor | None, ep
         return plain_norm_and_rotate(x_THF, gain_HF, table_TP2, eps)
     by_hand = device_kind(x_THF) in ("cpu", "cuda")
     function = _NormAndRotate.apply if by_hand else plain_norm_and_rotate
-    return cheap(function, x_THF, gain_HF, table_TP2, eps)
+    return cheap(fused("norm_and_rotate", function), x_THF, gain_HF, table_TP2, eps)
 
 
 def official_norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor | None, eps: float) -> Tensor:
@@ -322,36 +325,6 @@ def _pairs(x_THF: Tensor) -> Tensor:
 
 
 # ---- shared ----
-
-
-def run_again_in_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Return function(*inputs), keeping only the inputs for backward and calling `function` again there.
-
-    Like checkpointing, for a few deterministic operations: no random state is saved and no hooks are set.
-    """
-    return _RunAgain.apply(function, *inputs)
-
-
-class _RunAgain(torch.autograd.Function):
-    """See `run_again_in_backward`."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.function = function
-        ctx.save_for_backward(*inputs)
-        return function(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
-            pairs = zip(ctx.saved_tensors, needed, strict=True)
-            inputs = [x.detach().requires_grad_(need) for x, need in pairs]
-            output = ctx.function(*inputs)
-        wanted = [x for x in inputs if x.requires_grad]
-        grads = iter(torch.autograd.grad(output, wanted, grad))
-        return None, *(next(grads) if need else None for need in needed)
 
 
 def _run_again_for_gain(plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from library.nn.layers import row_blocks, run_again_in_backward, wide
+from library.nn.kernels import fused
+from library.nn.layers import row_blocks, wide
 from library.nn.packing import Packing, spread
 from library.nn.products import Fp32Linear
-from library.nn.recompute import cheap
+from library.nn.recompute import cheap, run_again_in_backward
 from library.nn.stand_in import device_kind
 
 _Rows = Iterator[tuple[slice, int]]
@@ -82,7 +83,8 @@ def modulated_layer_norm(
         gain_BD, shift_BD: fp32, one row a sample, or a single row for all.
         packing: which tokens are whose.
     """
-    return cheap(_modulated_layer_norm, x_TD, gain_BD, shift_BD, packing, eps)
+    function = fused("modulated_layer_norm", _modulated_layer_norm)
+    return cheap(function, x_TD, gain_BD, shift_BD, packing, eps)
 
 
 def _modulated_layer_norm(
@@ -163,7 +165,7 @@ def gated_residual(stream_TD: Tensor, x_TD: Tensor, gate_BD: Tensor, packing: Pa
     """
     if torch.compiler.is_compiling():
         return plain_gated_residual(stream_TD, x_TD, gate_BD, packing)
-    return cheap(_GatedResidual.apply, stream_TD, x_TD, gate_BD, packing.lengths)
+    return cheap(fused("gated_residual", _GatedResidual.apply), stream_TD, x_TD, gate_BD, packing)
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -171,9 +173,9 @@ class _GatedResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, stream_TD: Tensor, x_TD: Tensor, gate_BD: Tensor, lengths: tuple[int, ...]
+        ctx: FunctionCtx, stream_TD: Tensor, x_TD: Tensor, gate_BD: Tensor, packing: Packing
     ) -> Tensor:
-        lengths = _lengths(x_TD, gate_BD, lengths)
+        lengths = _lengths(x_TD, gate_BD, packing.lengths)
         y_TD = torch.empty_like(stream_TD)
         for rows, sample in _pieces(x_TD, lengths):
             torch.addcmul(stream_TD[rows], x_TD[rows], gate_BD[sample], out=y_TD[rows])

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -148,7 +149,7 @@ def product_back(grad_NO: Tensor, way: str | None, stored: Sequence[Tensor], dty
 
 
 def _in_8_bits(way: str | None, rows: Tensor, stored: Sequence[Tensor]) -> bool:
-    return way is not None and way.endswith(_IN_8_BITS) and eight_bit.suits(len(rows), stored[0])
+    return way is not None and way.endswith(_IN_8_BITS) and eight_bit.suits_rows(len(rows))
 
 
 def stored_form(layer: nn.Linear) -> tuple[str | None, tuple[Tensor, ...]]:
@@ -253,20 +254,33 @@ def use_quant_layers(model: nn.Module, paths: Sequence[str], scheme: str) -> Non
         setattr(model.get_submodule(parent), leaf, quantised)
 
 
-def multiply_in_8_bits(model: nn.Module) -> float | None:
-    """Let the quantised layers of a model multiply their codes as they are.
+@dataclass(frozen=True)
+class In8Bits:
+    """How many layers of a model multiply their codes as they are, and how far the products are from those
+    with restored weights.
 
-    Returns:
-        The largest relative error, over the first layer of each size, of products with normally distributed
-        numbers: the norm of the difference to those with restored weights over the norm. None on meta.
+    others: how many quantised layers do not, because of their widths. error: the largest relative one, over
+    the first layer of each size, for normally distributed numbers: the norm of the difference over the norm;
+    0 on meta.
     """
-    sizes: dict[tuple[int, int], QuantLinear] = {}
-    for layer in quant_layers(model).values():
-        layer.multiplies_in_8_bits = True
-        sizes.setdefault((layer.out_features, layer.in_features), layer)
-    if any(layer.stored[0].is_meta for layer in sizes.values()):
-        return None
-    return max((_error_of_products(layer) for layer in sizes.values()), default=None)
+
+    layers: int
+    others: int
+    error: float
+
+
+def multiply_in_8_bits(model: nn.Module) -> In8Bits:
+    """Let the quantised layers of a model multiply their codes as they are, if kernels take their widths."""
+    count, sizes = 0, dict[tuple[int, int], QuantLinear]()
+    quantised = quant_layers(model).values()
+    for layer in quantised:
+        size = layer.out_features, layer.in_features
+        layer.multiplies_in_8_bits = eight_bit.suits_widths(*size)
+        if layer.multiplies_in_8_bits:
+            count += 1
+            sizes.setdefault(size, layer)
+    known = [layer for layer in sizes.values() if not layer.stored[0].is_meta]
+    return In8Bits(count, len(quantised) - count, max(map(_error_of_products, known), default=0.0))
 
 
 @torch.no_grad()

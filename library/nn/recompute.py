@@ -16,13 +16,16 @@ still.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -37,27 +40,77 @@ def cheap(function: Callable[..., Tensor], *inputs: object) -> Tensor:
     return result if remaking is None else remaking.note(result, function, inputs)
 
 
-def costly(function: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Return function(*inputs), for a product whose result is much larger than what it is made from.
+def costly(function: Callable[..., Tensor], *inputs: object, wide: bool = False) -> Tensor:
+    """Return function(*inputs), for a product that takes one product of a square matrix for each width.
 
-    It may draw random numbers from torch's own generators: the same come again.
+    That is as little as a product can take. One whose result is narrower than what it is made from (the last
+    of a feed-forward) takes more to make again, and is not marked. The function may draw random numbers from
+    torch's own generators: the same come again.
+
+    Args:
+        wide: its result is much larger than what it is made from, which may be kept at little cost.
     """
     remaking = None if torch.compiler.is_compiling() else _current.get()
-    if remaking is None or not remaking.products_too:
+    if remaking is None or remaking.products == "none" or (remaking.products == "wide" and not wide):
         return function(*inputs)
-    again = _Replay(function, remaking.prepare, inputs)
-    return remaking.note(function(*inputs), again, inputs)
+    before = _RandomState(inputs)
+    result = function(*inputs)
+    drawn_from = None if before.is_still_so(inputs) else before
+    return remaking.note(result, _Replay(function, remaking.prepare, drawn_from), inputs)
+
+
+def slight(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return function(*inputs), for an attention that takes less than a product of a square matrix.
+
+    So it is made again wherever all products are, and with it what its own backward keeps. It must be
+    deterministic.
+    """
+    remaking = None if torch.compiler.is_compiling() else _current.get()
+    if remaking is None or remaking.products != "all":
+        return function(*inputs)
+    return remaking.note(run_again_in_backward(function, *inputs), function, inputs)
+
+
+def run_again_in_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return function(*inputs), keeping only the inputs for backward and calling `function` again there.
+
+    Like checkpointing, for a few deterministic operations: no random state is saved and no hooks are set.
+    """
+    return _RunAgain.apply(function, *inputs)
+
+
+class _RunAgain(torch.autograd.Function):
+    """See `run_again_in_backward`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            pairs = zip(ctx.saved_tensors, needed, strict=True)
+            inputs = [x.detach().requires_grad_(need) for x, need in pairs]
+            output = ctx.function(*inputs)
+        wanted = [x for x in inputs if x.requires_grad]
+        grads = iter(torch.autograd.grad(output, wanted, grad))
+        return None, *(next(grads) if need else None for need in needed)
 
 
 class Remaking:
     """A context in which autograd keeps recipes in place of the results of `cheap` functions."""
 
-    def __init__(self, *, products_too: bool = False, prepare: Callable[[], None] | None = None) -> None:
-        """`products_too`: of `costly` ones as well. `prepare` is called before each of these runs again."""
-        self.products_too = products_too
+    def __init__(self, *, products: str = "none", prepare: Callable[[], None] | None = None) -> None:
+        """`products`: of which `costly` ones as well, "none", "wide" or "all". `prepare` is called before
+        each of these runs again."""
+        self.products = products
         self.prepare = prepare
         self._made: dict[int, _Made] = {}
-        self._results: list[Tensor] = []  # alive while the block runs, so that no address comes twice
+        self._alive: list[weakref.ref[torch.UntypedStorage]] = []
         self._exits = ExitStack()
         self._outer_pack: Callable[[Tensor], object] = _unchanged
         self._outer_unpack: Callable[[object], Tensor] = _unchanged
@@ -75,12 +128,15 @@ class Remaking:
     def __exit__(self, *exc: object) -> None:
         self._exits.close()
         self._made.clear()
-        self._results.clear()
+        self._alive.clear()
 
     def note(self, result: Tensor, function: Callable[..., Tensor], inputs: tuple[object, ...]) -> Tensor:
         """Remember how `result` was made; return it."""
-        self._results.append(result)
-        self._made[result.untyped_storage()._cdata] = _Made(self, function, inputs)
+        storage, made = result.untyped_storage(), self._made
+        place = storage._cdata
+        made[place] = _Made(self, function, inputs)
+        # Once it is gone, something else may get its address.
+        self._alive.append(weakref.ref(storage, lambda _: made.pop(place, None)))
         return result
 
     def pack(self, tensor: Tensor) -> object:
@@ -154,26 +210,41 @@ class _View:
     offset: int
 
 
-class _Replay:
-    """A function as it was called once: with the same random numbers."""
+class _RandomState:
+    """Where torch's generators are, of the CPU and of the devices of some tensors."""
 
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        prepare: Callable[[], None] | None,
-        inputs: tuple[object, ...],
-    ) -> None:
-        self._function, self._prepare = function, prepare
+    def __init__(self, tensors: tuple[object, ...]) -> None:
         self._cpu_state = torch.get_rng_state()
-        self._devices, self._states = get_device_states(*inputs)
+        self._devices, self._states = get_device_states(*tensors)
 
-    def __call__(self, *inputs: object) -> Tensor:
-        if self._prepare is not None:
-            self._prepare()
+    def is_still_so(self, tensors: tuple[object, ...]) -> bool:
+        """Whether nothing has drawn from them since; it costs microseconds."""
+        now = _RandomState(tensors)
+        pairs = zip((self._cpu_state, *self._states), (now._cpu_state, *now._states), strict=True)
+        return all(np.array_equal(one.numpy(), other.numpy()) for one, other in pairs)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Put the generators back there for a while."""
         with torch.random.fork_rng(self._devices):
             torch.set_rng_state(self._cpu_state)
             set_device_states(self._devices, self._states)
-            return self._function(*inputs)
+            yield
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A function as it was called once: with the same random numbers, if it drew any."""
+
+    function: Callable[..., Tensor]
+    prepare: Callable[[], None] | None
+    drawn_from: _RandomState | None
+
+    def __call__(self, *inputs: object) -> Tensor:
+        if self.prepare is not None:
+            self.prepare()
+        with nullcontext() if self.drawn_from is None else self.drawn_from.again():
+            return self.function(*inputs)
 
 
 def _unchanged(x: object) -> object:

@@ -10,6 +10,8 @@ What a block keeps for backward, from most to least:
 - `selective`: results of products and of attention. What is cheap to make is made again (`nn.recompute`).
 - `feed_forward`: the same without the two wide results inside the feed-forward, which are four fifths of it;
   their products are computed again.
+- `outputs`: its input, and the results of attention and of the last product of the feed-forward, which take
+  far more to compute than others of their size. All other products are computed again.
 - `full`: its input. All of it is computed again.
 - `offload`: its input, in the computer's memory.
 
@@ -30,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 from library.nn.offload import offloaded_checkpoint
 from library.nn.recompute import Remaking
 
-MODES = ("none", "selective", "feed_forward", "full", "offload")
+MODES = ("none", "selective", "feed_forward", "outputs", "full", "offload")
+_REMADE = {"selective": "none", "feed_forward": "wide", "outputs": "all"}  # which products, by mode
 
 
 class Ring(Protocol):
@@ -82,8 +85,8 @@ class BlockRunner:
         with ExitStack() as contexts:
             if mode is not None and self.ring is not None:
                 contexts.enter_context(self.ring.saved_tensors(block))
-            if mode in ("selective", "feed_forward"):
-                contexts.enter_context(self._remaking(block, mode))
+            if mode in _REMADE:
+                contexts.enter_context(self._remaking(block, _REMADE[mode]))
             return self._held(block, x, *others)
 
     def _held(self, block: nn.Module, x: Tensor, *others: object) -> Tensor:
@@ -92,9 +95,9 @@ class BlockRunner:
             self.ring.hold(block)
         return block(x, *map(_own, others))
 
-    def _remaking(self, block: nn.Module, mode: str) -> Remaking:
+    def _remaking(self, block: nn.Module, products: str) -> Remaking:
         prepare = None if self.ring is None else partial(self.ring.hold, block)
-        return Remaking(products_too=mode == "feed_forward", prepare=prepare)
+        return Remaking(products=products, prepare=prepare)
 
 
 def _own(other: object) -> object:

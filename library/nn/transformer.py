@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from library.nn.runner import BlockRunner
@@ -14,4 +16,19 @@ class Transformer(nn.Module):
 
     def use_attention(self, kernel: str) -> None:
         """Let every block use the named kernel of `library.nn.attention`."""
+        raise NotImplementedError
+
+    @property
+    def routed_blocks(self) -> nn.ModuleList:
+        """The blocks that image tokens can skip, see `library.nn.routing`."""
+        raise NotImplementedError
+
+    def block_flops(self, seen: Sequence[int], image: int, text: int) -> int:
+        """Return multiplications and additions of the blocks' products for one picture, forward.
+
+        Products of the timestep alone, which are few, are left out.
+
+        Args:
+            seen: image tokens in each of `routed_blocks`. image, text: tokens elsewhere.
+        """
         raise NotImplementedError

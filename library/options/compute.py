@@ -14,8 +14,8 @@ _FOREIGN_BACKENDS = (
     *("aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt", "tensort", "ipex"),
     "tvm",
 )
-_COMPILER_CHOOSES = ("selective", "feed_forward")
-CHECKPOINTS = ("feed_forward", "full", "offload")  # modes that compute products again
+_COMPILER_CHOOSES = ("selective", "feed_forward", "outputs")
+CHECKPOINTS = ("feed_forward", "outputs", "full", "offload")  # modes that compute products again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,9 @@ class ComputeOptions(AttentionOptions):
         None,
         "what a block keeps for backward: none computes nothing again, so it keeps everything; selective "
         "keeps results of products and attention, and is the default; with --gradient_checkpointing: "
-        "feed_forward the same without the wide middle of its feed-forward, full its input only (the default "
-        "there), offload that in the computer's memory",
+        "feed_forward the same without the wide middle of its feed-forward, outputs its input and results of "
+        "attention and of the feed-forward (the default there), full its input only (the default there with "
+        "--torch_compile), offload that in the computer's memory",
         choices=("none", "selective", *CHECKPOINTS),
     )
     checkpoint_every_n_blocks: int = option(
@@ -54,6 +55,12 @@ class ComputeOptions(AttentionOptions):
         1.0,
         "with --torch_compile: share of what a compiled block wants to keep for backward that it may keep, "
         "0 to 1; the compiler chooses what to compute again",
+    )
+    fused_kernels: str = option(
+        "torch",
+        "what computes norms, gates, rotary embedding and SwiGLU: torch, or triton, with one kernel for each "
+        "chain of operations, on NVIDIA GPUs of the Ampere generation and later",
+        choices=("torch", "triton"),
     )
     sdpa: bool = option(False, "the same as --attn_mode torch")
     use_sage_attn: bool = refused(
@@ -117,6 +124,11 @@ class ComputeOptions(AttentionOptions):
                 f"--dynamo_backend {self.dynamo_backend} cannot be used to train here; choose one of "
                 f"{', '.join(BACKENDS)}."
             )
+        if self.fused_kernels == "triton":
+            raise ConfigError(
+                "--fused_kernels triton and --torch_compile do not go together: the compiler writes such "
+                "kernels itself. Choose one."
+            )
         if self.checkpoint_mode in _COMPILER_CHOOSES:
             raise ConfigError(
                 f"--checkpoint_mode {self.checkpoint_mode} and --torch_compile do not go together: the "
@@ -135,7 +147,9 @@ class ComputeOptions(AttentionOptions):
         if self.checkpoint_mode is not None:
             return self.checkpoint_mode
         if self.gradient_checkpointing:
-            return "offload" if self.cpu_offload_checkpointing else "full"
+            if self.cpu_offload_checkpointing:
+                return "offload"
+            return "full" if self.compiles else "outputs"
         return "none" if self.compiles else "selective"
 
     def keeps_between(self, mode: str) -> str:

@@ -58,6 +58,8 @@ def _flattened(table: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 def _words(key: str, value: object, action: argparse.Action) -> list[str]:
+    if isinstance(value, bool) and action.nargs == "?":  # a switch that is on unless it is told to be off
+        return [f"--{key}={str(value).lower()}"]
     if isinstance(value, bool):
         return [f"--{key}"] if value else []
     if isinstance(value, list):

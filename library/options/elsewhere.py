@@ -42,6 +42,7 @@ _TOML = "pictures are described in a TOML that --dataset_config names (docs/data
 _TEXT_QUANT = "use --text_encoder_quant"
 _GROUP_OFFLOAD = "use --blocks_to_swap N, with --use_pinned_memory_for_block_swap"
 _PROMPT_LINE = "sample pictures are described by the lines of --sample_prompts (docs/watching.md)"
+_ROUTES = "write each route as --tread_routes start:end:selection_ratio, such as 2:-2:0.5"
 _PERIOD = "use --sample_every_n_steps or --sample_every_n_epochs"
 # SimpleTuner's flags and keys of its config.json, to training scripts.
 SIMPLETUNER: Mapping[str, str] = {
@@ -76,6 +77,8 @@ SIMPLETUNER: Mapping[str, str] = {
     "resume_from_checkpoint": "use --resume",
     "use_ema": "use --ema",
     "report_to": "use --log_with",
+    "tread_config": _ROUTES,
+    "routes": _ROUTES,  # what tread_config holds, and a config file's tables are flattened
     "user_prompt_library": "use --sample_prompts",
     "validation_prompt": _PROMPT_LINE,
     "validation_negative_prompt": _PROMPT_LINE,

@@ -13,6 +13,7 @@ Nothing here or in the groups imports torch, so `--help` and every mistake answe
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -125,6 +126,17 @@ class OptionGroup:
             kind, meta = _scalar_type(hints[f.name]), f.metadata
             names = [f"--{name}" for name in (f.name, *meta["aliases"])]
             text = _help_with_default(meta["help"], f.default)
+            if kind is bool and f.default is True:  # what is on by default has to be told to be off
+                group.add_argument(
+                    *names,
+                    type=_truth,
+                    nargs="?",
+                    const=True,
+                    metavar="{true,false}",
+                    default=argparse.SUPPRESS,
+                    help=text,
+                )
+                continue
             if kind is bool:
                 group.add_argument(*names, action="store_true", default=argparse.SUPPRESS, help=text)
                 continue
@@ -220,6 +232,8 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.elsewhere: dict[str, str] = {}
+        # No flag begins with a digit: -6:-2:0.5 is a value, as -6 is.
+        self._negative_number_matcher = re.compile(r"-\d")
 
     def way_out(self, name: str) -> str:
         """Return what a message says behind an option that there is not: a flag, or a key without dashes."""
@@ -282,6 +296,13 @@ def _scalar_type(hint: Any) -> Any:
     """float | None -> float, tuple[str, ...] | None -> str: what argparse converts one word to."""
     parts = [t for t in typing.get_args(hint) if t not in (type(None), Ellipsis)]
     return _scalar_type(parts[0]) if parts else hint
+
+
+def _truth(word: str) -> bool:
+    """Read the word of a switch that is on by default."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{word}' is neither true nor false")
+    return word.lower() == "true"
 
 
 def _help_with_default(text: str, default: object) -> str:

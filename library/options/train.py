@@ -19,12 +19,14 @@ from library.options.network import MetadataOptions, NetworkOptions
 from library.options.noise import NoiseOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.quant import QuantOptions
+from library.options.rollout import RolloutOptions
 from library.options.sampling import SampleOptions
 from library.options.saving import LoggingOptions, SavingOptions
 from library.options.state import StateOptions
 from library.options.swap import SwapOptions
 from library.options.timesteps import TimestepOptions
 from library.options.training import TrainingOptions, ValidationOptions
+from library.options.tread import TreadOptions
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class TrainOptions:
     optimizer: OptimizerOptions
     timesteps: TimestepOptions
     noise: NoiseOptions
+    tread: TreadOptions
     loss: LossOptions
+    rollout: RolloutOptions
     ema: EmaOptions
     saving: SavingOptions
     state: StateOptions
@@ -66,6 +70,9 @@ class TrainOptions:
         if self.training.max_batch_tokens is not None:
             reason = "--max_batch_tokens decides how many pictures a batch has"
             yield from self.dataset.without_effect(("train_batch_size",), reason)
+        if self.tread.tread_routes and not self.dataset.masked_loss:
+            reason = "masks are read with --masked_loss only"
+            yield from self.tread.without_effect(("tread_keep_mask",), reason)
         if self.hub.huggingface_repo_id is not None and not self.state.any:
             reason = "no states are saved (--save_state, --save_state_on_train_end)"
             yield from self.hub.without_effect(("save_state_to_huggingface",), reason)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from library.core.log import logger
 from library.data.items import PRESERVED
 from library.data.loader import BatchLoader, Sources
 from library.nn.compiling import part_compiler
+from library.nn.transformer import Transformer
 from library.training.context import RunContext
 from library.training.noising import Noising
 from library.training.objective import Objective, Uniform
@@ -17,6 +19,8 @@ from library.training.optim.optimizer import create_optimizer
 from library.training.output.ema import Ema
 from library.training.output.saving import grid_path, metrics_path
 from library.training.output.writer import Output
+from library.training.rollout import Passes, RolloutGauge
+from library.training.routing import Router, routing_lines
 from library.training.sharding import Lockstep, check_sharding, shard
 from library.training.state.contents import (
     Part,
@@ -36,6 +40,10 @@ from library.training.watch.metrics import Metrics
 from library.training.watch.trackers import make_trackers
 from networks.lora import LoRANetwork
 from networks.module import apply_base_weights, install_network
+
+_TEXT = 128  # tokens of the text for which savings are told; with another they hardly differ
+
+_log = logger("run")
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,16 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
     options, inputs = context.options, context.inputs
     model = _load_model(context)
     network = _install_network(context, model)
-    uniform = _shard(context, model)
     bands = SigmaBands(context.device, shared=context.processes.world > 1)
     vote = StopVote(stop.reason, context.device)
-    noising = Noising(options, context.trainer.family, context.seed)
+    noising = Noising(options, context.trainer.family, context.seed, _router(context, model))
+    uniform = _shard(context, model, noising)
+    rollouts = RolloutGauge(options.rollout, context.device) if options.rollout.on else None
     objective = Objective(
-        context.trainer, model, network, inputs, noising, on_losses=bands.add, uniform=uniform
+        *(context.trainer, model, network, inputs, noising),
+        on_losses=bands.add,
+        uniform=uniform,
+        rollouts=rollouts,
     )
     lockstep = Lockstep(model, context.processes, objective.idle, uniform)
     groups = network.parameter_groups(options.optimizer.network_lr)
@@ -81,7 +93,7 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
     norm_limit = NormLimit(network, limit, context.device) if limit else None
     gauges: list[Gauge] = [bands, WeightNorms(network)]
     gauges += [vote] if context.processes.world > 1 else []
-    gauges += [] if norm_limit is None else [norm_limit]
+    gauges += [gauge for gauge in (norm_limit, rollouts) if gauge is not None]
     updater = Updater(
         objective,
         list(network.parameters()),
@@ -136,7 +148,7 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
     )
 
 
-def _load_model(context: RunContext) -> nn.Module:
+def _load_model(context: RunContext) -> Transformer:
     compute = context.options.compute
     sharding = context.processes.sharding
     if sharding is not None:
@@ -152,14 +164,30 @@ def _load_model(context: RunContext) -> nn.Module:
     return model
 
 
-def _shard(context: RunContext, model: nn.Module) -> Uniform | None:
+def _shard(context: RunContext, model: nn.Module, noising: Noising) -> Uniform | None:
     """Spread the model over the processes if they were started so; return what every batch must do then."""
     processes = context.processes
     if processes.sharding is None:
         return None
     shard(model, processes.sharding, processes)
     items = context.prepared.manifest.items
-    return Uniform(preserves=any(item.subset.custom_attributes.get(PRESERVED) for item in items))
+    preserves = any(item.subset.custom_attributes.get(PRESERVED) for item in items)
+    if not context.options.rollout.on:
+        return Uniform(preserves)
+    return Uniform(preserves, Passes(context.plan, context.prepared.manifest, noising))
+
+
+def _router(context: RunContext, model: Transformer) -> Router | None:
+    """Return what draws the tokens that skip blocks, and tell what that saves; None if none do."""
+    tread, family = context.options.tread, context.trainer.family
+    if not tread.tread_routes:
+        return None
+    stride, sizes = family.pixel_stride, context.plan.largest_batch
+    image = max((width // stride) * (height // stride) for width, height in sizes)
+    steps = context.total_steps
+    for line in routing_lines(model, tread, image=image, text=_TEXT, total_steps=steps):
+        _log.info("%s", line)
+    return Router.of(tread, model, family.patch, seed=context.seed, total_steps=steps)
 
 
 def _install_network(context: RunContext, model: nn.Module) -> LoRANetwork:

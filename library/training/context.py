@@ -13,6 +13,7 @@ from library.core.dist import Processes, run_seed
 from library.core.log import logger, setup_logging
 from library.data.loader import LoaderSettings
 from library.data.plan import Plan
+from library.nn.kernels import use_fused_kernels
 from library.options.config_file import config_text
 from library.options.train import TrainOptions
 from library.training.events import Moment
@@ -43,7 +44,12 @@ class RunContext:
 
     @classmethod
     def decide(cls, trainer: NetworkTrainer, prepared: Prepared) -> RunContext:
-        """Join the other processes and agree with them on the run. Raises ConfigError as `plan_start`."""
+        """Join the other processes and agree with them on the run.
+
+        Raises:
+            ConfigError: as `plan_start` and `use_fused_kernels`.
+            MissingPackageError: as the latter.
+        """
         options, resumed = trainer.options, prepared.resumed
         processes = Processes.start(options.training.ddp_timeout)
         logging = options.logging
@@ -53,6 +59,7 @@ class RunContext:
             file=logging.console_log_file,
             simple=logging.console_log_simple,
         )
+        use_fused_kernels(options.compute.fused_kernels, processes.device)
         require_one_start(processes, resumed)
         seed = resumed.record.seed if resumed else run_seed(options.training.seed, processes)
         accumulation = options.training.gradient_accumulation_steps

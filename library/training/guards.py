@@ -54,7 +54,9 @@ def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
     """Return what makes training itself smaller, the most effective first, as far as it is not in use."""
     advice = []
     if not options.compute.gradient_checkpointing:
-        advice.append("--gradient_checkpointing, which keeps one activation a block")
+        advice.append("--gradient_checkpointing, which keeps a few activations a block")
+    elif options.compute.keeps not in ("full", "offload"):
+        advice.append("--checkpoint_mode full, which keeps one activation a block")
     advice += _precision_advice(options)
     batch_size = max(dataset.batch_size for dataset in manifest.trained_datasets)
     if options.training.max_batch_tokens is not None:

@@ -18,6 +18,7 @@ from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import pixels_to_tensor
 from library.options.train import TrainOptions
 from library.training.caching import PassRun, cache_latents, cache_texts
+from library.training.cut_texts import CutTexts
 from library.training.family import CacheIdentities
 from library.training.lending import Lending
 
@@ -47,6 +48,7 @@ class Inputs:
         self.encoders = Lending(lambda: trainer.load_text_encoders(device, dtype), device)
         self.latent_source = _latent_source(options, identities)
         self.text_source = _text_source(trainer, identities)
+        self._cut_texts = CutTexts(trainer)
         self._prompts: dict[Prompt, Condition] = {}
         self._edited: dict[SourcePicture, Tensor] = {}
 
@@ -89,6 +91,7 @@ class Inputs:
         if self._options.network.trains_text_encoder:
             self._prompts.clear()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
+        self._cut_texts.tell_first(new)
         at_once = self._trainer.texts_at_once(1)
         for start in range(0, len(new), at_once):
             some = new[start : start + at_once]
@@ -114,6 +117,7 @@ class Inputs:
             Prompt(self._trainer.format_prompt(caption), source)
             for caption, source in zip(batch.captions, sources, strict=True)
         ]
+        self._cut_texts.tell_first(prompts)
         if self._options.network.trains_text_encoder:
             return self._trainer.encode_prompts(self.encoders.get(), prompts)  # with a graph to train through
         return self._encode(prompts)
@@ -155,7 +159,11 @@ class Inputs:
 
     def _load_text_encoder(self) -> Callable[[Sequence[Prompt]], list[Condition]]:
         self.encoders.get()
-        return self._encode
+        return self._encode_counted
+
+    def _encode_counted(self, prompts: Sequence[Prompt]) -> list[Condition]:
+        self._cut_texts.count(prompts)
+        return self._encode(prompts)
 
     def _tokens(self, text: str) -> int:
         return min(self._trainer.count_tokens(Prompt(text)))  # the text's, or as many as the encoder takes
@@ -164,6 +172,7 @@ class Inputs:
         size = self._trainer.texts_at_once(self._options.caching.text_encoder_batch_size)
         cache_texts(source, items, self._load_text_encoder, self._pass_run(size), length=self._tokens)
         self.encoders.release()
+        self._cut_texts.tell(self._processes)
 
     def _fill_latents(self, source: LatentSource, items: Sequence[Item]) -> None:
         def load_encoder():

@@ -1,4 +1,5 @@
-"""Sigma and noise of training pictures: functions of the draw they are for, so they can be made ahead.
+"""Sigma, noise and dropped tokens of training pictures: functions of the draw they are for, so they can be
+made ahead.
 
 Pictures of a batch may differ in size: latents, noise and velocities are sequences, (C, h, w) a picture.
 """
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from library.data.batch import Batch
-from library.flow import loss, noise, path, timesteps
+from library.data.items import Draw, Size
+from library.flow import loss, noise, path, rollout, timesteps
+from library.nn.routing import Routing
 from library.options.train import TrainOptions
 from library.training.family import FamilySpec
+from library.training.routing import Router
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,29 @@ def perturbed(noisy: NoisyLatents, perturbation: Sequence[Tensor] | None) -> Noi
 class Noising:
     """Draws what training adds to the latents of a batch. Everything is fp32, on the CPU."""
 
-    def __init__(self, options: TrainOptions, family: FamilySpec, seed: int) -> None:
-        self._timesteps, self._noise = options.timesteps, options.noise
+    def __init__(
+        self, options: TrainOptions, family: FamilySpec, seed: int, router: Router | None = None
+    ) -> None:
+        """`router`: where tokens of pictures skip blocks."""
+        self._router = router
+        self._timesteps, self._noise, self._rollout = options.timesteps, options.noise, options.rollout
         self._family = family
         self._seed = seed
 
     def add_to(self, batch: Batch) -> Batch:
-        """Return the batch with its sigmas and what hangs on them: weights of losses, and noisy latents.
+        """Return the batch with its sigmas and what hangs on them: loss weights, walks, noisy latents; and
+        with the tokens that it is trained on, if some are dropped.
 
         Latents that are yet to be made get their noise later, see `noisy`.
         """
         sigma_B = self.sigmas(batch)
         weights_B = batch.weights_B * loss.sigma_weight(self._timesteps.weighting_scheme, sigma_B)
         batch = replace(batch, sigmas=tuple(sigma_B.tolist()), sigma_B=sigma_B, weights_B=weights_B)
+        if self._rollout.on:
+            batch = replace(batch, walks=self.walks(batch.draws, sigma_B, batch.preserved))
         latents = self._like_latents(batch)
+        if self._router is not None:
+            batch = replace(batch, kept=self._router.kept(batch, latents))
         perturbation = self._perturbation(batch, latents) if self._noise.ip_noise_gamma else None
         if batch.latents is not None:
             noisy = perturbed(add_noise(latents, self.noise(batch, latents), sigma_B), perturbation)
@@ -81,6 +94,10 @@ class Noising:
         noise = self.noise(batch, latents) if batch.noise is None else batch.noise
         return perturbed(add_noise(latents, noise, batch.sigma_B), batch.perturbation)
 
+    def routing(self, batch: Batch) -> Routing | None:
+        """Return which tokens of a batch of `add_to` skip blocks; None if all take part in all."""
+        return None if self._router is None else self._router.routing(batch)
+
     def noise(self, batch: Batch, latents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return noise like the latents of a batch; their values count with --adaptive_noise_scale only."""
         means: Sequence[Tensor | None] = [None] * len(latents)
@@ -94,11 +111,39 @@ class Noising:
     def sigmas(self, batch: Batch) -> Tensor:
         """Return the sigma at which each picture of a batch is trained, (B,)."""
         pixels_of_token = self._family.patch**2  # latent pixels
+        tokens = [latent[0].numel() // pixels_of_token for latent in self._like_latents(batch)]
+        return self._drawn_sigmas(batch.draws, tokens)
+
+    def walks(
+        self, draws: Sequence[Draw], sigma_B: Tensor, preserved: Sequence[bool]
+    ) -> tuple[tuple[float, ...], ...]:
+        """Return the walk of each draw that is trained at such a sigma; see `library.training.rollout`.
+
+        Pictures that train towards the untrained model never have one: it has no drift to be cured of.
+        """
+        options = self._rollout
+        offsets = [
+            0 if keeps else rollout.draw_offset(options, self._seed, d.step, d.micro, d.slot)
+            for d, keeps in zip(draws, preserved, strict=True)
+        ]
+        return tuple(
+            rollout.walk(sigma, offset, options.scheduled_sampling_step_size)
+            for sigma, offset in zip(sigma_B.tolist(), offsets, strict=True)
+        )
+
+    def walks_of_others(
+        self, draws: Sequence[Draw], sizes: Sequence[Size], preserved: Sequence[bool]
+    ) -> tuple[tuple[float, ...], ...]:
+        """Return the walks of draws whose pictures, of such sizes in pixels, need not be here."""
+        stride = self._family.pixel_stride
+        tokens = [(width // stride) * (height // stride) for width, height in sizes]
+        return self.walks(draws, self._drawn_sigmas(draws, tokens), preserved)
+
+    def _drawn_sigmas(self, draws: Sequence[Draw], tokens: Sequence[int]) -> Tensor:
+        """Return the sigma of each draw, of a picture with so many tokens, fp32 (B,)."""
         drawn = [
-            timesteps.draw_sigma(
-                self._timesteps, latent[0].numel() // pixels_of_token, self._seed, d.step, d.micro, d.slot
-            )
-            for d, latent in zip(batch.draws, self._like_latents(batch), strict=True)
+            timesteps.draw_sigma(self._timesteps, count, self._seed, d.step, d.micro, d.slot)
+            for d, count in zip(draws, tokens, strict=True)
         ]
         return torch.tensor(drawn, dtype=torch.float32)
 

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from library.data.batch import Batch, Condition
-from library.flow import loss
+from library.flow.loss import velocity_loss
+from library.flow.rollout import Bias, ReflexFlow
+from library.nn.routing import Routing
 from library.training.inputs import Inputs
 from library.training.noising import Noising, NoisyLatents
+from library.training.rollout import RolloutGauge, passes_of, roll_out
+from library.training.watch.preview import evaluating
 from networks.lora import LoRANetwork
 
 if TYPE_CHECKING:
@@ -22,9 +26,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Uniform:
     """What is done for every batch of a sharded model: it goes backward through all blocks, and if
-    `preserves`, it asks the untrained model first."""
+    `preserves`, it asks the untrained model first.
+
+    passes: how often the model runs before, for walks, in a micro-batch of a step.
+    """
 
     preserves: bool
+    passes: Callable[[int, int], int] = lambda step, micro: 0
 
 
 class Objective:
@@ -40,20 +48,22 @@ class Objective:
         *,
         on_losses: Callable[[Sequence[float], Tensor], None] | None = None,
         uniform: Uniform | None = None,
+        rollouts: RolloutGauge | None = None,
     ) -> None:
         """`on_losses` is called with the sigmas and losses_B of every training batch.
 
         `uniform`: what every batch must do, whatever is in it, so that processes with a sharded model keep
-        step.
+        step. `rollouts` is told of what is rolled out.
         """
         self._trainer = trainer
-        self._loss = trainer.options.loss
+        self._loss, self._rollout = trainer.options.loss, trainer.options.rollout
         self._model = model
         self._network = network
         self._inputs = inputs
         self._noising = noising
         self._on_losses = on_losses
         self._uniform = uniform
+        self._rollouts = rollouts
 
     def training_losses(self, batch: Batch) -> Tensor:
         """Return the weighted training loss of each picture of a batch, fp32 (B,).
@@ -61,9 +71,10 @@ class Objective:
         The batch is one of `Noising.add_to`.
         """
         noisy, conditions = self._noisy(batch), self.conditions(batch)
+        noisy, biases = self._roll_out(batch, noisy, conditions)
         noisy = self._preserve(batch, noisy, conditions)
         weights_B = batch.weights_B.to(noisy.sigma_B.device, non_blocking=True)
-        losses_B = self.losses_at(batch, noisy, conditions) * weights_B
+        losses_B = self.losses_at(batch, noisy, conditions, self._noising.routing(batch), biases) * weights_B
         if self._on_losses is not None:
             self._on_losses(batch.sigmas, losses_B)
         return losses_B
@@ -77,32 +88,43 @@ class Objective:
         """Return the sigma at which each picture of a batch is trained, fp32 (B,) on the CPU."""
         return self._noising.sigmas(batch)
 
-    def losses_at(self, batch: Batch, noisy: NoisyLatents, conditions: Sequence[Condition]) -> Tensor:
-        """Return the loss of each picture at given noise, before weights, fp32 (B,)."""
+    def losses_at(
+        self,
+        batch: Batch,
+        noisy: NoisyLatents,
+        conditions: Sequence[Condition],
+        routing: Routing | None = None,
+        biases: Sequence[Bias | None] = (),
+    ) -> Tensor:
+        """Return the loss of each picture at given noise, before weights, fp32 (B,).
+
+        `biases`: of each picture, what its loss is corrected by; () where none is.
+        """
         self._set_multiplier(batch.network_multiplier)
-        predicted = self.velocities(noisy.x, noisy.sigma_B, conditions)
-        masks = [None] * len(predicted) if batch.masks is None else batch.masks
-        losses = [
-            loss.velocity_loss(
-                x[None],
-                target[None],
-                sigma,
-                self._loss,
-                None if mask is None else mask.to(x.device, non_blocking=True)[None, None],
-            )
-            for x, target, sigma, mask in zip(
-                predicted, noisy.target, noisy.sigma_B.split(1), masks, strict=True
-            )
-        ]
-        return torch.cat(losses)
+        predicted = self.velocities(noisy.x, noisy.sigma_B, conditions, routing)
+        nothing = [None] * len(predicted)
+        pictures = zip(
+            *(predicted, noisy.target, noisy.sigma_B.split(1)),
+            *(nothing if batch.masks is None else batch.masks, biases or nothing),
+            strict=True,
+        )
+        return torch.cat([self._picture_loss(*picture) for picture in pictures])
 
     def velocities(
-        self, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+        self,
+        x: Sequence[Tensor],
+        sigma_B: Tensor,
+        conditions: Sequence[Condition],
+        routing: Routing | None = None,
     ) -> list[Tensor]:
-        """Return the model's velocities in the house convention, (C, h, w) a picture."""
+        """Return the model's velocities in the house convention, (C, h, w) a picture.
+
+        `routing`: which tokens skip which blocks; None, unless it is trained with them.
+        """
         if self._uniform is not None and torch.is_grad_enabled():
             x, conditions = _wanting_gradients(x, conditions)
-        return self._trainer.velocities(self._model, x, sigma_B, conditions)
+        routing = None if routing is None else routing.to(sigma_B.device)
+        return self._trainer.velocities(self._model, x, sigma_B, conditions, routing)
 
     def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """Return the velocities of pictures of one size."""
@@ -117,6 +139,16 @@ class Objective:
         return self.velocity(
             x_BCHW, torch.full((1,), 0.5, device=device), [replace(blank, tokens_LD=blank.tokens_LD.zero_())]
         )
+
+    def _picture_loss(
+        self, predicted: Tensor, target: Tensor, sigma_1: Tensor, mask: Tensor | None, bias: Bias | None
+    ) -> Tensor:
+        """Return the loss of a picture, (1,)."""
+        mask = None if mask is None else mask.to(predicted.device, non_blocking=True)
+        if bias is not None:
+            return ReflexFlow(self._rollout, self._loss).loss(predicted, target, sigma_1, bias, mask)
+        mask = None if mask is None else mask[None, None]
+        return velocity_loss(predicted[None], target[None], sigma_1, self._loss, mask)
 
     def _set_multiplier(self, multiplier: float) -> None:
         if self._network.multiplier != multiplier:  # every LoRA is told, which takes longer than to look
@@ -133,6 +165,24 @@ class Objective:
             return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
         return NoisyLatents(there(batch.noisy), there(batch.targets), *there([batch.sigma_B]))
+
+    def _roll_out(
+        self, batch: Batch, noisy: NoisyLatents, conditions: Sequence[Condition]
+    ) -> tuple[NoisyLatents, Sequence[Bias | None]]:
+        """Let the model walk to where pictures are trained, if it should; return what losses need of that."""
+        if self._rollouts is None:
+            return noisy, ()
+        self._rollouts.add(batch.walks)
+        own, draw = passes_of(batch.walks), batch.draws[0]  # all draws are of one micro-batch
+        passes = own if self._uniform is None else self._uniform.passes(draw.step, draw.micro)
+        if passes == 0:
+            return noisy, ()
+        reflexive = self._rollout.scheduled_sampling_reflexflow
+        with evaluating([self._network]), torch.no_grad():
+            rolled = roll_out(noisy, batch.walks, conditions, self.velocities, reflexive=reflexive)
+            for _ in range(passes - own):
+                self.idle()
+        return rolled.noisy, rolled.biases
 
     def _preserve(self, batch: Batch, noisy: NoisyLatents, conditions: Sequence[Condition]) -> NoisyLatents:
         """Where a subset says diff_output_preservation, make the untrained model's own output the target."""

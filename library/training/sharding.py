@@ -86,12 +86,12 @@ class Lockstep:
         self._model, self._processes, self._idle, self._uniform = model, processes, idle, uniform
         self._inside = False  # a pass has begun and not ended
 
-    def idle_step(self) -> None:
+    def idle_step(self, step: int, micro: int) -> None:
         """Keep step with the others in a micro-batch of which this process has no picture."""
         if self._uniform is None:
             return
-        if self._uniform.preserves:
-            with torch.no_grad():
+        with torch.no_grad():
+            for _ in range(self._uniform.passes(step, micro) + self._uniform.preserves):
                 self._idle()
         (self._idle() * 0).sum().backward()
 

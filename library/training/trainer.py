@@ -13,8 +13,9 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self, final
 
+from library.core.collecting import uncollected
 from library.core.hashing import HashLedger
-from library.data.items import Manifest
+from library.data.items import Manifest, Size
 from library.data.token_batches import TokenBudget
 from library.options.group import OptionGroup
 from library.options.request import ImageRequest
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from library.data.batch import Condition
     from library.data.prompt import Prompt
+    from library.nn.routing import Routing
 
 
 class NetworkTrainer(ABC):
@@ -96,11 +98,16 @@ class NetworkTrainer(ABC):
 
     @abstractmethod
     def velocities(
-        self, model: nn.Module, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+        self,
+        model: nn.Module,
+        x: Sequence[Tensor],
+        sigma_B: Tensor,
+        conditions: Sequence[Condition],
+        routing: Routing | None = None,
     ) -> list[Tensor]:
         """Return the model's velocities in the house convention; `x` and they are (C, h, w) a picture, fp32.
 
-        Pictures may differ in size.
+        Pictures may differ in size. `routing` is for training: which tokens skip which blocks.
         """
 
     @abstractmethod
@@ -119,6 +126,12 @@ class NetworkTrainer(ABC):
         """Encode `count` texts of so many tokens with nothing in them, of which only the shapes count."""
 
     # --- what a family may write ---
+
+    def see_blank(self, encoders: object, source: Size, count: int) -> object:
+        """Let the text encoder look at `count` source pictures with nothing in them, of which only the shapes
+        count. Returns what it keeps of them until it reads the text: nothing, where it looks at none.
+        """
+        return None
 
     def format_prompt(self, text: str, *, negative: bool = False) -> str:
         """Return the text that the encoder sees for a caption or prompt."""
@@ -151,6 +164,10 @@ class NetworkTrainer(ABC):
 
         return weight_bytes(encoders)
 
+    def count_of_others(self, prompt: Prompt) -> dict[str, tuple[int, int]]:
+        """Return what `count_tokens` does of further text encoders, by their names. Torch-free."""
+        return {}
+
     def texts_at_once(self, batch_size: int) -> int:
         """Return how many prompts `encode_prompts` is given at once, where `batch_size` are asked for.
 
@@ -178,7 +195,9 @@ class NetworkTrainer(ABC):
             options.optimizer,
             options.timesteps,
             options.noise,
+            options.tread,
             options.loss,
+            options.rollout,
             options.ema,
             options.validation,
         )
@@ -216,12 +235,14 @@ class NetworkTrainer(ABC):
         with StopSignals().caught() as signals:
             prepared = prepare(self)
             if self.options.training.only_looks:
-                from library.training.look.dry_run import look
+                with uncollected():
+                    from library.training.look.dry_run import look
 
                 return look(self, prepared)
-            from library.training.context import RunContext
-            from library.training.look.planner import planned
-            from library.training.run import TrainingRun
+            with uncollected():
+                from library.training.context import RunContext
+                from library.training.look.planner import planned
+                from library.training.run import TrainingRun
 
             if self.options.budget.plan_memory:
                 from library.training.look.measure import measure

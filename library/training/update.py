@@ -91,10 +91,10 @@ class Updater:
         max_grad_norm: float,
         scale_gradients: bool,
         on_nan: str = "stop",
-        idle: Callable[[], None] = lambda: None,
+        idle: Callable[[int, int], None] = lambda step, micro: None,
         gauges: Sequence[Gauge] = (),
     ) -> None:
-        """`idle` is called for a micro-batch of which this process has no picture."""
+        """`idle` is called for a micro-batch, of a step, of which this process has no picture."""
         self._objective = objective
         self._parameters = list(parameters)
         self._optimizer = optimizer
@@ -167,7 +167,7 @@ class Updater:
             if micro > 0 and between is not None:
                 between()
             if not share.batch.draws:
-                self._idle()
+                self._idle(step, micro)
                 continue  # this process has no picture in the last batch of a bucket
             # Dropout in the network draws from the global generator: seeded here, it has no history either.
             seed = derive(self._seed, "dropout", step, micro, self._processes.rank)

@@ -11,7 +11,7 @@ Importing this module does not import torch, so that arguments and files are che
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from library.core.errors import ConfigError, MissingPackageError
 from library.core.log import logger
 from library.options.network import NetworkOptions
-from networks.files import LoRAFile, LycorisFile, inspect_lora
+from networks.files import LycorisFile, inspect_lora
+from networks.fit import Shapes
 from networks.from_file import dit_paths, text_paths
 from networks.lycoris.args import PRESETS, read_args, without_effect
 from networks.names import DIT, TEXT_ENCODER
@@ -60,17 +61,8 @@ def check_options(options: NetworkOptions) -> None:
             )
 
 
-def check_layers(
-    args: Mapping[str, str], files: Iterable[LoRAFile], layers: Iterable[str], *, dit: bool = True
-) -> None:
-    """Check files against the paths of the DiT's linear layers. Torch-free.
-
-    Raises:
-        CheckpointError: a file for other layers.
-    """
-    layers = list(layers)
-    for file in files:
-        dit_paths(file, layers)
+def check_layers(options: NetworkOptions, layers: Shapes) -> None:
+    """Check nothing: which layers there are, the package can say only of a model. Torch-free."""
 
 
 def no_diffusers(options: NetworkOptions) -> str:

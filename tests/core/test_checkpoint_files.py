@@ -69,3 +69,31 @@ def test_nothing_there_and_empty_folder(tmp_path):
         open_checkpoint(tmp_path / "no.safetensors")
     with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("spelt", ["scale_weight", "weight_scale"])
+def test_scales_of_fp8_go_with_their_weights(tmp_path, spelt):
+    weight = torch.zeros(3, 2).to(torch.float8_e4m3fn)
+    beside = {"scaled_fp8": torch.zeros(0), "a.scale_input": torch.ones(()), "a.comfy_quant": torch.zeros(9)}
+    make(tmp_path / "m-1-of-2.safetensors", **{"a.weight": weight, "a.bias": torch.zeros(3)}, **beside)
+    make(tmp_path / "m-2-of-2.safetensors", **{f"a.{spelt}": torch.ones(1)})
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint.tensors) == {"a.weight", "a.bias"}
+    assert checkpoint.tensors["a.weight"].scale.name == f"a.{spelt}"
+    assert [file.name for file in checkpoint.files] == ["m-1-of-2.safetensors", "m-2-of-2.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "words"),
+    [
+        (torch.zeros(3, 2), torch.ones(()), r"belongs to a weight \(3, 2\) in F32"),
+        (torch.zeros(3, 2, dtype=torch.int8), torch.ones(3), "in I8"),
+        (torch.zeros(3, 2).to(torch.float8_e4m3fn), torch.ones(2), r"of shape \(2,\) belongs .* in F8_E4M3"),
+        (None, torch.ones(()), "belongs to no weight"),
+    ],
+)
+def test_scales_of_another_kind_are_refused(tmp_path, weight, scale, words):
+    tensors = {"a.weight": weight, "a.weight_scale": scale}
+    path = make(tmp_path / "m.safetensors", **{n: t for n, t in tensors.items() if t is not None})
+    with pytest.raises(CheckpointError, match=f"'a.weight_scale' .*{words}.*take a file in bf16"):
+        open_checkpoint(path)

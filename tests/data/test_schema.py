@@ -358,6 +358,17 @@ def test_json_is_read_as_well() -> None:
         load_datasets(DatasetOptions(dataset_config=Path("data.json")), stride=16)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("image_directory", "image_dir"), ("control_directory", "conditioning_data_dir")],
+)
+def test_keys_of_other_trainers_are_answered_with_ours(theirs: str, ours: str) -> None:
+    for place in ("", "[[datasets.subsets]]\n"):
+        Path("d.toml").write_text(f"[[datasets]]\nresolution = 64\n{place}{theirs} = 'a'\n")
+        with pytest.raises(ConfigError, match=f"{theirs}: unknown key; here it is called '{ours}', in"):
+            load_datasets(DatasetOptions(dataset_config=Path("d.toml")), stride=16)
+
+
 def test_folders_named_with_their_repeats() -> None:
     for name in ("train/10_red cat", "train/2_dog_of_mine", "train/notes", "reg/1_cat"):
         Path(name).mkdir(parents=True)

@@ -14,7 +14,7 @@ from library.models.quant_file import SCHEME_KEY
 from library.nn.block_swap import BlockSwap
 from library.nn.quant import SCHEMES, QuantLinear
 from library.nn.runner import MODES
-from library.options.quant import QuantOptions
+from library.options.quant import PRODUCTS, QuantOptions
 from library.options.swap import SwapOptions
 from networks.lora import LoRANetwork, LoRASize, merge, unmerge
 from tests.models.kandinsky5_pairs import Inputs, make_inputs, make_params, make_theirs
@@ -61,10 +61,10 @@ def with_lora(model):
     return network.train()
 
 
-def step(model, network):
-    """Output and gradients."""
+def step(model, network, *sizes):
+    """Output and gradients; `sizes` of latents."""
     network.zero_grad()
-    output = make_inputs(model.params, (9, 4), (8, 6), (4, 4)).ours(model)
+    output = make_inputs(model.params, (9, 4), *(sizes or ((8, 6), (4, 4)))).ours(model)
     sum(part.float().square().mean() for part in output).backward()
     return _flat(output).detach(), _flat([parameter.grad for parameter in network.parameters()])
 
@@ -169,6 +169,18 @@ class TestQuantised:
         assert 0 < (near_output - output).norm() / output.norm() < LIMITS[scheme]
         assert (near_gradient - gradient).norm() / gradient.norm() < 2 * LIMITS[scheme]
 
+    @pytest.mark.parametrize("scheme", PRODUCTS)
+    def test_products_in_8_bits_are_near_those_of_the_whole_model(self, files, scheme):
+        whole, restored = load(files["t2i"]), load(files["t2i"], scheme=scheme)
+        quant = QuantOptions(base_quant=scheme, quant_matmul=True)
+        fast = load_kandinsky5(files["t2i"], device=CPU, dtype=torch.float32, quant=quant)
+        sizes = (16, 12), (8, 8)  # the least that gives enough rows for such a product
+        output, gradient = step(whole, with_lora(whole), *sizes)
+        near_output, near_gradient = step(fast, with_lora(fast), *sizes)
+        assert not torch.equal(near_output, step(restored, with_lora(restored), *sizes)[0])
+        assert (near_output - output).norm() / output.norm() < 2 * LIMITS[scheme]
+        assert (near_gradient - gradient).norm() / gradient.norm() < 3 * LIMITS[scheme]
+
     def test_biases_stay_and_only_layers_of_blocks_are_quantised(self, files):
         model, tensors = load(files["t2i"], torch.bfloat16, scheme="int8"), load_file(files["t2i"])
         for path, module in model.named_modules():
@@ -221,6 +233,19 @@ class TestQuantised:
         assert inspect_kandinsky5(saved).params == make_params(in_channels=33)
         now = load(files["i2i"], torch.bfloat16, scheme="nf4").state_dict()
         assert all(torch.equal(now[n], t) for n, t in load(saved, torch.bfloat16).state_dict().items())
+
+    @pytest.mark.parametrize("kind", ["a CLIP text encoder", "a Qwen2.5-VL", "a LoRA"])
+    def test_the_tool_says_what_it_was_given(self, hollow_file, monkeypatch, tmp_path, kind):
+        name = {
+            "a CLIP text encoder": "text_model.embeddings.token_embedding.weight",
+            "a Qwen2.5-VL": "visual.blocks.0.mlp.gate_proj.weight",
+            "a LoRA": "lora_unet_visual_transformer_blocks_0_feed_forward_in_layer.lora_up.weight",
+        }[kind]
+        given = hollow_file(tmp_path / "a.safetensors", {name: (2, 2)})
+        flags = ("--pretrained_model_name_or_path", given, "--output", tmp_path / "b.safetensors")
+        monkeypatch.setattr(sys, "argv", ["quantize_model.py", *map(str, flags), "--base_quant=nf4"])
+        with pytest.raises(ConfigError, match=f"Lumina Image 2.0 or Kandinsky .* looks like {kind}"):
+            quantize_model.main()
 
 
 class TestSwapped:

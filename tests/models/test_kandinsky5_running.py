@@ -97,6 +97,7 @@ def test_what_is_kept(monkeypatch):
     assert 23 < kept["none"] < 25.5
     assert 0.55 < kept["selective"] / kept["none"] < 0.7
     assert 0.3 < kept["feed_forward"] / kept["none"] < 0.5
+    assert 0.1 < kept["outputs"] / kept["none"] < 0.3
     assert kept["full"] < 0.1 * kept["none"]
 
 
@@ -133,6 +134,23 @@ def test_compiled_parts_are_few_and_whole_for_all_sizes():
     assert not counters["graph_break"]
 
 
+@pytest.mark.usefixtures("fresh")
+def test_inductor_agrees_over_two_sizes_of_pictures(monkeypatch):
+    """With one block, the kind that all but two of the real model are, because each takes half a minute.
+
+    And without vector instructions: to find out which there are, inductor compiles a program for each.
+    """
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)
+    sizes = {"n_text_blocks": 0, "n_visual_blocks": 1, "layers": _queries}
+    plain, model = make_model(**sizes), make_model(**sizes)
+    model[0].runner.compile(part_compiler(ComputeOptions(torch_compile=True)))
+    for batch in ONE:
+        inputs = make_inputs(model[0].params, *batch)
+        for ours, reference in zip(train(*model, inputs), train(*plain, inputs), strict=True):
+            torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4 * reference.abs().max().item())
+        assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
 def test_on_the_meta_device(kind, dtype):
     """What a step takes of memory is found out there."""
@@ -143,7 +161,7 @@ def test_on_the_meta_device(kind, dtype):
         tokens, pooled = [torch.empty(5, 20), torch.empty(9, 20)], torch.empty(2, 24)
         time = torch.empty(2)
     network.apply_to(model)
-    for mode in ("none", "feed_forward", "full"):
+    for mode in ("none", "feed_forward", "outputs", "full"):
         model.runner.keep(mode)
         with meta_standing_for(kind):
             outputs = model(x, time, tokens, pooled)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.hashing import HashLedger
@@ -15,13 +15,16 @@ from library.models.lumina2 import load_nextdit
 from library.models.lumina2_files import check_models
 from library.models.lumina2_format import inspect_lumina2, parameter_shapes
 from library.models.lumina2_identity import text_identity
+from library.nn import eight_bit
 from library.nn.quant import SCHEMES, QuantLinear
+from library.nn.runner import MODES
 from library.options.model import TextEncoderOptions
 from library.options.quant import PRODUCTS, QuantOptions, TextQuantOptions
 from library.options.swap import SwapOptions
 from networks.lora import merge, unmerge
 from networks.lora_lumina import create_network
 from networks.request import NetworkRequest
+from tests.models.scaled_fp8 import in_scaled_fp8
 
 CPU = torch.device("cpu")
 # How far a quantised nano transformer's output may be from the whole one's, relative; measured about half.
@@ -77,6 +80,25 @@ def test_products_in_8_bits_are_near_those_of_the_whole_model(nano, scheme, args
     assert 0 < (near_output - output).norm() / output.norm() < 2 * LIMITS[scheme]
     assert (near_gradient - gradient).norm() / gradient.norm() < 3 * LIMITS[scheme]
     assert torch.equal(near_output, exact_output) == bool(args)  # DoRA multiplies restored weights
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_products_in_8_bits_are_the_same_in_every_mode(nano, mode):
+    """Backward makes again what forward made, and rounds it alike; with blocks swapped or not."""
+    quant = QuantOptions(base_quant="int8", quant_matmul=True)
+    results = []
+    for keeps, swap in (("none", SwapOptions()), (mode, SwapOptions(blocks_to_swap=4))):
+        model = load_nextdit(nano.dit, device=CPU, dtype=torch.bfloat16, quant=quant, swap=swap)
+        model.runner.keep(keeps)
+        results.append(_step(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_model_without_suitable_layers_is_refused(nano, monkeypatch):
+    monkeypatch.setattr(eight_bit, "_MULTIPLE", 1000)
+    quant = QuantOptions(base_quant="int8", quant_matmul=True)
+    with pytest.raises(ConfigError, match="widths are multiples of 16, and this model has none"):
+        load_nextdit(nano.dit, device=CPU, dtype=torch.float32, quant=quant)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -183,3 +205,16 @@ def test_widths_that_cannot_be_grouped_are_told_by_the_headers(nano, tmp_path, f
         check_models(odd, nano.gemma2, nano.ae, QuantOptions(**flags))
     check_models(odd, nano.gemma2, nano.ae, QuantOptions(base_quant="int8"))
     check_models(nano.dit, nano.gemma2, nano.ae, QuantOptions(**flags, text_encoder_quant="nf4"))
+
+
+def test_files_in_fp8_with_scales_are_what_they_say(nano, tmp_path):
+    for name, load in (("dit", load_nextdit), ("gemma2", load_gemma2)):
+        tensors = load_file(getattr(nano, name))
+        matrices = {key for key, t in tensors.items() if key.endswith(".weight") and t.ndim == 2}
+        files = in_scaled_fp8(tensors, {k for k in matrices if "embed" not in k}.__contains__, rows=True)
+        paths = [tmp_path / f"{name}-{kind}.safetensors" for kind in ("fp8", "plain")]
+        for path, content in zip(paths, files, strict=True):
+            save_file({key: t.contiguous() for key, t in content.items()}, path)
+        found, expected = (load(path, device=CPU, dtype=torch.float32).state_dict() for path in paths)
+        assert found.keys() == expected.keys() and len(files[0]) > len(files[1])
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())

@@ -16,6 +16,7 @@ from library.models.qwen2_5_vl_format import inspect_qwen2_5_vl
 from library.nn.quant import SCHEMES, QuantLinear
 from library.options.quant import TextQuantOptions
 from library.training.lending import Lending
+from tests.models.scaled_fp8 import in_scaled_fp8
 from tests.strict_copier import StrictCopier
 from tools.nano.files import write_file, write_json, write_shards
 from tools.nano.kandinsky5_qwen import PARAMS, qwen_config, qwen_tensors
@@ -378,3 +379,25 @@ def test_files_of_transformers_are_read(oracles, tmp_path, encoder):
     assert found.params == encoder.params
     assert torch.equal(found.encode([text(5)])[0], encoder.encode([text(5)])[0])
     assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_fp8_with_scales_is_what_it_says(folder, encoder, strict, tmp_path, newer):
+    def chosen(name):
+        return any(part in name for part in ("_proj.weight", ".proj.weight", ".qkv.weight", "merger.mlp"))
+
+    matrices = {name for name, tensor in qwen_tensors(0).items() if chosen(name) and tensor.ndim == 2}
+    stored, plain = in_scaled_fp8(qwen_tensors(0), matrices.__contains__, newer=newer)
+    write_json(tmp_path / "config.json", qwen_config())
+    write_file(tmp_path / "fp8.safetensors", stored)
+    write_file(tmp_path / "plain.safetensors", {name: t.bfloat16() for name, t in plain.items()})
+    options = {"device": CPU, "dtype": torch.bfloat16, "vision": True}
+    expected = load_qwen2_5_vl(tmp_path / "plain.safetensors", **options).encode(INPUTS)
+    for more in ({}, {"streamed": True}):
+        found = load_qwen2_5_vl(tmp_path / "fp8.safetensors", **options, **more).encode(INPUTS)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    whole = torch.cat(encoder.encode(INPUTS))
+    assert 0.001 < relative_error(torch.cat(expected).float(), whole) < 0.2
+    quant = TextQuantOptions(text_encoder_quant="int8")
+    again = load_qwen2_5_vl(tmp_path / "fp8.safetensors", **options, quant=quant).encode(INPUTS)
+    assert relative_error(torch.cat(again).float(), torch.cat(expected).float()) < 0.05

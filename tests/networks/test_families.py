@@ -65,7 +65,7 @@ def options(family: Family, *args: str, module: str | None = None, **changes: ob
 
 
 def lora_file(path: Path, family: Family, ending: str = ".lora_{}.weight") -> Path:
-    layer = LAYERS[family][-3]
+    layer = list(LAYERS[family])[-3]
     save_file({layer + ending.format(side): torch.zeros(4, 4) for side in "AB"}, path)
     return path
 
@@ -82,7 +82,7 @@ def test_the_wrong_module_and_the_wrong_file_are_told_before_torch(
         chosen = options(family, module=module, base_weights=(path,))
         with pytest.raises(CheckpointError, match=f"a LoRA for {other.name}, but the model is {family.name}"):
             check_layers(chosen, LAYERS[family])
-    save_file({f"{LAYERS[other][-3]}.diff": torch.zeros(4, 4)}, path)
+    save_file({f"{list(LAYERS[other])[-3]}.diff": torch.zeros(4, 4)}, path)
     with pytest.raises(CheckpointError, match=f"a LoRA for {other.name}"):
         check_layers(options(family, base_weights=(path,)), LAYERS[family])
 
@@ -151,14 +151,14 @@ def test_what_diffusers_has_no_names_for_is_told_at_the_start(
 
 
 def test_the_kind_of_a_continued_file_counts_too(tmp_path: Path) -> None:
-    path, layer = tmp_path / "a.safetensors", LAYERS[LUMINA][-3]
+    path, layer = tmp_path / "a.safetensors", list(LAYERS[LUMINA])[-3]
     tensors = {f"{layer}.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
     save_file(tensors | {f"{layer}.dora_scale": torch.zeros(1, 4)}, path)
     chosen = options(LUMINA, network_weights=path, dim_from_weights=True)
     saving = SavingOptions(output_dir=tmp_path, save_format="diffusers")
     with pytest.raises(ConfigError, match="a length for each output feature"):
         check_saving(chosen, saving)
-    others = {f"{LAYERS[LUMINA][-4]}.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
+    others = {f"{list(LAYERS[LUMINA])[-4]}.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
     save_file(tensors | others | {f"{layer}.dora_scale": torch.zeros(4, 1)}, path)
     with pytest.raises(ConfigError, match="a.safetensors has LoRAs and DoRAs"):
         check_saving(chosen, saving)

@@ -14,6 +14,7 @@ from library.models.lumina2_format import NextDiTParams
 from library.models.lumina2_format import linear_layers as layers_of_params
 from library.models.nextdit import NextDiT
 from library.nn.runner import MODES
+from library.options.network import NetworkOptions
 from networks.layer import Dropouts, linear_layers
 from networks.lora import LoRANetwork
 from networks.lora_lumina import check_layers, create_network
@@ -61,10 +62,14 @@ def gradients(model: nn.Module, network: LoRANetwork) -> dict[str, Tensor]:
 
 
 def test_layers_are_known_before_the_model_is_built() -> None:
-    assert set(layers_of_params(PARAMS)) == set(linear_layers(make_model()))
-    check_layers({"exclude_patterns": ".*refiner.*", "block_dims": "4,0"}, [], layers_of_params(PARAMS))
+    def check(*args: str) -> None:
+        check_layers(NetworkOptions(network_module="networks.lora_lumina", network_args=args), layers)
+
+    layers = layers_of_params(PARAMS)
+    assert layers == {path: tuple(layer.weight.shape) for path, layer in linear_layers(make_model()).items()}
+    check("exclude_patterns=.*refiner.*", "block_dims=4,0")
     with pytest.raises(ConfigError, match="'attention' matches no layer"):
-        check_layers({"include_patterns": "attention"}, [], layers_of_params(PARAMS))
+        check("include_patterns=attention")
 
 
 def test_default_layers_are_all_but_the_embedders() -> None:

@@ -94,21 +94,44 @@ def test_rows_of_zeros_give_zeros(scheme: str) -> None:
 def test_what_kernels_do_not_take_is_multiplied_with_restored_weights(scheme: str) -> None:
     few = numbers(16, INPUTS)
     assert torch.equal(layer(scheme)(few), layer(scheme, fast=False)(few))
-    made = QuantLinear(INPUTS, 24, False, scheme)
-    made.take(SCHEMES[scheme].pack(numbers(24, INPUTS)))
-    plain = made(numbers(40, INPUTS))
-    made.multiplies_in_8_bits = True
-    assert torch.equal(made(numbers(40, INPUTS)), plain)
+    narrow = QuantLinear(INPUTS, 24, False, scheme)
+    narrow.take(SCHEMES[scheme].pack(numbers(24, INPUTS)))
+    plain = narrow(numbers(40, INPUTS))
+    found = multiply_in_8_bits(nn.Sequential(narrow, layer(scheme, fast=False)))
+    assert (found.layers, found.others) == (1, 1)
+    assert torch.equal(narrow(numbers(40, INPUTS)), plain)
+
+
+@pytest.mark.parametrize("scheme", PRODUCTS)
+@pytest.mark.parametrize("size", [1e-25, 1e-9, 1e9])
+def test_rows_of_any_size_keep_their_digits(scheme: str, size: float) -> None:
+    """Gradients of a mean over many numbers are small, whatever the loss is."""
+    codes, scale = layer(scheme).stored
+    x, grad = numbers(20, INPUTS), numbers(20, OUTPUTS, seed=3)
+    for product, rows in ((eight_bit.multiply, x), (eight_bit.multiply_back, grad)):
+        usual = product(rows, codes, scale)
+        assert distance(product(rows * size, codes, scale) / size, usual) < LIMITS[scheme] / 10
+
+
+@pytest.mark.parametrize("scheme", PRODUCTS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(scheme: str, bad: float) -> None:
+    """So that a run that has come to grief is noticed."""
+    x = numbers(20, INPUTS)
+    x[3, 5] = bad
+    finite = layer(scheme)(x).isfinite()
+    assert not finite[3].any() and finite[:3].all() and finite[4:].all()
 
 
 @pytest.mark.parametrize("scheme", PRODUCTS)
 def test_the_error_that_is_told(scheme: str) -> None:
     model = nn.Sequential(layer(scheme, fast=False), nn.Linear(3, 3))
-    error = multiply_in_8_bits(model)
-    assert model[0].multiplies_in_8_bits and error is not None
-    assert LIMITS[scheme] / 2 < error < LIMITS[scheme]
+    found = multiply_in_8_bits(model)
+    assert model[0].multiplies_in_8_bits and (found.layers, found.others) == (1, 0)
+    assert LIMITS[scheme] / 2 < found.error < LIMITS[scheme]
     with torch.device("meta"):
-        assert multiply_in_8_bits(nn.Sequential(QuantLinear(INPUTS, OUTPUTS, False, scheme))) is None
+        of_meta = multiply_in_8_bits(nn.Sequential(QuantLinear(INPUTS, OUTPUTS, False, scheme)))
+    assert (of_meta.layers, of_meta.error) == (1, 0)
 
 
 @pytest.mark.parametrize(

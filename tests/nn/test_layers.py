@@ -16,11 +16,11 @@ from library.nn.layers import (
     plain_normed_residual,
     plain_scaled_rms_norm,
     plain_swiglu,
-    run_again_in_backward,
     scaled_rms_norm,
     swiglu,
 )
 from library.nn.packing import Packing
+from library.nn.recompute import run_again_in_backward
 
 LENGTHS = (5, 1, 7)
 TOKENS = sum(LENGTHS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.nn.recompute import Remaking, cheap, costly
+from library.nn.recompute import Remaking, cheap, costly, slight
 
 CALLS = []
 
@@ -82,7 +82,7 @@ def test_a_second_backward_makes_them_once_more():
 
 def test_random_numbers_of_costly_functions_come_again_and_disturb_nobody():
     grads, after = [], []
-    for context in (None, Remaking(products_too=True)):
+    for context in (None, Remaking(products="all")):
         x = leaf(50, 50)
         torch.manual_seed(3)
         if context is None:
@@ -107,11 +107,48 @@ def test_costly_functions_are_kept_unless_asked_for():
     with Remaking():
         costly(double, x).square().sum().backward()
     assert CALLS == ["double"]
-    with Remaking(products_too=True, prepare=lambda: prepared.append(len(CALLS))):
+    with Remaking(products="wide"):
+        costly(double, x).square().sum().backward()
+    assert CALLS == ["double"] * 2
+    CALLS.pop()
+    with Remaking(products="all", prepare=lambda: prepared.append(len(CALLS))):
         result = costly(double, x).square().sum()
     assert prepared == []
     result.backward()
     assert prepared == [2] and CALLS == ["double"] * 3
+
+
+def test_wide_results_alone_can_be_made_again():
+    with Remaking(products="wide"):
+        result = costly(double, leaf(4, 4), wide=True).square().sum()
+        result = result + costly(drop, leaf(4, 4)).square().sum()
+    result.backward()
+    assert CALLS == ["double", "drop", "double"]
+
+
+def test_slight_functions_are_made_again_with_all_that_they_keep():
+    def softmax(x):
+        CALLS.append("softmax")
+        return x.softmax(-1)  # keeps its result
+
+    def whole(x):
+        y = slight(softmax, x)
+        return (y * y).sum()
+
+    x, again = leaf(4, 4), leaf(4, 4)
+    whole(x).backward()
+
+    def inside(products):
+        with Remaking(products=products):
+            return whole(again)
+
+    assert kept(lambda: inside("wide"))[0] == 16  # the result
+    CALLS.clear()
+    count, result = kept(lambda: inside("all"))
+    assert count == 16  # the input
+    result.backward()
+    assert CALLS == ["softmax"] * 3
+    assert torch.equal(x.grad, again.grad)
 
 
 def test_an_error_inside_ends_the_context():

@@ -104,6 +104,7 @@ def test_what_is_kept():
         kept[mode] = kept_bytes(model, inputs)
     assert 0.58 < kept["selective"] / kept["none"] < 0.7
     assert 0.2 < kept["feed_forward"] / kept["none"] < 0.35
+    assert 0.15 < kept["outputs"] / kept["none"] < 0.25
     assert kept["full"] < 0.1 * kept["none"]
     model.runner.keep("full", every=2)
     assert 0.4 < kept_bytes(model, inputs) / kept["none"] < 0.6
@@ -125,7 +126,7 @@ def test_every_nth_block():
 
 def test_without_gradients_a_block_is_just_run():
     model, _ = make_model()
-    model.runner.keep("feed_forward")
+    model.runner.keep("outputs")
     inputs = make_inputs(model.params, (9,), (8, 6))
     with torch.no_grad(), saved_tensors_hooks(pytest.fail, pytest.fail):
         assert not inputs.ours(model).requires_grad

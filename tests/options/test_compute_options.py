@@ -14,7 +14,8 @@ from library.options.compute import ComputeOptions
         ({"checkpoint_mode": "none"}, "none"),
         ({"torch_compile": True}, "none"),
         ({"torch_compile": True, "dynamo_backend": "no"}, "selective"),
-        ({"gradient_checkpointing": True}, "full"),
+        ({"gradient_checkpointing": True}, "outputs"),
+        ({"gradient_checkpointing": True, "torch_compile": True}, "full"),
         ({"gradient_checkpointing": True, "cpu_offload_checkpointing": True}, "offload"),
         ({"gradient_checkpointing": True, "checkpoint_mode": "selective"}, "selective"),
         ({"cpu_offload_checkpointing": True}, "selective"),
@@ -92,7 +93,15 @@ def test_flags_without_effect_are_told(given, sentences):
             {"torch_compile": True, "checkpoint_mode": "selective"},
             "the compiler itself chooses .* --activation_memory_budget 0.5",
         ),
+        (
+            {"torch_compile": True, "checkpoint_mode": "outputs", "gradient_checkpointing": True},
+            "outputs and --torch_compile do not go together",
+        ),
         ({"activation_memory_budget": 0.5}, "--activation_memory_budget needs --torch_compile"),
+        (
+            {"fused_kernels": "triton", "torch_compile": True},
+            "--fused_kernels triton and --torch_compile do not go together",
+        ),
         (
             {"torch_compile": True, "activation_memory_budget": 0.5, "dynamo_backend": "eager"},
             "--dynamo_backend eager knows no --activation_memory_budget",
@@ -103,3 +112,8 @@ def test_flags_without_effect_are_told(given, sentences):
 def test_what_cannot_be_is_refused(given, reason):
     with pytest.raises(ConfigError, match=reason):
         ComputeOptions(**given)
+
+
+def test_kernels_of_our_own_go_with_a_compiler_that_is_switched_off():
+    options = ComputeOptions(fused_kernels="triton", torch_compile=True, dynamo_backend="no")
+    assert not options.compiles and ComputeOptions().fused_kernels == "torch"

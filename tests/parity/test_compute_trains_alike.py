@@ -14,8 +14,10 @@ CHECKPOINTS = {"gradient_checkpointing": True}
 MODES = {
     "plain": {"checkpoint_mode": "none"},
     "by default": {},
-    "full, every second block": CHECKPOINTS | {"checkpoint_every_n_blocks": 2},
+    "outputs": CHECKPOINTS,
+    "full, every second block": CHECKPOINTS | {"checkpoint_mode": "full", "checkpoint_every_n_blocks": 2},
     "feed_forward, all swapped": CHECKPOINTS | {"checkpoint_mode": "feed_forward", "blocks_to_swap": 6},
+    "outputs, all swapped": CHECKPOINTS | {"blocks_to_swap": 6},
 }
 COMPILED = {"torch_compile": True, "dynamo_backend": "eager"}
 WITHOUT_DROPOUT = {

@@ -261,11 +261,13 @@ def test_previews_are_those_of_the_inference_script_bit_for_bit(
 
 UNCACHED = dict.fromkeys(("cache_latents", "cache_text_encoder_outputs", "cache_dtype"))
 CHECKPOINTS = {"gradient_checkpointing": True}
+FULL = CHECKPOINTS | {"checkpoint_mode": "full"}
 WAYS = {
     "uncached": UNCACHED,
     "uncached, with a streamed encoder": UNCACHED | {"stream_text_encoder": True},
     "a streamed encoder": {"stream_text_encoder": True},
-    "full checkpoints, all blocks swapped": CHECKPOINTS | {"blocks_to_swap": 5},
+    "full checkpoints, all blocks swapped": FULL | {"blocks_to_swap": 5},
+    "checkpoints, all blocks swapped": CHECKPOINTS | {"blocks_to_swap": 5},
     "checkpoints of feed-forwards": CHECKPOINTS | {"checkpoint_mode": "feed_forward"},
     "no checkpoints": {"checkpoint_mode": "none"},
 }

@@ -40,6 +40,9 @@ def options(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         | recipe_flags()
         | {
             "max_train_steps": STEPS,
+            "scheduled_sampling_max_step_offset": 4,
+            "scheduled_sampling_probability": 0.7,
+            "tread_routes": ("0:-1:0.5",),
             "cache_latents_to_disk": True,
             "cache_text_encoder_outputs_to_disk": True,
             "sample_prompts": folder / "prompts.txt",
@@ -87,6 +90,7 @@ def two(
 
 def test_losses_and_gradients(one: Run, two: Two) -> None:
     assert len(one.losses) == STEPS
+    assert sum(line.get("rollout/pictures", 0) for line in two.run.metrics) > STEPS
     assert two.run.losses == pytest.approx(one.losses, rel=1e-5)
     assert two.run.norms == pytest.approx(one.norms, rel=1e-4)
 

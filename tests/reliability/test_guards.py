@@ -180,7 +180,7 @@ def test_advice_is_made_from_what_is_not_in_use_yet(nano, config: Path, tmp_path
     command += ["--gradient_checkpointing", "--mixed_precision=bf16", "--cache_latents"]
     manifest.trained_datasets[0].batch_size = 1
     thrifty = training_advice(parse_options(LuminaTrainOptions, command), manifest)
-    wanted = ["--cache_text_encoder_outputs_to_disk,", "--blocks_to_swap", "a"]
+    wanted = ["--checkpoint_mode", "--cache_text_encoder_outputs_to_disk,", "--blocks_to_swap", "a"]
     assert [advice.split()[0] for advice in thrifty] == wanted
 
 

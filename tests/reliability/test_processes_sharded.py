@@ -52,9 +52,16 @@ def output(nano, tmp_path_factory: pytest.TempPathFactory, python: WarmPython | 
     folder = tmp_path_factory.mktemp("sharded")
     dataset = write_dataset(folder / "photos")
     (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --l 4 --d 1\n")
+    rolled = ("--scheduled_sampling_max_step_offset=4", "--scheduled_sampling_probability=0.7")
     watched = (f"--sample_prompts={folder / 'prompts.txt'}", "--sample_every_n_epochs=1")
     more = {
-        "all": ("--console_log_level=INFO", *watched, "--gradient_checkpointing"),
+        "all": (
+            "--console_log_level=INFO",
+            *watched,
+            *rolled,
+            "--gradient_checkpointing",
+            "--tread_routes=1:-2:0.5",
+        ),
         "late": (
             *("--console_log_level=INFO", "--mixed_precision=bf16"),
             "--network_args",
@@ -87,6 +94,12 @@ def test_the_same_network(output: Path, job: str) -> None:
     assert losses(whole) == losses(sharded)
     assert len(losses(whole)) == 4
     assert same(weights(whole), weights(sharded))
+
+
+def test_processes_keep_step_that_walk_differently_far(output: Path) -> None:
+    records = map(json.loads, (output / "all-True" / f"{NAME}.metrics.jsonl").read_text().splitlines())
+    means = [record["rollout/mean_offset"] for record in records if record.get("rollout/pictures") == 2]
+    assert any(mean % 1 for mean in means), "one walked farther than the other"
 
 
 def test_the_same_validation(output: Path) -> None:

@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 
 from kandinsky5_train_network import Kandinsky5Trainer
 from library.core.errors import UserError
+from library.models.kandinsky5 import load_kandinsky5
 from library.models.kandinsky5_files import check_models
 from library.options.group import parse_options
+from library.options.network import NetworkOptions
 from library.options.quant import QuantOptions
 from library.options.train_kandinsky5 import Kandinsky5TrainOptions
 from library.training.prepare import prepare
+from networks.files import save_network
+from networks.module import install_network
 from tests.parity.runs import flags, write_config, write_pictures
 from tests.warm_python import ColdPython, WarmPython
 from tools.make_nano_models import make_nano_kandinsky5
@@ -101,6 +105,7 @@ def test_a_run_leaves_a_network_previews_and_its_settings(nano: Nano, tmp_path: 
         prompts.write_text("a red fox --w 64 --h 64 --s 1 --d 1\ngo --w 64 --h 48 --s 1\n")
     sampled = {"sample_prompts": prompts, "sample_every_n_epochs": 1, "save_every_n_epochs": 1}
     more = {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_train_epochs": 1}
+    more |= {"tread_routes": ("1:-2:0.5",)}
     output = tmp_path / "out"
     path = trainer(nano.flags(task, output) | sampled | more).train()
     assert path == output / "kiwi.safetensors"
@@ -149,6 +154,7 @@ def test_two_processes_train_as_one_also_with_a_model_that_is_spread(
     single = tmp_path / "single.toml"
     single.write_text(nano.pairs.read_text().replace("batch_size = 2", "batch_size = 1"))
     usual = nano.flags("i2i", tmp_path / "one") | {"source_dropout_rate": 0.5}
+    usual |= {"tread_routes": ("0:1:0.5", "-1:-1:0.25")}
     trainer(usual).train()
     jobs = []
     for sharded in (False, True):
@@ -169,6 +175,44 @@ def test_two_processes_train_as_one_also_with_a_model_that_is_spread(
     for key, tensor in two.items():
         torch.testing.assert_close(tensor, one[key], rtol=1e-3, atol=1e-4)
         assert torch.equal(tensor, spread[key]), key
+
+
+# --- what is told of captions ---
+
+
+def test_captions_that_clip_cuts_are_told_once_and_in_the_dry_run(
+    nano: Nano, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "long"
+    shutil.copytree(nano.folder / "after", folder)
+    for name in ("fox", "cup"):
+        (folder / f"{name}.txt").write_text(f"{name} " * 80)
+    told = {
+        "dataset_config": write_config(tmp_path / "d.toml", folder),
+        "cache_directory": tmp_path / "caches",
+    }
+    usual = nano.flags("t2i", tmp_path / "out") | told
+    trainer(usual | {"dry_run": True}).train()
+    captions = capsys.readouterr().out.partition("Captions")[2].partition("Steps")[0]
+    assert "0 longer than the text encoder takes" in captions
+    assert "2 longer than CLIP takes (77 tokens)" in captions
+    warning = "2 of 4 texts that were encoded are longer than CLIP takes, which are cut"
+    trainer(usual).train()
+    said = capsys.readouterr().err
+    assert said.count(warning) == 1 and said.count("longer than") == 1
+    uncached = usual | {"cache_text_encoder_outputs_to_disk": False, "qwen_max_token_length": 60}
+    trainer(uncached).train()
+    said = capsys.readouterr().err
+    assert said.count("CLIP takes the first 77 of ") == 1
+    assert said.count("the text encoder takes the first 60 of ") == 1
+
+
+def test_nothing_is_said_of_text_encoders_that_cannot_be_trained(
+    nano: Nano, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(nano.flags("t2i", tmp_path / "out") | {"console_log_level": "INFO", "max_train_steps": 1}).train()
+    said = capsys.readouterr().err
+    assert "LoRA on " in said and "only the DiT" not in said
 
 
 # --- flags without effect ---
@@ -220,6 +264,19 @@ def dataset(*, resolution: int = 64, caption: str | None = None, broken: bool = 
     return write
 
 
+def start(options: Mapping[str, object], *, task: str = "t2i", **made_with: object) -> Spoil:
+    """Start from a LoRA that was made with other options, maybe for the other task."""
+
+    def write(nano: Nano, folder: Path) -> Mapping[str, object]:
+        network = NetworkOptions(network_module="networks.lora_kandinsky5", **{"network_dim": 2} | made_with)
+        model = load_kandinsky5(getattr(nano.models, task), device=torch.device("cpu"), dtype=torch.float32)
+        made = install_network(network, model, list, seed=0, learning_rate=1.0)
+        save_network(folder / "start.safetensors", made.export_state(), {})
+        return {"network_weights": folder / "start.safetensors"} | options
+
+    return write
+
+
 def prompts(line: str) -> Spoil:
     """A file with one sample prompt."""
 
@@ -265,6 +322,18 @@ MISTAKES: dict[str, tuple[str, Spoil, str]] = {
     "mark in a sample prompt": ("i2i", prompts(f"{MARK} --ci {{}}"), r"has <\|image_pad\|> in it"),
     "sample of a text model": ("t2i", prompts("a --ci {}"), "this model makes pictures from text alone"),
     "sample too large": ("t2i", prompts("a --w 2560 --h 64"), "picture of 2560x64 pixels is too large"),
+    "LoRA of another rank": ("t2i", start({}, network_dim=4), "has rank 4, but 2 is wanted; .*--dim_from_we"),
+    "LoRA of other layers": (
+        "t2i",
+        start({"network_args": "train_blocks=text"}),
+        "has LoRAs for 40 layers that would get none",
+    ),
+    "LoRA of the other task": (
+        "i2i",
+        start({"dim_from_weights": True}, network_args=("embedder_dims=[2,2,2,2]",)),
+        "visual_embeddings_in_layer' is for a layer of .*another task",
+    ),
+    "nothing to train": ("t2i", given(network_args="exclude_patterns=.*"), "leave no layer to train"),
     "attention without package": ("t2i", given(attn_mode="flash"), "needs the package 'flash_attn'"),
 }
 

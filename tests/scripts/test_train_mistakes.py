@@ -2,8 +2,12 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
+
+from library.core.checkpoint_files import open_checkpoint
 
 
 class Case:
@@ -80,11 +84,37 @@ def blocked_output(case):
     case.output.write_text("a file is in the way")
 
 
+def network_of_rank(rank, *, alone=False):
+    """Start from a LoRA on one layer; `alone`: no other is to be trained."""
+
+    def spoil(case):
+        layer = "lora_unet_layers_0_feed_forward_w1"
+        width = open_checkpoint(case.flags["pretrained_model_name_or_path"]).shape
+        out_features, in_features = width("layers.0.feed_forward.w1.weight")
+        tensors = {
+            f"{layer}.lora_down.weight": np.zeros((rank, in_features), np.float32),
+            f"{layer}.lora_up.weight": np.zeros((out_features, rank), np.float32),
+            f"{layer}.alpha": np.ones((), np.float32),
+        }
+        case.flags["network_weights"] = case.folder / "start.safetensors"
+        save_file(tensors, case.flags["network_weights"])
+        if alone:
+            case.flags["network_args"] = r"include_patterns=layers\.0\.feed_forward\.w1"
+
+    return spoil
+
+
 MISTAKES = {
     "misspelt flag": (
         flag("network_dimm", "4"),
         "unknown argument '--network_dimm'; did you mean '--network_dim'?",
     ),
+    "LoRA of another rank": (
+        network_of_rank(8, alone=True),
+        "has rank 8, but 4 is wanted; the sizes must be",
+    ),
+    "LoRA of few layers": (network_of_rank(4), "lacks LoRAs for"),
+    "nothing to train": (flag("network_args", "exclude_patterns=.*"), "leave no layer to train"),
     "more blocks than there are": (flag("blocks_to_swap", "7"), "but the model has 6 blocks"),
     "rank 0": (flag("network_dim", "0"), "--network_dim is 0"),
     "unknown sampling": (
@@ -145,7 +175,8 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "name", ["misspelt flag", "swapped models", "misspelt dataset key", "truncated picture"]
+    "name",
+    ["misspelt flag", "swapped models", "misspelt dataset key", "truncated picture", "LoRA of another rank"],
 )
 def test_a_mistake_is_told_before_torch_is_imported(name, case, run_script):
     spoil, message = MISTAKES[name]

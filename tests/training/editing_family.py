@@ -15,6 +15,7 @@ from library.data.batch import Condition
 from library.data.images import load_source
 from library.data.prompt import Prompt
 from library.data.tensors import pixels_to_tensor
+from library.nn.routing import Routing
 from lumina_train_network import LuminaTrainer
 
 
@@ -47,12 +48,17 @@ class EditingTrainer(LuminaTrainer):
         ]
 
     def velocities(
-        self, model: nn.Module, x: Sequence[Tensor], sigma_B: Tensor, conditions: Sequence[Condition]
+        self,
+        model: nn.Module,
+        x: Sequence[Tensor],
+        sigma_B: Tensor,
+        conditions: Sequence[Condition],
+        routing: Routing | None = None,
     ) -> list[Tensor]:
         """Add the source's latents to what the model is given."""
         pairs = zip(x, conditions, strict=True)
         moved = [x_Chw if c.source_Chw is None else x_Chw + c.source_Chw for x_Chw, c in pairs]
-        return super().velocities(model, moved, sigma_B, conditions)
+        return super().velocities(model, moved, sigma_B, conditions, routing)
 
 
 def seen(prompt: Prompt, condition: Condition) -> Tensor:

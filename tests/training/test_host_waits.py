@@ -64,10 +64,11 @@ def test_backward_stays_on_the_device() -> None:
     [
         ["--mixed_precision=bf16", "--gradient_checkpointing", "--ema"],
         ["--mixed_precision=fp16", "--gradient_accumulation_steps=2", "--max_batch_tokens=30"],
-        ["--ip_noise_gamma=0.1", "--loss_type=huber", "--scale_weight_norms=0.1"],
+        ["--ip_noise_gamma=0.1", "--loss_type=huber", "--scale_weight_norms=0.1", "--tread_routes=1:-2:0.5"],
+        ["--scheduled_sampling_max_step_offset=3", "--scheduled_sampling_probability=0.8"],
         ["--noise_offset=0.1", "--adaptive_noise_scale=0.1", "--multires_noise_iterations=2", NOT_CACHED],
     ],
-    ids=["bf16", "fp16", "norms", "noise"],
+    ids=["bf16", "fp16", "norms", "walks", "noise"],
 )
 def test_a_step_waits_once(nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
     config = write_pictures(tmp_path / "pictures")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from library.core.errors import ConfigError
+from library.nn.runner import MODES
 from library.training.look.planner import allowed_bytes
 
 
@@ -96,7 +97,7 @@ def test_given_flags_are_kept(estimate):
     made = plan(estimate, whole * 2, precisions=("nf4",))  # what a resumed run had
     assert {choice.manner.quant for choice in made.choices} == {"nf4"}
     made = plan(estimate, whole * 2, compute={"torch_compile": True})
-    assert not {"selective", "feed_forward"} & {choice.manner.mode for choice in made.choices}
+    assert not {"selective", "feed_forward", "outputs"} & {choice.manner.mode for choice in made.choices}
 
 
 def test_a_choice_becomes_options_and_flags_that_say_the_same(estimate, command, tmp_path):
@@ -148,7 +149,7 @@ def test_measuring_says_what_each_way_takes(command, run_script, tmp_path):
     result = run_script("lumina_train_network.py", *words)
     assert result.code == 0, result.err
     rows = json.loads((tmp_path / "memory_plan.json").read_text())
-    assert {row["mode"] for row in rows} == {"none", "selective", "feed_forward", "full", "offload"}
+    assert {row["mode"] for row in rows} == set(MODES)
     assert any(row["blocks_swapped"] for row in rows) and any(row["base_quant"] for row in rows)
     for row in rows:
         assert row["foretold_bytes"] == pytest.approx(row["found_bytes"], rel=0.1)

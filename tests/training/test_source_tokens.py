@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kandinsky5_train_network import Kandinsky5Trainer
+from library.data.items import Geometry
+from library.models.qwen2_5_vl import QwenInput
+from library.models.qwen_grid import picture_grid, token_count
 from library.options.group import parse_options
 from library.options.train_kandinsky5 import Kandinsky5TrainOptions
 from library.training.context import RunContext
 from library.training.look.dry_run import Rehearsal
 from library.training.look.memory_estimate import MemoryEstimate
+from library.training.look.meter import Meter
 from library.training.prepare import prepare
 from tests.picture_sets import manifest_of, write_picture, write_pictures
 from tools.make_nano_models import make_nano_kandinsky5
@@ -52,6 +57,31 @@ def test_the_most_that_the_text_encoder_takes(trainer: Kandinsky5Trainer) -> Non
     context = RunContext.decide(trainer, prepare(trainer))
     assert MemoryEstimate(trainer, context).work.tokens == 100 + PICTURE_TOKENS + AROUND
     assert MemoryEstimate(trainer, context, tokens=20).work.tokens == 20
+
+
+@pytest.mark.parametrize("side", [64, 1344], ids=["texts take more", "pictures take more"])
+def test_what_encoding_with_sources_takes_was_foretold(trainer: Kandinsky5Trainer, side: int) -> None:
+    """The most bytes of tensors that are alive at once while two captions with their sources are encoded."""
+    context = RunContext.decide(trainer, prepare(trainer))
+    manifest = context.prepared.manifest
+    size = Geometry((side, side), (0, 0), (side, side))
+    items = tuple(
+        replace(item, geometry=size, source=replace(item.source, geometry=size)) if item.source else item
+        for item in manifest.items
+    )
+    larger = replace(context.prepared, manifest=replace(manifest, items=items))
+    estimate = MemoryEstimate(trainer, replace(context, prepared=larger))
+    encoders = trainer.load_text_encoders(torch.device("cpu"), context.dtype)
+    grid = picture_grid((side, side))
+    picture = [encoders.qwen.params.image_token_id] * token_count(grid)
+    ids = [*picture, *[0] * (estimate.work.tokens - len(picture))]
+    # Of another dtype, so that they are copied to the encoder's, as they would be to a GPU.
+    patches_NP = torch.zeros(grid[1] * grid[2], encoders.qwen.params.vision.patch_width, dtype=torch.float64)
+    with Meter(("cpu",)) as meter:
+        encoders.qwen.encode([QwenInput(ids, patches_NP, grid)] * 2)
+    assert estimate._caching_texts(2) == pytest.approx(meter.peak, rel=0.05)
+    texts = estimate._encoding_texts(2, trained=False)[0]
+    assert (estimate._caching_texts(2) > 1.2 * texts) == (side == 1344)
 
 
 def test_a_dry_run_counts_what_the_model_is_given(

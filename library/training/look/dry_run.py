@@ -6,11 +6,13 @@ Read `look` first. Each part of the report is a list of lines about one subject.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.core.collecting import uncollected
 from library.data.captions import caption_variants
 from library.data.images import source_variants
 from library.data.items import Item, Manifest
@@ -22,6 +24,7 @@ from library.training.look.contact_sheet import PER_SHEET, Shown, first_draws, w
 from library.training.look.memory_estimate import Manner, MemoryEstimate, shown
 from library.training.look.planner import planned
 from library.training.prepare import Prepared
+from library.training.routing import routing_lines
 from networks.lora import LoRANetwork
 
 if TYPE_CHECKING:
@@ -33,14 +36,17 @@ _LONGEST_SHOWN = 5
 
 def look(trainer: NetworkTrainer, prepared: Prepared) -> Path:
     """Do what --dry_run or --debug_dataset asks for; return the sheet drawn, or the folder of sheets."""
-    rehearsal = Rehearsal(trainer, prepared)
+    with uncollected():
+        rehearsal = Rehearsal(trainer, prepared)
     if not rehearsal.processes.is_main:
         return rehearsal.folder
     if trainer.options.training.debug_dataset:
         sheets = rehearsal.draw_all()
         print(f"drew {len(sheets)} sheet(s) of {len(prepared.manifest.train)} pictures: {sheets[0].parent}")
         return sheets[0].parent
-    print("\n".join(rehearsal.report()))
+    with uncollected():  # a step on the meta device imports much more of torch
+        lines = rehearsal.report()
+    print("\n".join(lines))
     sheet = rehearsal.draw_first()
     print(f"\nsheet of the first pictures: {sheet}")
     return sheet
@@ -67,7 +73,7 @@ class Rehearsal:
         cached = self._cached(prompts)
         parts = {
             "Pictures": bucket_lines(self.manifest, self.trainer.token_budget) + sources,
-            "Captions": caption_lines(lengths),
+            "Captions": caption_lines(lengths) + self._lines_of_others(prompts),
             "Steps": self._step_lines(),
             "Caches": cache_lines(cached),
             "Model": self._model_lines(max(map(min, lengths.values()), default=1), cached),
@@ -105,6 +111,15 @@ class Rehearsal:
             for source in source_variants(item, self.trainer.source_dropout())
         }
 
+    def _lines_of_others(self, prompts: Iterable[Prompt]) -> list[str]:
+        """A line for each further text encoder about the texts that it does not take whole."""
+        texts = {prompt.text: self.trainer.count_of_others(prompt) for prompt in prompts}
+        limits = {encoder: limit for counts in texts.values() for encoder, (_, limit) in counts.items()}
+        cut = Counter(e for counts in texts.values() for e, (count, limit) in counts.items() if count > limit)
+        return [
+            f"{cut[e]} longer than {e} takes ({limit} tokens), which are cut" for e, limit in limits.items()
+        ]
+
     def _step_lines(self) -> list[str]:
         plan, training = self.plan, self.options.training
         epochs = self.total_steps / plan.steps_per_epoch
@@ -139,6 +154,7 @@ class Rehearsal:
         others = estimate.other_phases(manner, swap, **to_encode)
         return [
             *trained_lines(estimate.network),
+            *self._routing_lines(estimate),
             f"memory of tensors while training: {shown(sum(training.values()))}",
             *(f"  {name}: {shown(size)}" for name, size in training.items()),
             *(
@@ -147,6 +163,16 @@ class Rehearsal:
                 for phase, parts in others.items()
             ),
         ]
+
+    def _routing_lines(self, estimate: MemoryEstimate) -> list[str]:
+        stride, work = self.trainer.family.pixel_stride, estimate.work
+        return routing_lines(
+            estimate.model,
+            self.options.tread,
+            image=max((width // stride) * (height // stride) for width, height in work.sizes),
+            text=work.tokens,
+            total_steps=self.total_steps,
+        )
 
     def _adjustments(self) -> list[str]:
         """What is done otherwise than the words of the command line say."""

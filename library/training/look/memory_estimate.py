@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from library.data.items import Item
 from library.data.prompt import Prompt
 from library.data.prompt_files import load_sample_prompts
 from library.nn.block_swap import chosen_blocks, spared_bytes
+from library.nn.transformer import Transformer
 from library.options.optimizer import OptimizerOptions
 from library.options.request import ImageRequest
 from library.options.swap import SwapOptions
@@ -67,7 +69,9 @@ class MemoryEstimate:
         """
         options = trainer.options
         limit = _most_tokens(trainer, context.prepared.manifest.items)
-        self.work = Work(context.plan.largest_batch, min(limit, tokens or limit))
+        tread = options.tread
+        routes = () if tread.steps_off(context.total_steps) else tread.routes  # the last steps take the most
+        self.work = Work(context.plan.largest_batch, min(limit, tokens or limit), routes)
         self.trains_text = options.network.trains_text_encoder
         self._trainer, self._context, self._kind, self._speeds = trainer, context, kind, speeds
         self._simulations: dict[str | None, Simulation] = {}
@@ -107,7 +111,7 @@ class MemoryEstimate:
         if caching.texts and texts:
             phases["filling the text cache"] = {
                 "text encoder": self._trainer.text_encoder_bytes(self.encoders),
-                "its work": self._encoding_texts(caching.text_encoder_batch_size, trained=False)[0],
+                "its work": self._caching_texts(caching.text_encoder_batch_size),
             }
         if caching.latents and latents:
             phases["filling the latent cache"] = {
@@ -139,6 +143,11 @@ class MemoryEstimate:
     def blocks(self) -> int:
         """How many blocks the model has."""
         return len(self.simulation(self._given_quant).model.runner.blocks)
+
+    @property
+    def model(self) -> Transformer:
+        """The model, without content."""
+        return self.simulation(self._given_quant).model
 
     @property
     def network(self) -> LoRANetwork:
@@ -200,6 +209,19 @@ class MemoryEstimate:
     def _kept_of_texts(self) -> int:
         self.simulation(self._given_quant)  # puts the network on the text encoder
         return self._encoding_texts(len(self.work.sizes), trained=True)[1]
+
+    def _caching_texts(self, count: int) -> int:
+        """What a batch takes: looking at the sources, then the texts with what was seen of the sources."""
+        texts = self._encoding_texts(count, trained=False)[0]
+        items = self._context.prepared.manifest.items
+        sources = [item.geometry.bucket for item in items if item.source is not None]
+        if not sources:
+            return texts
+        largest, encoders = max(sources, key=prod), self.encoders
+        looking, seen = peak_of(
+            lambda: self._trainer.see_blank(encoders, largest, count), encoders, looks_at_values=False
+        )
+        return max(looking, seen + texts)
 
     def _encoding_texts(self, count: int, *, trained: bool) -> tuple[int, int]:
         checkpointed = self._trainer.options.compute.gradient_checkpointing and trained

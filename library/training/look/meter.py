@@ -168,6 +168,7 @@ def _counts() -> dict[str, Callable[..., int]]:
     }
     return named | {
         "aten::addmm_": named["aten::addmm"],
+        "aten::_int_mm": named["aten::mm"],
         "torch_attn::_varlen_attn": _varlen_flops,
         "torch_attn::_varlen_attn_backward": _varlen_backward_flops,
     }

@@ -8,7 +8,10 @@ choice costs
 
 with copies = bytes of the swapped blocks / speed of the link, which run beside the computation. Precision is
 another matter: everything else gives the same numbers bit for bit. So a quantised model is weighed as if a
-step took longer (`RELUCTANCE`), and is chosen where nothing else fits, or all else is that much slower.
+step took longer (`RELUCTANCE`), and is chosen where nothing else fits, or all else is that much slower. How
+much longer is a judgement, which nothing was measured for: errors of the weights of 0.7 % (int8) and 9 %
+(nf4) are taken to be worth half a step, and one and a half. Whoever judges otherwise gives --base_quant, or
+copies the modes and the swap of another line of the table.
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ SEEN = 0.1  # share of the copies' time that the computation feels although they
 PRECISIONS = (None, "int8", "nf4")  # tried where none is given; int8 is nearer to the original than fp8
 
 _PAGEABLE = 0.4  # share of the link's speed that copies from ordinary memory reach
-_MIXED = (("feed_forward", 2), ("full", 2))  # half of the blocks; memory and time lie in between
+_MIXED = (
+    ("feed_forward", 2),
+    ("outputs", 2),
+    ("full", 2),
+)  # half of the blocks; memory and time lie in between
 
 _log = logger("budget")
 
@@ -249,9 +256,10 @@ def _modes(options: TrainOptions) -> list[tuple[str, int]]:
         return [(compute.checkpoint_mode, every)]
     ruled_out = {"none"} if compute.gradient_checkpointing else set()
     if compute.cpu_offload_checkpointing:
-        ruled_out |= {"feed_forward", "full"} | ({"selective"} if compute.gradient_checkpointing else set())
+        ruled_out |= {"feed_forward", "outputs", "full"}
+        ruled_out |= {"selective"} if compute.gradient_checkpointing else set()
     if compute.compiles:
-        ruled_out |= {"selective", "feed_forward"}  # there the compiler chooses
+        ruled_out |= {"selective", "feed_forward", "outputs"}  # there the compiler chooses
     return [(mode, every) for mode in MODES if mode not in ruled_out]
 
 

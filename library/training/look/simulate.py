@@ -20,7 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from library.data.batch import Condition
 from library.data.items import Size
+from library.nn.routing import Routing, kept_count
 from library.nn.stand_in import meta_standing_for
+from library.nn.transformer import Transformer
+from library.options.tread import Route, resolved
 from library.training.look.meter import Meter, Speeds
 from networks.lora import LoRANetwork
 
@@ -32,10 +35,14 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is made on: pictures of these sizes, in pixels, each with a caption of so many tokens."""
+    """What a step is made on: pictures of these sizes, in pixels, each with a caption of so many tokens.
+
+    routes: by which tokens skip blocks in training.
+    """
 
     sizes: tuple[Size, ...]
     tokens: int
+    routes: tuple[Route, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Simulation:
     def __init__(
         self,
         trainer: NetworkTrainer,
-        model: nn.Module,
+        model: Transformer,
         network: LoRANetwork,
         device: torch.device = META,
         kind: str = "cuda",
@@ -87,12 +94,13 @@ class Simulation:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         meter = Meter(self._counted_kinds(), speeds)
         x, sigma_B, conditions = self._inputs(work)
+        routing = self._routing(work)
         if gradients_there:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             meter.add(parameter.grad for parameter in parameters)
         with self._standing(), meter if metered else nullcontext():
-            predicted = self.trainer.velocities(self.model, x, sigma_B, conditions)
+            predicted = self.trainer.velocities(self.model, x, sigma_B, conditions, routing)
             loss = torch.stack([velocity.square().mean() for velocity in predicted]).sum()
             del predicted
             kept, forward = meter.live, meter.seconds
@@ -119,6 +127,19 @@ class Simulation:
             condition.tokens_LD.requires_grad_(self.trainer.options.network.trains_text_encoder)
         return x, torch.full((len(x),), 0.5, device=self.device), conditions
 
+    def _routing(self, work: Work) -> Routing | None:
+        """Drop as many tokens as training does; it does not matter which."""
+        if not work.routes:
+            return None
+        stride = self.trainer.family.pixel_stride
+        tokens = [(width // stride) * (height // stride) for width, height in work.sizes]
+        routes = resolved(work.routes, len(self.model.routed_blocks))
+        kept = tuple(
+            tuple(torch.arange(kept_count(count, route.share), device=self.device) for count in tokens)
+            for route in routes
+        )
+        return Routing(routes, kept)
+
     def _counted_kinds(self) -> set[str]:
         # What is parked in the computer's memory does not count, unless that is the device.
         return {self.device.type} | ({"cpu"} if self.kind == "cpu" else set())
@@ -135,12 +156,21 @@ def weight_bytes(*modules: nn.Module) -> int:
     return meter.live
 
 
-def peak_of(action: Callable[[], object], *modules: nn.Module) -> tuple[int, int]:
+def peak_of(
+    action: Callable[[], object], *modules: nn.Module, looks_at_values: bool = True
+) -> tuple[int, int]:
     """Return the most bytes that `action` takes, and how many its result keeps alive. Weights of `modules`,
     on the meta device, do not count.
 
     Text encoders of transformers look at values, which meta tensors do not have; fake ones say what they are.
+    With `looks_at_values` False there are none of those, so that tensors on the CPU have their values.
     """
+    if not looks_at_values:
+        with meta_standing_for("cuda"), _AttentionOnGPU(), Meter() as meter:
+            result = action()
+            kept = meter.live
+            del result
+        return meter.peak, kept
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     weights += [fake.from_tensor(tensor) for tensor in weights]
@@ -162,6 +192,10 @@ class _AttentionOnGPU(TorchFunctionMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        if func is F.scaled_dot_product_attention and not kwargs and len(args) == 3:
-            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, False)[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        tables = kwargs.get("attn_mask") is not None or kwargs.get("dropout_p")  # these are made after all
+        if func is F.scaled_dot_product_attention and len(args) == 3 and not tables:
+            how = (0.0, bool(kwargs.get("is_causal")))
+            attend = torch.ops.aten._scaled_dot_product_efficient_attention
+            return attend(*args, None, False, *how, scale=kwargs.get("scale"))[0]
+        return func(*args, **kwargs)

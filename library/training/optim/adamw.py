@@ -11,6 +11,7 @@ step is made by that class, and from there on all are, because parameters differ
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ _AVERAGES = ("exp_avg", "exp_avg_sq")
 
 class LeanAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)`; its update is one operation for each kind of parameter in a group."""
+
+    # torch wraps these to keep them out of compiled code, and the first call of such a wrapper imports the
+    # compiler, which takes longer than importing torch. Nothing compiles an optimizer here.
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = unwrap(torch.optim.AdamW.state_dict)
 
     def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
         """`settings`: lr and some of `SETTINGS`."""
@@ -44,7 +50,7 @@ class LeanAdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Take over a state, which may be one of torch's class."""
-        super().load_state_dict(state_dict)
+        unwrap(torch.optim.AdamW.load_state_dict)(self, state_dict)
         self._bundles, self._apart = None, False
 
     def _bundle(self) -> None:

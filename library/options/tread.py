@@ -83,7 +83,7 @@ class TreadOptions(OptionGroup):
     """Token routing (TREAD).
 
     Steps are faster because a share of each picture's tokens, drawn anew in every step, skips some blocks;
-    see docs/performance.md. Validation and sample pictures always have all tokens.
+    see docs/token_routing.md. Validation and sample pictures always have all tokens.
     """
 
     tread_routes: tuple[str, ...] = option(

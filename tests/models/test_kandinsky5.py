@@ -18,6 +18,7 @@ from library.options.quant import PRODUCTS, QuantOptions
 from library.options.swap import SwapOptions
 from networks.lora import LoRANetwork, LoRASize, merge, unmerge
 from tests.models.kandinsky5_pairs import Inputs, make_inputs, make_params, make_theirs
+from tests.models.scaled_fp8 import in_scaled_fp8
 from tests.strict_copier import StrictCopier
 from tools import quantize_model
 
@@ -74,6 +75,18 @@ def _flat(tensors):
 
 
 class TestLoading:
+    @pytest.mark.parametrize("newer", [False, True])
+    def test_fp8_with_scales_is_multiplied_out(self, files, tmp_path, newer):
+        tensors = load_file(files["t2i"])
+        linear = {f"{path}.weight" for path in quantisable_layers(make_params(in_channels=16))}
+        stored = in_scaled_fp8(tensors, linear.__contains__, newer=newer, rows=newer)
+        paths = [tmp_path / name for name in ("fp8.safetensors", "plain.safetensors")]
+        for path, content in zip(paths, stored, strict=True):
+            save_file({name: tensor.contiguous() for name, tensor in content.items()}, path)
+        found, expected = (load(path).state_dict() for path in paths)
+        assert found.keys() == expected.keys() and len(stored[0]) > len(stored[1])
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
     @pytest.mark.parametrize("task", TASKS)
     def test_the_model_is_that_of_the_file_and_frozen(self, files, task):
         model = load(files[task])

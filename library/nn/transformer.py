@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,20 +10,21 @@ from torch import nn
 from library.nn.runner import BlockRunner
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, ABC):
     """A network of blocks. `runner` says how they are run."""
 
     runner: BlockRunner
 
+    @abstractmethod
     def use_attention(self, kernel: str) -> None:
         """Let every block use the named kernel of `library.nn.attention`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def routed_blocks(self) -> nn.ModuleList:
         """The blocks that image tokens can skip, see `library.nn.routing`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block_flops(self, seen: Sequence[int], image: int, text: int) -> int:
         """Return multiplications and additions of the blocks' products for one picture, forward.
 
@@ -31,4 +33,3 @@ class Transformer(nn.Module):
         Args:
             seen: image tokens in each of `routed_blocks`. image, text: tokens elsewhere.
         """
-        raise NotImplementedError

@@ -91,9 +91,8 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
     optimizer = create_optimizer(groups, options.optimizer)
     limit = options.network.scale_weight_norms
     norm_limit = NormLimit(network, limit, context.device) if limit else None
-    gauges: list[Gauge] = [bands, WeightNorms(network)]
-    gauges += [vote] if context.processes.world > 1 else []
-    gauges += [gauge for gauge in (norm_limit, rollouts) if gauge is not None]
+    wanted: list[Gauge | None] = [bands, WeightNorms(network), norm_limit, rollouts]
+    wanted += [vote] if context.processes.world > 1 else []
     updater = Updater(
         objective,
         list(network.parameters()),
@@ -104,23 +103,21 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
         scale_gradients=context.dtype == torch.float16,
         on_nan=options.state.on_nan,
         idle=lockstep.idle_step,
-        gauges=gauges,
+        gauges=[gauge for gauge in wanted if gauge is not None],
     )
-    sources = Sources(inputs.latent_source, inputs.text_source)
     ema = Ema(network.named_parameters(), options.ema) if options.ema.ema else None
     output = Output(context, network, optimizer, ema, hurried=lambda: stop.reason() is not None)
     grid = Grid(grid_path(options.saving), options.saving.output_dir / "sample")
     metrics = _metrics(context)
-    changing: dict[str, Part] = {
-        "network": weights_part(network),
-        "optimizer": optimizer_part(optimizer),
-        "updater": numbers_part(updater.export_state, updater.import_state),
-        "metrics": numbers_part(metrics.export_state, metrics.import_state),
-        "files": numbers_part(
-            output.periodic_save.retention.export_state, output.periodic_save.retention.import_state
-        ),
-        "grid": numbers_part(grid.export_state, grid.import_state),
+    changing: dict[str, Part] = {"network": weights_part(network), "optimizer": optimizer_part(optimizer)}
+    counting = {
+        "updater": updater,
+        "metrics": metrics,
+        "files": output.periodic_save.retention,
+        "grid": grid,
     }
+    for name, part in counting.items():
+        changing[name] = numbers_part(part.export_state, part.import_state)
     if ema is not None:
         changing["ema"] = tensors_part(ema.export_state, ema.import_state)
     return Assembly(
@@ -130,13 +127,7 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
         lockstep=lockstep,
         optimizer=optimizer,
         updater=updater,
-        loader=BatchLoader(
-            context.prepared.manifest,
-            context.plan,
-            sources,
-            context.loader_settings(),
-            complete=noising.add_to,
-        ),
+        loader=_loader(context, noising),
         ema=ema,
         norm_limit=norm_limit,
         output=output,
@@ -146,6 +137,14 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
         vote=vote,
         states=_states(context, changing),
     )
+
+
+def _loader(context: RunContext, noising: Noising) -> BatchLoader:
+    """Return what loads the run's batches, with their noise."""
+    sources = Sources(context.inputs.latent_source, context.inputs.text_source)
+    settings = context.loader_settings()
+    manifest = context.prepared.manifest
+    return BatchLoader(manifest, context.plan, sources, settings, complete=noising.add_to)
 
 
 def _load_model(context: RunContext) -> Transformer:
@@ -182,8 +181,7 @@ def _router(context: RunContext, model: Transformer) -> Router | None:
     tread, family = context.options.tread, context.trainer.family
     if not tread.tread_routes:
         return None
-    stride, sizes = family.pixel_stride, context.plan.largest_batch
-    image = max((width // stride) * (height // stride) for width, height in sizes)
+    image = max(map(family.image_tokens, context.plan.largest_batch))
     steps = context.total_steps
     for line in routing_lines(model, tread, image=image, text=_TEXT, total_steps=steps):
         _log.info("%s", line)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from library.data.items import Size
+
 
 @dataclass(frozen=True)
 class FamilySpec:
@@ -23,6 +25,11 @@ class FamilySpec:
     def pixel_stride(self) -> int:
         """Pixels along one side of a token."""
         return self.latent_stride * self.patch
+
+    def image_tokens(self, size: Size) -> int:
+        """Return how many tokens a picture of a size in pixels has."""
+        width, height = size
+        return (width // self.pixel_stride) * (height // self.pixel_stride)
 
 
 @dataclass(frozen=True)

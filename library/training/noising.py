@@ -135,8 +135,7 @@ class Noising:
         self, draws: Sequence[Draw], sizes: Sequence[Size], preserved: Sequence[bool]
     ) -> tuple[tuple[float, ...], ...]:
         """Return the walks of draws whose pictures, of such sizes in pixels, need not be here."""
-        stride = self._family.pixel_stride
-        tokens = [(width // stride) * (height // stride) for width, height in sizes]
+        tokens = [self._family.image_tokens(size) for size in sizes]
         return self.walks(draws, self._drawn_sigmas(draws, tokens), preserved)
 
     def _drawn_sigmas(self, draws: Sequence[Draw], tokens: Sequence[int]) -> Tensor:

@@ -165,11 +165,11 @@ class Rehearsal:
         ]
 
     def _routing_lines(self, estimate: MemoryEstimate) -> list[str]:
-        stride, work = self.trainer.family.pixel_stride, estimate.work
+        work = estimate.work
         return routing_lines(
             estimate.model,
             self.options.tread,
-            image=max((width // stride) * (height // stride) for width, height in work.sizes),
+            image=max(map(self.trainer.family.image_tokens, work.sizes)),
             text=work.tokens,
             total_steps=self.total_steps,
         )

@@ -131,8 +131,7 @@ class Simulation:
         """Drop as many tokens as training does; it does not matter which."""
         if not work.routes:
             return None
-        stride = self.trainer.family.pixel_stride
-        tokens = [(width // stride) * (height // stride) for width, height in work.sizes]
+        tokens = [self.trainer.family.image_tokens(size) for size in work.sizes]
         routes = resolved(work.routes, len(self.model.routed_blocks))
         kept = tuple(
             tuple(torch.arange(kept_count(count, route.share), device=self.device) for count in tokens)

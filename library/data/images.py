@@ -221,9 +221,10 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path} is too large to be decoded safely: {error}") from error
+        reason = f"is too large to be decoded safely ({error})"
+        raise DataError(f"{path} {reason}; make it smaller, or leave it out.") from error
     except FileNotFoundError as error:
-        raise DataError(f"{path} is not there.") from error
+        raise DataError(f"{path} is not there; correct its name, or put the picture back.") from error
     except _DAMAGE as error:
         raise DataError(f"{path} cannot be decoded: {_reason(path, error)}.") from error
     if picture.mode not in _MODES:

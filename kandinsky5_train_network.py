@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
 from library.core.hashing import HashLedger
+from library.core.weight_layout import WeightLayout
 from library.data.items import Manifest, Size
 from library.data.prompt import Prompt
-from library.models import file_identity, kandinsky5_identity
+from library.models import file_identity, kandinsky5_format, kandinsky5_identity
 from library.models.clip_tokenizer import MAX_TOKENS
 from library.models.kandinsky5_data import check_data
 from library.models.kandinsky5_files import (
@@ -34,7 +35,6 @@ from library.options.train_kandinsky5 import Kandinsky5TrainOptions
 from library.training.family import FamilySpec, ModelFiles
 from library.training.output.metadata import weight_file
 from library.training.trainer import NetworkTrainer
-from networks.module import check_layers
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class Kandinsky5Trainer(NetworkTrainer):
     options: Kandinsky5TrainOptions
 
     def check_files(self) -> None:
-        """Read the headers of the four weight files and the tokenizers; check that the network fits."""
+        """Read the headers of the four weight files and the tokenizers; check that what is trained fits."""
         models = self.options.model
         transformer = check_models(
             models.pretrained_model_name_or_path,
@@ -78,7 +78,7 @@ class Kandinsky5Trainer(NetworkTrainer):
             task=models.task,
             quant=self.options.quant,
         )
-        check_layers(self.options.network, linear_layers(transformer.params))
+        self.trainee_kind.check_model(self, transformer, linear_layers(transformer.params))
         self.options.swap.check(transformer.params.n_blocks)
         self.options.tread.check(transformer.params.n_visual_blocks)
         self._tokenizers = build_tokenizers(models)  # a wrong one is told before an encoder is loaded
@@ -267,6 +267,11 @@ class Kandinsky5Trainer(NetworkTrainer):
         from library.models.kandinsky5 import velocities
 
         return velocities(model, x, sigma_B, conditions, routing)
+
+    def weight_layout(self, params: kandinsky5_format.Kandinsky5Params, *, diffusers: bool) -> WeightLayout:
+        """Return the layout of a file, or of a folder for diffusers."""
+        make = kandinsky5_format.diffusers_layout if diffusers else kandinsky5_format.original_layout
+        return make(params)
 
     def sample_defaults(self) -> ImageRequest:
         """Return the official settings: 50 steps, guidance 3.5 all the way and not renormalised."""

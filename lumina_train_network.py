@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from library.core.entry import run_script
 from library.core.hashing import HashLedger
-from library.models import lumina2_identity
+from library.core.weight_layout import WeightLayout
+from library.models import lumina2_format, lumina2_identity
 from library.models.gemma2_format import inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer, find_tokenizer, format_prompt
 from library.models.lumina2_files import check_models
@@ -24,7 +25,7 @@ from library.options.train import LuminaTrainOptions
 from library.training.family import FamilySpec, ModelFiles
 from library.training.output.metadata import weight_file
 from library.training.trainer import NetworkTrainer
-from networks.module import apply_base_text_weights, base_text_identity, check_layers
+from networks.module import apply_base_text_weights, base_text_identity
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +58,11 @@ class LuminaTrainer(NetworkTrainer):
     options: LuminaTrainOptions
 
     def check_files(self) -> None:
-        """Read the headers of the three weight files, and check that the network fits the transformer."""
+        """Read the headers of the three weight files, and check that what is trained fits the model."""
         models = self.options.model
         files = (models.pretrained_model_name_or_path, models.gemma2, models.ae)
         transformer = check_models(*files, self.options.quant)
-        check_layers(self.options.network, linear_layers(transformer.params))
+        self.trainee_kind.check_model(self, transformer, linear_layers(transformer.params))
         self.options.swap.check(transformer.params.n_blocks)
         self.options.tread.check(transformer.params.n_layers)
 
@@ -69,7 +70,7 @@ class LuminaTrainer(NetworkTrainer):
         """Identify the weight files for states, and describe them for the metadata."""
         digests = file_digests(self.options.model, ledger)
         trained = {"pretrained_model_name_or_path"}
-        if self.options.network.trains_text_encoder:
+        if self.options.trainee.trains_text_encoder:
             trained |= {"gemma2", "gemma2_tokenizer"}
         return ModelFiles(
             described=self._describe(ledger),
@@ -105,7 +106,7 @@ class LuminaTrainer(NetworkTrainer):
             options.model,
             options.training.mixed_precision,
             ledger,
-            merged=base_text_identity(options.network, ledger.sha256),
+            merged=base_text_identity(options.trainee, ledger.sha256),
             quant=options.quant.text_encoder_quant,
         )
 
@@ -128,7 +129,7 @@ class LuminaTrainer(NetworkTrainer):
             dtype=dtype,
             quant=self.options.quant,
         )
-        apply_base_text_weights(self.options.network, encoder)
+        apply_base_text_weights(self.options.trainee, encoder)
         return encoder
 
     def load_transformer(
@@ -205,6 +206,11 @@ class LuminaTrainer(NetworkTrainer):
         from library.models.lumina2 import velocities
 
         return velocities(model, x, sigma_B, conditions, routing)
+
+    def weight_layout(self, params: lumina2_format.NextDiTParams, *, diffusers: bool) -> WeightLayout:
+        """Return the layout of a file, or of a folder for diffusers."""
+        make = lumina2_format.diffusers_layout if diffusers else lumina2_format.original_layout
+        return make(params)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.step_parts import RANK, Family, Settings, disturb
 from library.core.device import keep_freed_memory
@@ -84,80 +84,99 @@ def make_weights(params: Kandinsky5Params) -> dict[str, Tensor]:
     return weights
 
 
+def our_model(settings: Settings) -> Kandinsky5DiT:
+    """Make this project's."""
+    keep_freed_memory()  # as `load_kandinsky5` does
+    with torch.device("meta"):
+        model = Kandinsky5DiT(settings.params)
+    weights = make_weights(settings.params)
+    for name in list(weights):
+        dtype = torch.float32 if name.startswith("time_embeddings.") else settings.dtype
+        weights[name] = weights[name].to(settings.device, dtype)
+    model.load_state_dict(weights, assign=True)
+    model.runner.keep(ComputeOptions(gradient_checkpointing=settings.checkpointing).keeps)
+    return model
+
+
+def their_model(settings: Settings) -> nn.Module:
+    """Make diffusers', with modulation and time in fp32, as its `from_pretrained` keeps them."""
+    from diffusers import Kandinsky5Transformer3DModel
+
+    p = settings.params
+    with torch.device(settings.device):
+        model = Kandinsky5Transformer3DModel(
+            in_visual_dim=p.in_channels, out_visual_dim=p.latent_channels, in_text_dim=p.text_dim,
+            in_text_dim2=p.pooled_dim, time_dim=p.time_dim, model_dim=p.model_dim, ff_dim=p.ff_dim,
+            num_text_blocks=p.n_text_blocks, num_visual_blocks=p.n_visual_blocks, axes_dims=p.axes_dims,
+        )  # fmt: skip
+    model.load_state_dict(make_weights(p))
+    for name, weight in model.named_parameters():
+        if "modulation" not in name and "time_embeddings" not in name:
+            weight.data = weight.data.to(settings.dtype)
+    if settings.checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def our_loss(model: Kandinsky5DiT, work: Work) -> Tensor:
+    """Forward."""
+    out = torch.stack(model(work.latents_BCHW.unbind(), work.time_B, work.tokens, work.pooled_BP))
+    return (out.float() - work.target_BCHW).square().mean()
+
+
+def their_loss(model: nn.Module, work: Work, dtype: torch.dtype) -> Tensor:
+    """Forward, under autocast; texts of a batch are padded, and the network knows no mask."""
+    tokens = torch.nn.utils.rnn.pad_sequence(work.tokens, batch_first=True)
+    device = tokens.device
+    side = torch.arange(work.latents_BCHW.shape[-1] // 2, device=device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        out_B1HWC = model(
+            work.latents_BCHW.permute(0, 2, 3, 1).unsqueeze(1).to(dtype),
+            tokens,
+            work.time_B,
+            work.pooled_BP,
+            visual_rope_pos=[side[:1], side, side],
+            text_rope_pos=torch.arange(tokens.shape[1], device=device),
+            return_dict=False,
+        )
+    out = out_B1HWC.squeeze(1).permute(0, 3, 1, 2)
+    return (out.float() - work.target_BCHW).square().mean()
+
+
 class Ours:
     """This project."""
 
     def __init__(self, settings: Settings) -> None:
-        keep_freed_memory()  # as `load_kandinsky5` does
-        with torch.device("meta"):
-            model = Kandinsky5DiT(settings.params)
-        weights = make_weights(settings.params)
-        for name in list(weights):
-            dtype = torch.float32 if name.startswith("time_embeddings.") else settings.dtype
-            weights[name] = weights[name].to(settings.device, dtype)
-        model.load_state_dict(weights, assign=True)
-        self.model = model.requires_grad_(False)
-        self.model.runner.keep(ComputeOptions(gradient_checkpointing=settings.checkpointing).keeps)
+        self.model = our_model(settings).requires_grad_(False)
         targets = quantisable_layers(settings.params)
-        self.network = LoRANetwork(model, {path: LoRASize(RANK, RANK) for path in targets})
-        self.network.apply_to(model)
+        self.network = LoRANetwork(self.model, {path: LoRASize(RANK, RANK) for path in targets})
+        self.network.apply_to(self.model)
         self.trained = list(self.network.parameters())
         disturb(self.trained)
 
     def loss(self, work: Work) -> Tensor:
         """Forward."""
-        out = torch.stack(self.model(work.latents_BCHW.unbind(), work.time_B, work.tokens, work.pooled_BP))
-        return (out.float() - work.target_BCHW).square().mean()
+        return our_loss(self.model, work)
 
 
 class Rival:
-    """diffusers + peft, as diffusers' own LoRA scripts use them: fp32 adapters under autocast.
-
-    The network knows no mask, so texts of a batch are padded.
-    """
+    """diffusers + peft, as diffusers' own LoRA scripts use them: fp32 adapters under autocast."""
 
     def __init__(self, settings: Settings) -> None:
-        from diffusers import Kandinsky5Transformer3DModel
         from peft import LoraConfig
 
-        p = settings.params
-        self.dtype, self.device = settings.dtype, settings.device
-        with torch.device(settings.device):
-            model = Kandinsky5Transformer3DModel(
-                in_visual_dim=p.in_channels, out_visual_dim=p.latent_channels, in_text_dim=p.text_dim,
-                in_text_dim2=p.pooled_dim, time_dim=p.time_dim, model_dim=p.model_dim, ff_dim=p.ff_dim,
-                num_text_blocks=p.n_text_blocks, num_visual_blocks=p.n_visual_blocks, axes_dims=p.axes_dims,
-            )  # fmt: skip
-        model.load_state_dict(make_weights(p))
-        for name, weight in model.named_parameters():  # what `from_pretrained` keeps in fp32
-            if "modulation" not in name and "time_embeddings" not in name:
-                weight.data = weight.data.to(settings.dtype)
-        self.model = model.requires_grad_(False)
-        if settings.checkpointing:
-            model.enable_gradient_checkpointing()
-        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=quantisable_layers(p)))
-        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.dtype = settings.dtype
+        self.model = their_model(settings).requires_grad_(False)
+        targets = quantisable_layers(settings.params)
+        self.model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self.trained:
             weight.data = weight.data.float()
         disturb(self.trained)
 
     def loss(self, work: Work) -> Tensor:
         """Forward."""
-        tokens = torch.nn.utils.rnn.pad_sequence(work.tokens, batch_first=True)
-        side = torch.arange(work.latents_BCHW.shape[-1] // 2, device=self.device)
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
-            out_B1HWC = self.model(
-                work.latents_BCHW.permute(0, 2, 3, 1).unsqueeze(1).to(self.dtype),
-                tokens,
-                work.time_B,
-                work.pooled_BP,
-                visual_rope_pos=[side[:1], side, side],
-                text_rope_pos=torch.arange(tokens.shape[1], device=self.device),
-                return_dict=False,
-            )
-        out = out_B1HWC.squeeze(1).permute(0, 3, 1, 2)
-        return (out.float() - work.target_BCHW).square().mean()
+        return their_loss(self.model, work, self.dtype)
 
 
 def useful_flops(settings: Settings) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.reference_model import ReferenceModel
 from benchmarks.step_parts import RANK, Family, Settings, disturb
@@ -77,67 +77,88 @@ def make_weights(params: NextDiTParams) -> dict[str, Tensor]:
     return weights
 
 
+def our_model(settings: Settings) -> NextDiT:
+    """Make this project's."""
+    keep_freed_memory()  # as `load_nextdit` does
+    with torch.device("meta"):
+        model = NextDiT(settings.params)
+    weights = make_weights(settings.params)
+    for name in list(weights):
+        dtype = torch.float32 if name.startswith("t_embedder.") else settings.dtype
+        weights[name] = weights[name].to(settings.device, dtype)
+    model.load_state_dict(weights, assign=True)
+    model.runner.keep(ComputeOptions(gradient_checkpointing=settings.checkpointing).keeps)
+    return model
+
+
+def their_model(settings: Settings) -> nn.Module:
+    """Make diffusers', all of it in one dtype."""
+    from diffusers import Lumina2Transformer2DModel
+
+    p = settings.params
+    with torch.device(settings.device):
+        model = Lumina2Transformer2DModel(
+            sample_size=128, patch_size=p.patch_size, in_channels=p.in_channels, hidden_size=p.dim,
+            num_layers=p.n_layers, num_refiner_layers=p.n_noise_refiners, num_attention_heads=p.n_heads,
+            num_kv_heads=p.n_kv_heads, axes_dim_rope=p.axes_dims, cap_feat_dim=p.cap_feat_dim,
+        )  # fmt: skip
+    model.load_state_dict(_for_diffusers(make_weights(p), p))
+    if settings.checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.to(settings.dtype)
+
+
+def our_loss(model: NextDiT, work: Work) -> Tensor:
+    """Forward."""
+    out = torch.stack(model(work.latents_BCHW.unbind(), work.t_B, work.captions))
+    return (out.float() - work.target_BCHW).square().mean()
+
+
+def their_loss(model: nn.Module, work: Work, dtype: torch.dtype) -> Tensor:
+    """Forward, under autocast; captions are padded and masked, as this implementation needs them."""
+    captions = torch.nn.utils.rnn.pad_sequence(work.captions, batch_first=True)
+    device = captions.device
+    lengths = torch.tensor([len(caption) for caption in work.captions], device=device)
+    mask = torch.arange(captions.shape[1], device=device) < lengths[:, None]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        out = model(work.latents_BCHW.to(dtype), work.t_B, captions, mask, return_dict=False)[0]
+    return (out.float() - work.target_BCHW).square().mean()
+
+
 class Ours:
     """This project."""
 
     def __init__(self, settings: Settings) -> None:
-        keep_freed_memory()  # as `load_nextdit` does
-        with torch.device("meta"):
-            model = NextDiT(settings.params)
-        weights = make_weights(settings.params)
-        for name in list(weights):
-            dtype = torch.float32 if name.startswith("t_embedder.") else settings.dtype
-            weights[name] = weights[name].to(settings.device, dtype)
-        model.load_state_dict(weights, assign=True)
-        self.model = model.requires_grad_(False)
-        self.model.runner.keep(ComputeOptions(gradient_checkpointing=settings.checkpointing).keeps)
-        targets = (path for path in linear_layers(model) if ".attention." in path or ".feed_forward." in path)
-        self.network = LoRANetwork(model, {path: LoRASize(RANK, RANK) for path in targets})
-        self.network.apply_to(model)
+        self.model = our_model(settings).requires_grad_(False)
+        targets = (p for p in linear_layers(self.model) if ".attention." in p or ".feed_forward." in p)
+        self.network = LoRANetwork(self.model, {path: LoRASize(RANK, RANK) for path in targets})
+        self.network.apply_to(self.model)
         self.trained = list(self.network.parameters())
         disturb(self.trained)
 
     def loss(self, work: Work) -> Tensor:
         """Forward."""
-        out = torch.stack(self.model(work.latents_BCHW.unbind(), work.t_B, work.captions))
-        return (out.float() - work.target_BCHW).square().mean()
+        return our_loss(self.model, work)
 
 
 class Rival:
     """diffusers + peft, as diffusers' own LoRA scripts use them: fp32 adapters under autocast."""
 
     def __init__(self, settings: Settings) -> None:
-        from diffusers import Lumina2Transformer2DModel
         from peft import LoraConfig
 
-        p = settings.params
-        self.dtype, self.device = settings.dtype, settings.device
-        with torch.device(settings.device):
-            model = Lumina2Transformer2DModel(
-                sample_size=128, patch_size=p.patch_size, in_channels=p.in_channels, hidden_size=p.dim,
-                num_layers=p.n_layers, num_refiner_layers=p.n_noise_refiners, num_attention_heads=p.n_heads,
-                num_kv_heads=p.n_kv_heads, axes_dim_rope=p.axes_dims, cap_feat_dim=p.cap_feat_dim,
-            )  # fmt: skip
-        model.load_state_dict(_for_diffusers(make_weights(p), p))
-        self.model = model.to(settings.dtype).requires_grad_(False)
-        if settings.checkpointing:
-            model.enable_gradient_checkpointing()
+        self.dtype = settings.dtype
+        self.model = their_model(settings).requires_grad_(False)
         targets = r".*\.(attn\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.linear_[123])"
-        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
-        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self.trained:
             weight.data = weight.data.float()
         disturb(self.trained)
 
     def loss(self, work: Work) -> Tensor:
-        """Forward; captions are padded and masked, as this implementation needs them."""
-        captions = torch.nn.utils.rnn.pad_sequence(work.captions, batch_first=True)
-        lengths = torch.tensor([len(caption) for caption in work.captions], device=self.device)
-        mask = torch.arange(captions.shape[1], device=self.device) < lengths[:, None]
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
-            out = self.model(work.latents_BCHW.to(self.dtype), work.t_B, captions, mask, return_dict=False)[0]
-        return (out.float() - work.target_BCHW).square().mean()
+        """Forward."""
+        return their_loss(self.model, work, self.dtype)
 
 
 class Reference:

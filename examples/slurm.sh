@@ -3,7 +3,8 @@
 #
 #     OUTPUT_DIR=/shared/runs/cat OUTPUT_NAME=cat sbatch examples/slurm.sh --config_file cat.toml
 #
-# One task for each GPU, on as many computers as you like. All of them need to see the same folders.
+# One task for each GPU, on as many computers as you like. All of them need to see the same folders. With
+# SCRIPT=lumina_train.py in front the model itself is trained, and not a LoRA.
 #SBATCH --job-name=lumina
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -17,6 +18,7 @@
 set -u
 : "${OUTPUT_DIR:?where the network and the states go}" "${OUTPUT_NAME:?what the network is called}"
 PYTHON=${PYTHON:-.venv/bin/python}
+SCRIPT=${SCRIPT:-lumina_train_network.py}
 
 # B:USR1@300 above sends this script, and nothing else, a signal five minutes before the time is up. It is
 # passed on as a file: a signal would have to reach every task, through whatever has started it.
@@ -32,7 +34,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-srun --kill-on-bad-exit=1 "$PYTHON" lumina_train_network.py "$@" \
+srun --kill-on-bad-exit=1 "$PYTHON" "$SCRIPT" "$@" \
     --output_dir "$OUTPUT_DIR" --output_name "$OUTPUT_NAME" --save_state --resume latest &
 training=$!
 wait "$training"

@@ -25,6 +25,7 @@ TORCH_FREE = [
     "library.core.files",
     "library.core.hashing",
     "library.core.checkpoint_files",
+    "library.core.checkpoint_writer",
     "library.options.train",
     "library.options.inference",
     "library.data.schema",
@@ -40,12 +41,16 @@ TORCH_FREE = [
     "library.models.qwen2_5_vl_format",
     "library.training.trainer",
     "library.training.prepare",
+    "library.training.trainee.network",
+    "library.training.trainee.weights",
     "networks.lora_lumina",
     "networks.lora_kandinsky5",
     "networks.lycoris.module",
     "lumina_train_network",
+    "lumina_train",
     "lumina_minimal_inference",
     "kandinsky5_train_network",
+    "kandinsky5_train",
     "kandinsky5_minimal_inference",
     "tools.cache_latents",
 ]
@@ -108,3 +113,15 @@ def test_a_family_overrides_hooks_only():
         own = {name for name in vars(trainer) if not name.startswith("_")}
         assert own <= set(vars(NetworkTrainer)) | set(NetworkTrainer.__annotations__)
         assert not own & final
+
+
+def test_whole_models_are_trained_by_the_same_trainer():
+    """A family's second script says what is trained, and nothing else."""
+    from kandinsky5_train import Kandinsky5Finetuner
+    from kandinsky5_train_network import Kandinsky5Trainer
+    from lumina_train import LuminaFinetuner
+    from lumina_train_network import LuminaTrainer
+
+    for finetuner, trainer in ((LuminaFinetuner, LuminaTrainer), (Kandinsky5Finetuner, Kandinsky5Trainer)):
+        assert finetuner.__bases__ == (trainer,)
+        assert {name for name in vars(finetuner) if not name.startswith("_")} == {"trainee_kind"}

@@ -1,4 +1,4 @@
-"""Write docs/flags.md: what became of every flag of sd-scripts' lumina_train_network.py, and which are new.
+"""Write docs/flags.md: what became of every flag of sd-scripts' two Lumina scripts, and which are new.
 
 The table is read off the parser itself; `tests/options/test_flags.py` fails when the page is out of date.
 """
@@ -16,11 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.core.files import write_text  # noqa: E402
 from library.options.group import COMMON_FLAGS, OptionGroup, Refusal, group_classes  # noqa: E402
-from library.options.train import LuminaTrainOptions  # noqa: E402
+from library.options.train import LuminaFinetuneOptions, LuminaTrainOptions, TrainOptions  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "flags.md"
-SD_SCRIPTS_FLAGS = ROOT / "tools" / "sd_scripts_flags.txt"
+# The names of sd-scripts' flags, of the script that each of ours is named after.
+SD_SCRIPTS_FLAGS = {
+    LuminaTrainOptions: ROOT / "tools" / "sd_scripts_flags.txt",
+    LuminaFinetuneOptions: ROOT / "tools" / "sd_scripts_flags_train.txt",
+}
 
 _HEAD = """\
 # Every flag of lumina_train_network.py
@@ -34,6 +38,15 @@ out. *New* are those that sd-scripts does not have.
 
 A flag that works may have nothing to do in its company (`--vae_batch_size` without `--cache_latents`). If it
 is one of sd-scripts', it is accepted, and a line of the log and of `--dry_run` says so.
+
+`lumina_train.py`, which trains the model itself, has the same flags but for [a few](#lumina_trainpy).
+"""
+_WHOLE_MODELS = """
+# lumina_train.py
+
+It trains [the model itself](finetuning.md), and so does `kandinsky5_train.py`. Their flags are those above,
+but for the following, which they alone have or which say something else there. `--mixed_precision fp16` is
+refused: gradients of whole models overflow it.
 """
 
 
@@ -52,17 +65,17 @@ class Flag:
     alias_of: str | None = None
 
 
-def flags() -> list[Flag]:
-    """Return all flags of the training script, in the order of `--help`."""
+def flags(options: type[TrainOptions] = LuminaTrainOptions) -> list[Flag]:
+    """Return all flags of a training script, in the order of `--help`."""
     rows = [Flag(name, "Configuration", None, about) for name, about in COMMON_FLAGS.items()]
-    for group in group_classes(LuminaTrainOptions).values():
+    for group in group_classes(options).values():
         rows += _flags_of(group)
     return rows
 
 
-def sd_scripts_flags() -> list[str]:
-    """Return the names of sd-scripts' flags."""
-    return SD_SCRIPTS_FLAGS.read_text(encoding="utf-8").split()
+def sd_scripts_flags(options: type[TrainOptions] = LuminaTrainOptions) -> list[str]:
+    """Return the names of the flags of sd-scripts' script of the same name."""
+    return SD_SCRIPTS_FLAGS[options].read_text(encoding="utf-8").split()
 
 
 def page() -> str:
@@ -70,10 +83,26 @@ def page() -> str:
     rows, theirs = flags(), set(sd_scripts_flags())
     lines = [_HEAD, *_counts(rows, theirs)]
     for group in dict.fromkeys(row.group for row in rows):
-        lines += ["", f"## {group}", "", "| flag | default | state | what it does, or why not |"]
-        lines += ["| --- | --- | --- | --- |"]
-        lines += [_line(row, theirs) for row in rows if row.group == group]
-    return "\n".join(lines) + "\n"
+        lines += ["", f"## {group}", "", *_table([row for row in rows if row.group == group], theirs)]
+    return "\n".join([*lines, *_whole_models(rows)]) + "\n"
+
+
+def _whole_models(of_network: list[Flag]) -> Iterator[str]:
+    """Yield the lines about the script that trains whole models: in what it differs."""
+    rows, theirs = flags(LuminaFinetuneOptions), set(sd_scripts_flags(LuminaFinetuneOptions))
+    known = {(row.name, row.about, row.default) for row in of_network}
+    yield _WHOLE_MODELS
+    yield from _counts(rows, theirs)
+    yield ""
+    yield from _table([row for row in rows if (row.name, row.about, row.default) not in known], theirs)
+    missing = {row.name for row in of_network} - {row.name for row in rows}
+    yield "\nFlags of a LoRA are answered with the name of the script that trains one:"
+    yield ", ".join(f"`--{name}`" for name in sorted(missing)) + "."
+
+
+def _table(rows: list[Flag], theirs: set[str]) -> list[str]:
+    head = ["| flag | default | state | what it does, or why not |", "| --- | --- | --- | --- |"]
+    return [*head, *(_line(row, theirs) for row in rows)]
 
 
 def _flags_of(group: type[OptionGroup]) -> Iterator[Flag]:
@@ -92,9 +121,9 @@ def _counts(rows: list[Flag], theirs: set[str]) -> list[str]:
     inert = sum(row.inert is not None for row in known)
     aliases = sum(row.alias_of is not None for row in known)
     return [
-        f"Of sd-scripts' {len(theirs)} flags {len(known) - refusals - inert - aliases} work, {aliases} is "
-        f"another name, {inert} have no effect, and {refusals} are refused. {len(rows) - len(known)} flags "
-        "are new."
+        f"Of sd-scripts' {len(theirs)} flags {len(known) - refusals - inert - aliases} work, {aliases} "
+        f"{'is another name' if aliases == 1 else 'are other names'}, {inert} have no effect, and {refusals} "
+        f"are refused. {len(rows) - len(known)} flags are new."
     ]
 
 

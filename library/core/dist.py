@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +27,7 @@ from library.core.lifeline import Lifeline
 # How long processes wait for each other: as long as the main one may draw pictures. A process that dies is
 # noticed by the lifeline and not by this; NCCL's own ten minutes would end a run that is in good health.
 _PATIENCE = timedelta(hours=6)
+_PIECE = 2**26  # numbers of gradients that are exchanged at once
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,40 @@ class Processes:
         return bool(self.sum(torch.tensor(float(wish), device=self.device)).item())
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace each parameter's gradient by its sum over all processes, in one exchange a dtype.
+        """Replace each parameter's gradient by its sum over all processes. They may lie on several devices.
 
-        A process whose part of the batch was empty has no gradients and contributes zeros.
+        What is exchanged at once is limited, so that there is never a second copy of a whole model's
+        gradients. A process whose part of the batch was empty has no gradients and contributes zeros.
         """
         if self.world == 1:
             return
-        trained = [p for p in parameters if p.requires_grad]
-        for dtype in dict.fromkeys(p.dtype for p in trained):
-            group = [p for p in trained if p.dtype == dtype]
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group])
-            summed = self.sum(flat)
-            for parameter, part in zip(group, summed.split([p.numel() for p in group]), strict=True):
-                parameter.grad = part.view_as(parameter).clone()
+        for piece in _pieces([_gradient(p) for p in parameters if p.requires_grad], _PIECE):
+            summed = self.sum(torch.cat(piece).to(self.device))
+            torch._foreach_copy_(piece, list(summed.split([len(part) for part in piece])))
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """Return a parameter's gradient, contiguous; zeros if it has none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad = parameter.grad.contiguous()
+    return parameter.grad
+
+
+def _pieces(tensors: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Yield all numbers of contiguous tensors, as views (N,) of one dtype and device, `limit` at a time."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.view(-1))
+    for flats in kinds.values():
+        piece, room = [], limit
+        for flat in flats:
+            while len(flat) > room:
+                yield [*piece, flat[:room]]
+                flat, piece, room = flat[room:], [], limit
+            piece.append(flat)
+            room -= len(flat)
+        yield piece
 
 
 def run_seed(requested: int | None, processes: Processes) -> int:

@@ -79,10 +79,7 @@ def staged_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
-        for file in sorted(staging.iterdir()):
-            os.chmod(file, 0o666 & ~_umask())
-            _sync_file(file)
-        _sync_directory(staging)
+        _sync_tree(staging)
         _put_in_place(staging, path)
     except OSError as error:
         raise StorageError(f"Could not write {path}: {_why(error, path)}.") from error
@@ -269,6 +266,17 @@ def _sync_file(path: Path) -> None:
     """Flush a file's content to the disk. Windows wants the file open for writing."""
     with open(path, "r+b") as handle:
         os.fsync(handle.fileno())
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush a folder with all that is in it to the disk; the files get the modes that the umask gives."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            _sync_tree(entry)
+        else:
+            os.chmod(entry, 0o666 & ~_umask())
+            _sync_file(entry)
+    _sync_directory(folder)
 
 
 def _sync_directory(path: Path) -> None:

@@ -49,8 +49,8 @@ _SLURM = _Starter(
 _DEFAULT_PORT = "29500"  # that of torchrun and accelerate
 
 PLAIN_STAGES = (
-    "DeepSpeed's stages 1 and 2 spread the optimizer's memory and gradients, and those of a LoRA are a few "
-    "megabytes; every process keeps the whole model, as without it"
+    "DeepSpeed's stages 1 and 2 spread the optimizer's memory and gradients, which are a few megabytes with "
+    "a LoRA; here every process keeps them, and the whole model, as without it"
 )
 WEIGHTS_STAY = (
     "weights that are spread over the GPUs stay there; leave it out, or keep weights in the computer's "

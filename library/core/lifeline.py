@@ -115,7 +115,7 @@ class Lifeline:
             return self._cause
 
     def _fail(self, error: BaseException) -> None:
-        """Make this process's failure that of all; return if this process is to tell of it itself."""
+        """Make this process's failure that of all; return if nobody else will tell of it."""
         if not isinstance(error, UserError | Stopped):
             # A collective that broke, perhaps: who broke it is about to be heard of.
             self._heard_of_it.wait(_CAUSE_SECONDS)
@@ -127,7 +127,11 @@ class Lifeline:
             if self._heard_of_it.wait(_ANSWER_SECONDS):
                 raise SystemExit(self._cause.code) from None
         elif self._settle(own) is own:
+            # Before the others leave: launchers end this process as soon as one of them has.
+            if text:
+                print(text, file=sys.stderr, flush=True)
             self._tell_all(Farewell(code))
+            raise SystemExit(code) from None
         else:
             raise SystemExit(self._cause.code) from None
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library.core.checkpoint_files import Checkpoint, open_checkpoint
 from library.core.errors import CheckpointError, ConfigError
+from library.core.weight_layout import FileTensor, WeightLayout
 from library.models.checkpoint_kind import refuse, require_tensors
 from library.models.checkpoint_sizes import (
     NamedShape,
@@ -269,3 +270,34 @@ def _attention(name: str, p: Kandinsky5Params) -> Iterator[NamedShape]:
 def _feed_forward(name: str, p: Kandinsky5Params) -> Iterator[NamedShape]:
     yield f"{name}.in_layer.weight", (p.ff_dim, p.model_dim)
     yield f"{name}.out_layer.weight", (p.model_dim, p.ff_dim)
+
+
+# ---- writing ----
+
+
+def original_layout(params: Kandinsky5Params) -> WeightLayout:
+    """Return what the file has that ComfyUI and others read: names as in the original release, bare."""
+    tensors = [FileTensor(name, shape, name) for name, shape in parameter_shapes(params)]
+    return WeightLayout(tuple(tensors), settings_of(params))
+
+
+def diffusers_layout(params: Kandinsky5Params) -> WeightLayout:
+    """Return what the folder has that `diffusers.Kandinsky5Transformer3DModel` reads; the names are ours."""
+    p = params
+    config = {
+        "_class_name": _CLASS,
+        "attention_type": "regular",
+        "axes_dims": list(p.axes_dims),
+        "ff_dim": p.ff_dim,
+        "in_text_dim": p.text_dim,
+        "in_text_dim2": p.pooled_dim,
+        "in_visual_dim": p.latent_channels,
+        "model_dim": p.model_dim,
+        "num_text_blocks": p.n_text_blocks,
+        "num_visual_blocks": p.n_visual_blocks,
+        "out_visual_dim": p.latent_channels,
+        "patch_size": [1, p.patch_size, p.patch_size],
+        "time_dim": p.time_dim,
+        "visual_cond": p.task == I2I,
+    }
+    return replace(original_layout(params), config=config)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.core.checkpoint_files import Checkpoint, open_checkpoint
-from library.core.errors import CheckpointError
+from library.core.errors import CheckpointError, ConfigError
+from library.core.weight_layout import FileTensor, WeightLayout
 from library.models.checkpoint_kind import refuse, require_tensors
 from library.models.checkpoint_sizes import (
     NamedShape,
@@ -34,6 +35,7 @@ ORIGINAL, DIFFUSERS = "original", "diffusers"
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 _WANTED = "a Lumina Image 2.0 transformer"
 _UNUSED = "norm_final.weight"  # in the original file, and read by nobody
+_CLASS = "Lumina2Transformer2DModel"
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _read_params(checkpoint: Checkpoint, layout: str) -> NextDiTParams:
 
 
 def _speaks_of_lumina(config: Mapping[str, object]) -> bool:
-    return config.get("_class_name") == "Lumina2Transformer2DModel" or "axes_dims" in config
+    return config.get("_class_name") == _CLASS or "axes_dims" in config
 
 
 def _axes_of(head_dim: int) -> tuple[int, int, int]:
@@ -271,3 +273,68 @@ def _shapes_of_parts(
         return {names[0]: shape}
     rows = (params.n_heads, params.n_kv_heads, params.n_kv_heads)
     return {name: (heads * params.head_dim, shape[1]) for name, heads in zip(names, rows, strict=True)}
+
+
+# ---- writing ----
+
+
+def original_layout(params: NextDiTParams) -> WeightLayout:
+    """Return what the file has that sd-scripts and ComfyUI read: names as in the original release, bare.
+
+    `norm_final` is in it too, though no network computes with it: sd-scripts builds one that has it, and
+    fails on a file that lacks it. It is written as ones, as it began.
+    """
+    tensors = [FileTensor(name, shape, name) for name, shape in parameter_shapes(params)]
+    return WeightLayout((*tensors, FileTensor(_UNUSED, (params.dim,), None)), settings_of(params))
+
+
+def diffusers_layout(params: NextDiTParams) -> WeightLayout:
+    """Return what the folder has that `diffusers.Lumina2Transformer2DModel` reads.
+
+    It always normalises queries and keys with an epsilon of 1e-5; the settings keep ours for ourselves.
+
+    Raises:
+        ConfigError: diffusers' class cannot be a network of these sizes.
+    """
+    tensors = []
+    for parameter, shape in parameter_shapes(params):
+        first_row = 0
+        for name, part in _shapes_of_parts(diffusers_names(parameter), shape, params).items():
+            tensors.append(FileTensor(name, part, parameter, first_row))
+            first_row += part[0]
+    return WeightLayout(tuple(tensors), settings_of(params), _diffusers_config(params))
+
+
+def _diffusers_config(p: NextDiTParams) -> dict[str, object]:
+    """Return the config.json of `diffusers.Lumina2Transformer2DModel`."""
+    fixed = {
+        "as many refiners of captions as of images": (p.n_context_refiners, p.n_noise_refiners),
+        "heads as wide as the model divided by their number": (p.head_dim * p.n_heads, p.dim),
+        "a timestep as wide as the model, but at most 1024": (p.time_dim, min(p.dim, 1024)),
+        "256 frequencies of the timestep": (p.time_frequencies, 256),
+        "rope_theta 10000": (p.rope_theta, 10000),
+    }
+    for what, (found, wanted) in fixed.items():
+        if found != wanted:
+            raise ConfigError(
+                f"--save_format diffusers cannot be had for this model: diffusers' class for Lumina has "
+                f"{what}, which would be {wanted} and is {found} here. Leave it out."
+            )
+    usual = p.ffn_dim == 256 * -(-4 * p.dim // 256)  # diffusers rounds 4 * dim up to a multiple of 256
+    return {
+        "_class_name": _CLASS,
+        "axes_dim_rope": list(p.axes_dims),
+        "axes_lens": [300, 512, 512],  # of the released model: longest caption, most rows and columns
+        "cap_feat_dim": p.cap_feat_dim,
+        # Any other width is said as the one multiple that there is between it and nothing.
+        "ffn_dim_multiplier": None if usual else p.ffn_dim / (4 * p.dim),
+        "hidden_size": p.dim,
+        "in_channels": p.in_channels,
+        "multiple_of": 256 if usual else p.ffn_dim,
+        "norm_eps": p.norm_eps,
+        "num_attention_heads": p.n_heads,
+        "num_kv_heads": p.n_kv_heads,
+        "num_layers": p.n_layers,
+        "num_refiner_layers": p.n_noise_refiners,
+        "patch_size": p.patch_size,
+    }

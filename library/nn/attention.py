@@ -91,7 +91,8 @@ def attention(
         return _OF_A_BATCH[kernel](q_THD, k_SKD, v_SKD, packing, keys).flatten(1)
     call = _OF_A_SAMPLE[kernel]
     parts = [call(*sample) for sample in _samples(q_THD, k_SKD, v_SKD, packing, keys)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+    # kernels keep their own results for backward, so what is only a copy of them is made again
+    return (parts[0] if len(parts) == 1 else cheap(_joined, *parts)).flatten(1)
 
 
 def plain_attention(
@@ -144,11 +145,16 @@ def _torch(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
         out_1HTD = _ON_META[device_kind(q_THD)](q_1HTD, k_1KSD, v_1KSD)[0]
     else:
         out_1HTD = F.scaled_dot_product_attention(q_1HTD, k_1KSD, v_1KSD, enable_gqa=grouped)
-    return out_1HTD.squeeze(0).transpose(0, 1).to(q_THD.dtype)
+    out_THD = out_1HTD.squeeze(0).transpose(0, 1)
+    return cheap(_as, out_THD, q_THD.dtype) if wide else out_THD
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
+
+
+def _joined(*parts_THD: Tensor) -> Tensor:
+    return torch.cat(parts_THD)
 
 
 def _xformers(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:

@@ -1,15 +1,22 @@
-"""Block swap: frozen weights of some blocks wait in the computer's memory, and are copied ahead of use.
+"""Block swap: weights of some blocks wait in the computer's memory, and are copied ahead of use.
 
 Notable facts:
-- One way. The master copy never moves and is never written; nothing is copied back.
+- The master copies never move, and copies into the rooms are all that this file does: frozen weights need no
+  more. Where weights are trained, `gradient_return` takes their gradients the other way, the optimizer
+  changes the masters, and what is in the rooms counts no longer.
 - A ring of rooms on the device, each for one block: one block is held, meaning that it is in use, and the
   next ones are copied meanwhile, on a queue of their own. A room is free once another block has been held
   after its own: copies into it wait for what was computed until then.
 - Which block comes next is remembered from the last time: forward, backward, a preview without backward and a
   backward that ends early all run in the same order again and again. Nothing but speed hangs on it.
-- Only weights that the block has when the swap is made are moved, never those of a LoRA put on it later.
+- Only weights that the block has, frozen, when the swap is made are moved, never those of a LoRA put on it
+  later. They may be trained from then on.
 - With checkpointing a block is held again when it is computed again, just before its backward. Without it,
   `saved_tensors` remembers which weights backward needs, and holds the block then.
+
+Whoever reads or changes weights outside of the blocks (an optimizer, an average, a file that is written)
+calls `bring_home` first. Then all weights are their master copies, and the next `hold` copies them anew.
+Changes go into the memory that is there: a weight that is given other memory is found out by `hold`.
 """
 
 from __future__ import annotations
@@ -23,14 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.core.errors import ResourceError
 from library.core.log import logger
 from library.nn.copy_streams import Copier, copier_for
+from library.nn.swapped_weights import GIB, Layout, SwappedWeights, owned_by, pin
 from library.options.swap import SwapOptions
-
-_ALIGNMENT = 256  # bytes; as CUDA's allocator aligns, so that no kernel finds its operands placed worse
-_GIB = 2**30
-_LARGEST_PINNED = 2 * _GIB  # of one allocation of page-locked memory
 
 _log = logger("swap")
 
@@ -79,13 +82,14 @@ def ring_bytes(swapped: Sequence[nn.Module], ring_size: int) -> int:
 
 
 def _sizes(swapped: Sequence[nn.Module]) -> list[int]:
-    return [_Weights([getattr(*place) for place in _owned_by(block)]).size for block in swapped]
+    return [Layout(getattr(*place) for place in owned_by(block)).size for block in swapped]
 
 
 class BlockSwap:
     """Brings the weights of blocks to the device when it is their turn.
 
-    Until the first `hold` weights may be changed or replaced, as merging does; after that they are constant.
+    Until the first `hold` weights may be changed or replaced, as merging does; after that they may be
+    changed where they are, between `bring_home` and the next `hold`.
     """
 
     def __init__(
@@ -103,14 +107,15 @@ class BlockSwap:
             ring_size: how many of them have room on the device; 1 makes every copy a wait.
             pinned: keep the master copies in page-locked memory, which CUDA alone has a use for.
         """
-        self._device, self._pinned = device, pinned
+        self.device, self.pinned = device, pinned
         self._numbers = {block: number for number, block in enumerate(blocks)}
-        self._owned = [_owned_by(block) for block in blocks]
-        self._copier = copier or copier_for(device, page_locked=pinned)
+        self._owned = [owned_by(block) for block in blocks]
+        self.copier = copier or copier_for(device, page_locked=pinned)
         self._forecast = _Forecast(len(blocks))
         self._ahead = min(ring_size, len(blocks)) - 1
         self._held: int | None = None
-        self._weights: list[_Weights] = []  # both of them are there from the first `hold` on
+        self._changed: set[int] = set()  # blocks with weights that were changed while they were held
+        self._weights: list[SwappedWeights] = []  # both of them are there from the first `hold` on
         self._rooms: list[_Room] = []
 
     def hold(self, block: nn.Module) -> None:
@@ -121,27 +126,59 @@ class BlockSwap:
         number = self._numbers.get(block)
         if number is None or number == self._held:
             return
+        assert number not in self._changed, "a block is needed again whose weights have been changed"
         if not self._rooms:
             self._start()
         self._held = None  # until all went well: a copy may fail for want of memory
         self._forecast.note(number)
-        wanted = [number, *self._forecast.next(self._ahead)]
-        computed = self._copier.mark()
+        coming = self._forecast.next(self._ahead)
+        wanted = [number, *(next_number for next_number in coming if next_number not in self._changed)]
+        computed = self.copier.mark()
         for next_number in wanted:
             self._fetch(next_number, wanted, computed)
         room = self._room_of(number)
-        self._copier.await_copies(room.copied)
+        self.copier.await_copies(room.copied)
         self._weights[number].point_into(room.memory)
         self._held = number
 
-    def release(self) -> None:
-        """Give the ring's memory back, until the next `hold`. The blocks have their master copies again."""
+    def trained(self) -> list[list[nn.Parameter]]:
+        """Return those weights of each block that are trained by now, in the order of the blocks."""
+        return [[tensor for tensor in tensors if tensor.requires_grad] for tensors in self._tensors()]
+
+    def bring_home(self) -> None:
+        """Give the blocks their master copies back: from now on they may be read and changed.
+
+        The program waits for copies that are still on their way. What is in the rooms counts no longer. It
+        costs nothing when no block has been held since the last time.
+        """
         for room in self._rooms:
             if room.block is not None:
-                self._copier.await_copies(room.copied)
+                self.copier.finish(room.copied)
+                self._weights[room.block].point_to_masters()
+                room.block = None
+        self._held = None
+        self._changed.clear()
+
+    def take_home(self, weight: nn.Parameter) -> None:
+        """Give a block the master copy of one of its weights, which may then be changed.
+
+        For a weight that nothing will read any more, while others of its block are still in use: what is in
+        the room stays as it is for them. The block may be held again only after `bring_home`.
+        """
+        number = next(n for n, tensors in enumerate(self._tensors()) if any(t is weight for t in tensors))
+        for room in self._rooms:
+            if room.block == number:
+                self.copier.finish(room.copied)
+        if self._weights:
+            self._weights[number].take_home(weight)
+        self._changed.add(number)
+
+    def release(self) -> None:
+        """Give the ring's memory back, until the next `hold`. The blocks have their master copies again."""
+        self.bring_home()
         for weights in self._weights:
             weights.leave()
-        self._rooms, self._held = [], None
+        self._rooms = []
 
     def saved_tensors(self, block: nn.Module) -> AbstractContextManager[object]:
         """Return the context to run a held block in when backward will need its weights.
@@ -170,7 +207,7 @@ class BlockSwap:
     def move_others(self, model: nn.Module, device: torch.device | str) -> None:
         """Move all of `model` but the blocks' weights, which wait where they are; the ring is given back."""
         self.release()
-        waiting = {id(getattr(*place)) for owned in self._owned for place in owned}
+        waiting = {id(tensor) for tensors in self._tensors() for tensor in tensors}
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in waiting:
                 tensor.data = tensor.data.to(device)
@@ -179,19 +216,22 @@ class BlockSwap:
         """Make the ring; the first time, take the weights as they are now for the master copies."""
         first = not self._weights
         if first:
-            self._weights = [_Weights([getattr(*place) for place in owned]) for owned in self._owned]
-            if self._pinned:
-                _pin(self._weights)
+            self._weights = [SwappedWeights(tensors) for tensors in self._tensors()]
+            if self.pinned:
+                pin(self._weights)
         size = max(weights.size for weights in self._weights)
-        self._rooms = [_Room(self._copier.room(size)) for _ in range(self._ahead + 1)]
+        self._rooms = [_Room(self.copier.room(size)) for _ in range(self._ahead + 1)]
         if first:
             _log.info(
                 "weights of %d blocks (%.2f GiB) wait in %smemory of the computer; %d have room on %s "
                 "(%.2f GiB)",
-                *(len(self._weights), sum(weights.size for weights in self._weights) / _GIB),
-                "page-locked " if self._pinned else "",
-                *(len(self._rooms), self._device, len(self._rooms) * size / _GIB),
+                *(len(self._weights), sum(weights.size for weights in self._weights) / GIB),
+                "page-locked " if self.pinned else "",
+                *(len(self._rooms), self.device, len(self._rooms) * size / GIB),
             )
+
+    def _tensors(self) -> list[list[Tensor]]:
+        return [[getattr(*place) for place in owned] for owned in self._owned]
 
     def _room_of(self, number: int) -> _Room:
         return next(room for room in self._rooms if room.block == number)
@@ -204,7 +244,9 @@ class BlockSwap:
         if room.block is not None:
             self._weights[room.block].point_to_masters()
             room.block = None
-        room.copied = self._copier.copy(self._weights[number].copies_into(room.memory), computed)
+        weights = self._weights[number]
+        assert weights.are_home(), "a swapped weight was given other memory, which would not be copied"
+        room.copied = self.copier.copy(weights.copies_into(room.memory), computed)
         room.block = number
 
 
@@ -229,67 +271,6 @@ class _SavedWeight:
     def found_in(self, memory: Tensor) -> Tensor:
         """Return the view in a room's memory."""
         return memory.view(self.dtype).as_strided(self.size, self.stride, self.offset)
-
-
-class _Weights:
-    """The weights of a block: the very tensors that the block computes with, and their master copies."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._masters = [tensor.data for tensor in tensors]
-        self._flat: Tensor | None = None  # the masters in one piece, laid out as in a room
-        self._views: dict[int, list[Tensor]] = {}  # by the address of the room that they are in
-        self._offsets = []
-        self.size = 0
-        for tensor in tensors:
-            self._offsets.append(self.size)
-            self.size += _aligned(tensor.numel() * tensor.element_size())
-
-    def views(self, memory: Tensor) -> list[Tensor]:
-        """Return where the weights are in a room or in a flat master."""
-        views = self._views.get(memory.data_ptr())
-        if views is None:
-            views = self._views[memory.data_ptr()] = self._make_views(memory)
-        return views
-
-    def _make_views(self, memory: Tensor) -> list[Tensor]:
-        return [
-            memory[offset : offset + master.numel() * master.element_size()]
-            .view(master.dtype)
-            .view(master.shape)
-            for master, offset in zip(self._masters, self._offsets, strict=True)
-        ]
-
-    def make_flat(self, memory: Tensor) -> None:
-        """Move the master copies into (size,) bytes."""
-        views = self.views(memory)
-        for view, master in zip(views, self._masters, strict=True):
-            view.copy_(master)
-        self._masters, self._flat = views, memory
-        self.point_to_masters()
-
-    def copies_into(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return the targets and sources of copies that bring the weights into a room."""
-        if self._flat is not None:
-            return [(memory[: self.size], self._flat)]
-        return list(zip(self.views(memory), self._masters, strict=True))
-
-    def point_into(self, memory: Tensor) -> None:
-        """Let the block compute with the copies in a room."""
-        self._point_to(self.views(memory))
-
-    def point_to_masters(self) -> None:
-        """Let the block have its master copies, as whoever looks at its weights expects."""
-        self._point_to(self._masters)
-
-    def leave(self) -> None:
-        """Let the block have its master copies, and forget the rooms: their memory is to be freed."""
-        self.point_to_masters()
-        self._views.clear()
-
-    def _point_to(self, places: Sequence[Tensor]) -> None:
-        for tensor, place in zip(self._tensors, places, strict=True):
-            tensor.data = place
 
 
 @dataclass
@@ -326,58 +307,3 @@ class _Forecast:
             if not 0 <= now < self.blocks:
                 return
             yield now
-
-
-def _owned_by(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return module and name of each frozen weight and buffer of a block, in an order of its own."""
-    return [
-        (module, name)
-        for module in block.modules()
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        if not tensor.requires_grad
-    ]
-
-
-def _pin(blocks: Sequence[_Weights]) -> None:
-    """Move the master copies into page-locked memory.
-
-    torch rounds such memory up to a power of two, so several blocks share a piece that is nearly full.
-
-    Raises:
-        ResourceError: the system does not give so much.
-    """
-    waiting = list(blocks)
-    while waiting:
-        group = waiting[: _fullest([weights.size for weights in waiting])]
-        del waiting[: len(group)]
-        memory = _page_locked(sum(weights.size for weights in group))
-        for weights, part in zip(group, memory.split([weights.size for weights in group]), strict=True):
-            weights.make_flat(part)
-
-
-def _page_locked(size: int) -> Tensor:
-    try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        raise ResourceError(
-            f"The system does not give another {size / _GIB:.2f} GiB of page-locked memory "
-            f"({str(error).splitlines()[0]}): leave out --use_pinned_memory_for_block_swap, or swap fewer "
-            f"blocks with --blocks_to_swap."
-        ) from error
-
-
-def _fullest(sizes: Sequence[int]) -> int:
-    """Return how many of the first blocks fill a power of two best; more, where that is as good."""
-    best, fill, total = 1, 0.0, 0
-    for count, size in enumerate(sizes, start=1):
-        total += size
-        power = 1 << (total - 1).bit_length()
-        if power > _LARGEST_PINNED:
-            break
-        if total / power >= fill:
-            best, fill = count, total / power
-    return best
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,7 +1,8 @@
-"""Copies to a device beside its computation, and how the two wait for each other.
+"""Copies to a device and back beside its computation, and how these wait for each other.
 
-A `Copier` has a queue of its own for copies. `mark` is a point in the computation, behind everything that was
-queued until now; copies begin after such a point, and the computation waits for copies, not the program.
+A `Copier` has a queue of its own for copies of each direction. `mark` is a point in the computation, behind
+everything that was queued until now; copies begin after such a point. The computation waits for copies
+(`await_copies`); the program does so only where it touches the computer's memory itself (`finish`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Copied = TypeVar("Copied")  # the end of some copies
 
 
 class Copier(Protocol[Mark, Copied]):
-    """Copies that run beside the computation, one after another."""
+    """Copies that run beside the computation, those of one direction one after another."""
 
     def room(self, size: int) -> Tensor:
         """Return `size` bytes of the device to copy to."""
@@ -28,10 +29,23 @@ class Copier(Protocol[Mark, Copied]):
         """Return the point that the computation has been queued to."""
 
     def copy(self, pairs: Pairs, after: Mark) -> Copied:
-        """Queue copies that begin when the computation is at `after`. The sources do not change."""
+        """Queue copies to the device that begin when the computation is at `after`.
+
+        The sources do not change until the program has called `finish`.
+        """
+
+    def copy_back(self, pairs: Pairs, after: Mark) -> Copied:
+        """Queue copies from the device that begin when the computation is at `after`.
+
+        Whoever asks keeps the sources until the end of these copies, or of later ones, was awaited: their
+        memory is used again then. The targets are read and changed after `finish` only.
+        """
 
     def await_copies(self, copied: Copied) -> None:
         """Let computation that is queued from now on wait for these copies."""
+
+    def finish(self, copied: Copied) -> None:
+        """Let the program wait for these copies, and so for those of their direction before them."""
 
 
 class PlainCopier:
@@ -52,22 +66,30 @@ class PlainCopier:
         for target, source in pairs:
             target.copy_(source)
 
+    def copy_back(self, pairs: Pairs, after: None) -> None:
+        """Copy now."""
+        self.copy(pairs, after)
+
     def await_copies(self, copied: None) -> None:
+        """They are done."""
+
+    def finish(self, copied: None) -> None:
         """They are done."""
 
 
 class CudaCopier:
-    """Copies on a CUDA stream of their own.
+    """Copies on CUDA streams of their own, one for each direction.
 
-    A copy from page-locked memory is queued in no time. Any other keeps the thread that asks for it until it
-    is done, so a thread beside the program asks; the program waits for it where it needs the copy.
+    A copy from or to page-locked memory is queued in no time. Any other keeps the thread that asks for it
+    until it is done, so a thread beside the program asks; the program waits for it where it needs the copy.
     """
 
     def __init__(self, device: torch.device, *, page_locked: bool) -> None:
-        """`page_locked`: all sources are in page-locked memory."""
+        """`page_locked`: all memory of the computer that is copied from or to is page-locked."""
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._stream_back = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._thread = None if page_locked else ThreadPoolExecutor(1, thread_name_prefix="copies")
+        self._thread_back = None if page_locked else ThreadPoolExecutor(1, thread_name_prefix="copies-back")
 
     def room(self, size: int) -> Tensor:
         """Return memory of the device that the stream of copies may use."""
@@ -81,24 +103,40 @@ class CudaCopier:
 
     def copy(self, pairs: Pairs, after: torch.cuda.Event) -> Future[torch.cuda.Event]:
         """Queue copies behind `after`; the event is there as soon as they are queued."""
-        if self._thread is not None:
-            return self._thread.submit(self._copy, pairs, after)
-        done: Future[torch.cuda.Event] = Future()
-        done.set_result(self._copy(pairs, after))
-        return done
+        return _by(self._thread, self._stream, pairs, after)
+
+    def copy_back(self, pairs: Pairs, after: torch.cuda.Event) -> Future[torch.cuda.Event]:
+        """Queue copies behind `after`; the event is there as soon as they are queued."""
+        return _by(self._thread_back, self._stream_back, pairs, after)
 
     def await_copies(self, copied: Future[torch.cuda.Event]) -> None:
         """Let what this thread queues from now on wait for the copies."""
         torch.cuda.current_stream(self._device).wait_event(copied.result())
 
-    def _copy(self, pairs: Pairs, after: torch.cuda.Event) -> torch.cuda.Event:
-        self._stream.wait_event(after)
-        with torch.cuda.stream(self._stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-        return self._stream.record_event()
+    def finish(self, copied: Future[torch.cuda.Event]) -> None:
+        """Wait for the copies."""
+        copied.result().synchronize()
+
+
+def _by(
+    thread: ThreadPoolExecutor | None, stream: torch.cuda.Stream, pairs: Pairs, after: torch.cuda.Event
+) -> Future[torch.cuda.Event]:
+    """Let a thread queue copies, or queue them now."""
+    if thread is not None:
+        return thread.submit(_queue, stream, pairs, after)
+    done: Future[torch.cuda.Event] = Future()
+    done.set_result(_queue(stream, pairs, after))
+    return done
+
+
+def _queue(stream: torch.cuda.Stream, pairs: Pairs, after: torch.cuda.Event) -> torch.cuda.Event:
+    stream.wait_event(after)
+    with torch.cuda.stream(stream):
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+    return stream.record_event()
 
 
 def copier_for(device: torch.device, *, page_locked: bool) -> PlainCopier | CudaCopier:
-    """Return the copier of a device; `page_locked`: all sources are in page-locked memory."""
+    """Return the copier of a device; `page_locked`: all memory that is copied from or to is page-locked."""
     return CudaCopier(device, page_locked=page_locked) if device.type == "cuda" else PlainCopier(device)

@@ -38,7 +38,7 @@ PIECE_BYTES = 2 * 2**20  # small enough to still be in the processor's cache whe
 _MAPPED_PIECES = 4  # as many are mapped at once: mapping and unmapping take their time
 _ALONE = 32_000  # numbers; torch shares out the work on 2^15 and more
 
-_DTYPES = {
+DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -141,12 +141,12 @@ class TensorReader:
 
 def dtype_of(part: TensorInfo) -> torch.dtype:
     """Return the torch dtype of a stored tensor. Raises CheckpointError for one that torch has not."""
-    if part.dtype not in _DTYPES:
+    if part.dtype not in DTYPES:
         raise CheckpointError(
             f"{part.file}: '{part.name}' is stored as {part.dtype}, which cannot be read; take a file in "
             f"bf16, fp16 or fp32."
         )
-    return _DTYPES[part.dtype]
+    return DTYPES[part.dtype]
 
 
 def joined_shape(parts: Sequence[TensorInfo]) -> tuple[int, ...]:

@@ -70,6 +70,7 @@ class CachingOptions(LatentPassOptions, TextPassOptions):
         False,
         "take entries on disk for good if they are there, without looking at their bytes; each is still "
         "verified when training reads it",
+        aliases=("skip_latents_validity_check",),
     )
 
     @property

@@ -37,7 +37,6 @@ KANDINSKY5: Mapping[str, str] = {"dit": _PLAIN_NAME} | dict.fromkeys(
 )
 
 _SEEN = "which model it is, is read off its file; leave it out"
-_MODULE = "use --network_module and --network_args (docs/lora.md, docs/lycoris.md)"
 _TOML = "pictures are described in a TOML that --dataset_config names (docs/datasets.md)"
 _TEXT_QUANT = "use --text_encoder_quant"
 _GROUP_OFFLOAD = "use --blocks_to_swap N, with --use_pinned_memory_for_block_swap"
@@ -48,17 +47,9 @@ _PERIOD = "use --sample_every_n_steps or --sample_every_n_epochs"
 SIMPLETUNER: Mapping[str, str] = {
     "model_family": _SEEN,
     "model_flavour": _SEEN,
-    "model_type": _MODULE,
-    "lora_type": _MODULE,
-    "lycoris_config": _MODULE,
-    "lora_rank": "use --network_dim",
-    "lora_alpha": "use --network_alpha",
-    "lora_dropout": "use --network_dropout",
-    "init_lora": "use --network_weights",
     "optimizer": "use --optimizer_type",
     "num_train_epochs": "use --max_train_epochs",
     "flow_schedule_shift": "use --discrete_flow_shift, and for Kandinsky's sample pictures --scheduler_scale",
-    "base_model_precision": "use --base_quant",
     "base_model_default_dtype": "use --mixed_precision",
     **{f"text_encoder_{number}_precision": _TEXT_QUANT for number in range(1, 5)},
     "enable_group_offload": _GROUP_OFFLOAD,
@@ -89,3 +80,44 @@ SIMPLETUNER: Mapping[str, str] = {
     "validation_step_interval": _PERIOD,
     "validation_epoch_interval": _PERIOD,
 }
+
+_MODULE = "use --network_module and --network_args (docs/lora.md, docs/lycoris.md)"
+# Those of a LoRA, to the scripts that train one.
+SIMPLETUNER_LORA: Mapping[str, str] = {
+    "model_type": f"{_MODULE}; a whole model is trained by the ..._train.py scripts (docs/finetuning.md)",
+    "lora_type": _MODULE,
+    "lycoris_config": _MODULE,
+    "lora_rank": "use --network_dim",
+    "lora_alpha": "use --network_alpha",
+    "lora_dropout": "use --network_dropout",
+    "init_lora": "use --network_weights",
+    "base_model_precision": "use --base_quant",
+}
+
+_OF_LORA = (
+    "it is about LoRAs, which the ..._train_network.py scripts train; this one trains the model itself; "
+    "leave it out"
+)
+# The same flags, to the scripts that train whole models.
+SIMPLETUNER_WHOLE: Mapping[str, str] = dict.fromkeys(
+    ("lora_type", "lycoris_config", "lora_rank", "lora_alpha", "lora_dropout", "init_lora"), _OF_LORA
+) | {
+    "model_type": "this script trains the model itself (full), and ..._train_network.py a LoRA; leave it out",
+    "base_model_precision": "weights that are trained cannot be quantised; leave it out",
+}
+
+# Flags of our own that one kind of script has and the other has not.
+OF_NETWORKS: Mapping[str, str] = dict.fromkeys(
+    (
+        *("network_module", "network_dim", "network_alpha", "network_dropout", "network_args"),
+        *("network_weights", "dim_from_weights", "scale_weight_norms", "network_train_unet_only"),
+        *("network_train_text_encoder", "network_train_text_encoder_only", "text_encoder_lr"),
+    ),
+    _OF_LORA,
+)
+_OF_WHOLE = (
+    "it is about whole models, which the ..._train.py scripts train; this one trains a LoRA; leave it out"
+)
+OF_WHOLE_MODELS: Mapping[str, str] = dict.fromkeys(
+    ("blockwise_fused_optimizers", "fused_optimizer_groups", "mem_eff_save", "use_safetensors"), _OF_WHOLE
+)

@@ -1,4 +1,4 @@
-"""A running average of the trained network beside the network itself."""
+"""A running average of what is trained, beside it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from library.options.sampling import SampleOptions
 class EmaOptions(OptionGroup):
     """Running average (EMA).
 
-    The average often draws better pictures than the network of a single step. It is saved beside every
-    network file, as <name>-ema.
+    The average often draws better pictures than the weights of a single step. It is saved beside every file,
+    as <name>-ema.
     """
 
-    ema: bool = option(False, "keep an exponential moving average of the network and save it too")
+    ema: bool = option(False, "keep an exponential moving average of what is trained and save it too")
     ema_decay: float = option(
         0.995, "share of the average that a step keeps; it averages over about 1 / (1 - decay) steps"
     )
     ema_every_n_steps: int = option(
         1, "update the average every N steps, with decay^N, so that it averages over the same time"
     )
-    ema_sample: str = option("raw", "which network draws the sample pictures", choices=("raw", "ema", "both"))
+    ema_sample: str = option("raw", "which weights draw the sample pictures", choices=("raw", "ema", "both"))
 
     def __post_init__(self) -> None:
         if not 0 < self.ema_decay < 1:

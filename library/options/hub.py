@@ -22,7 +22,7 @@ class HubOptions(OptionGroup):
 
     huggingface_repo_id: str | None = option(
         None,
-        "upload every saved network to this repository; it is made if there is none",
+        "upload every saved file to this repository; it is made if there is none",
         metavar="OWNER/NAME",
     )
     huggingface_repo_type: str = option(

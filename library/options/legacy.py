@@ -18,8 +18,8 @@ _NO_SNR = (
     "model predicts a velocity; --weighting_scheme and --timestep_sampling do that job here"
 )
 _NO_DDP = (
-    "the model is not wrapped in DistributedDataParallel; the few gradients of the network are summed after "
-    "each step"
+    "the model is not wrapped in DistributedDataParallel; gradients are summed over the processes after the "
+    "last batch of a step"
 )
 
 
@@ -47,18 +47,6 @@ class LegacyOptions(OptionGroup):
     zero_terminal_snr: bool = refused(
         "it mends the noise schedule of Stable Diffusion; the path of flow matching ends in pure noise "
         f"anyway; {_LEAVE_OUT}",
-        default=False,
-    )
-
-    full_fp16: bool = refused(
-        "in fp16 the squares that AdamW keeps of small gradients become 0, and the weights infinite in a few "
-        "steps; leave it out (--mixed_precision fp16 keeps the network in fp32, a few megabytes more), or "
-        "use --full_bf16 with --mixed_precision bf16",
-        default=False,
-    )
-    fused_backward_pass: bool = inert(
-        "it saves the memory of a whole model's gradients; those of a network are small, and clipping needs "
-        "them together",
         default=False,
     )
 

@@ -6,18 +6,24 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from library.core.errors import ConfigError
-from library.options.caching import CachingOptions
-from library.options.group import REQUIRED, OptionGroup, option
+from library.options.elsewhere import OF_WHOLE_MODELS, SIMPLETUNER_LORA
+from library.options.group import REQUIRED, OptionGroup, inert, option, refused
+from library.options.trainee import TraineeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions(OptionGroup):
+class NetworkOptions(TraineeOptions):
     """Network.
 
     The small network (LoRA) that is trained while the model stays as it is.
     """
+
+    elsewhere = SIMPLETUNER_LORA | OF_WHOLE_MODELS
+    new_start: ClassVar[str] = "start a new run from the LoRA file with --network_weights"
+    architecture_suffix: ClassVar[str] = "/lora"
 
     network_module: str = option(
         REQUIRED,
@@ -34,16 +40,6 @@ class NetworkOptions(OptionGroup):
         None, "start from this LoRA file, of the same ranks, alpha and kind"
     )
     dim_from_weights: bool = option(False, "take layers, ranks, alphas and kind from --network_weights")
-    base_weights: tuple[Path, ...] = option(
-        (),
-        "LoRA files that are merged into the models before training",
-        nargs="*",
-        parse=Path,
-        metavar="PATH",
-    )
-    base_weights_multiplier: tuple[float, ...] = option(
-        (), "strengths of --base_weights, 1 where there are fewer", nargs="*", parse=float, metavar="NUMBER"
-    )
     scale_weight_norms: float | None = option(
         None,
         "after each step, scale down LoRAs whose norm is above this (max-norm; 1 is a good start); 0: none",
@@ -62,8 +58,20 @@ class NetworkOptions(OptionGroup):
         parse=float,
         metavar="NUMBER",
     )
+    fused_backward_pass: bool = inert(
+        "it saves the memory of a whole model's gradients; those of a network are small, and clipping needs "
+        "them together",
+        default=False,
+    )
+    full_fp16: bool = refused(
+        "in fp16 the squares that AdamW keeps of small gradients become 0, and the weights infinite in a few "
+        "steps; leave it out (--mixed_precision fp16 keeps the network in fp32, a few megabytes more), or "
+        "use --full_bf16 with --mixed_precision bf16",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
+        TraineeOptions.__post_init__(self)
         if self.network_dim < 1:
             raise ConfigError(f"--network_dim is {self.network_dim}; a rank must be 1 or more.")
         if not 0 <= self.network_alpha < float("inf"):
@@ -86,6 +94,23 @@ class NetworkOptions(OptionGroup):
         """Whether the text encoder gets a LoRA."""
         asked = self.network_train_text_encoder or self.network_train_text_encoder_only
         return asked or (not self.network_train_unet_only and any(self.text_encoder_lr[:1]))
+
+    @property
+    def shaped_by(self) -> Path | None:
+        """--network_weights, where ranks come from it."""
+        return self.network_weights if self.dim_from_weights else None
+
+    def described(self) -> dict[str, object]:
+        """Return `--network_args` by key."""
+        return {"network_args": self.args_by_key()}
+
+    def settings(self) -> dict[str, object]:
+        """Return arguments, whose order does not matter, and which models have a network on them."""
+        return {
+            "network_args": sorted(self.network_args),
+            "network_train_text_encoder": self.trains_text_encoder,
+            "network_train_text_encoder_only": not self.trains_dit,
+        }
 
     def adjustments(self) -> Iterator[str]:
         """Yield a sentence for each flag that another one overrules or leaves without work."""
@@ -118,33 +143,10 @@ class NetworkOptions(OptionGroup):
         if self.network_train_unet_only and asking:
             raise ConfigError(f"--network_train_unet_only and --{asking[0]} contradict each other.")
 
-    def check_caches(self, caching: CachingOptions) -> None:
-        """Raise ConfigError if the text encoder is trained, but what it says is kept in a cache."""
-        if self.trains_text_encoder and caching.texts:
-            raise ConfigError(
-                "--cache_text_encoder_outputs keeps what the text encoder says before training, so a LoRA on "
-                "it would learn nothing. Leave the cache out, or leave out what asks for that LoRA: "
-                "--network_train_text_encoder, --network_train_text_encoder_only, --text_encoder_lr."
-            )
-
     def _check_files(self) -> None:
         """Raise ConfigError for options about files that do not go together."""
         if self.dim_from_weights and self.network_weights is None:
             raise ConfigError("--dim_from_weights needs --network_weights, whose ranks it takes.")
-        weights, multipliers = self.base_weights, self.base_weights_multiplier
-        if len(multipliers) > len(weights):
-            raise ConfigError(
-                f"--base_weights_multiplier gives {len(multipliers)} strengths, but --base_weights names "
-                f"{len(weights)} files."
-            )
-        if not all(math.isfinite(multiplier) for multiplier in multipliers):
-            given = " ".join(map(str, multipliers))
-            raise ConfigError(f"--base_weights_multiplier {given}: each must be a finite number.")
-
-    def bases(self) -> tuple[tuple[Path, float], ...]:
-        """Return the files of `--base_weights`, each with its strength."""
-        missing = len(self.base_weights) - len(self.base_weights_multiplier)
-        return tuple(zip(self.base_weights, (*self.base_weights_multiplier, *[1.0] * missing), strict=True))
 
     def args_by_key(self) -> dict[str, str]:
         """Return `--network_args` as texts by key. Raises ConfigError unless each is key=value, once."""
@@ -161,7 +163,7 @@ class NetworkOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class MetadataOptions(OptionGroup):
-    """Metadata of the saved network.
+    """Metadata of the saved file.
 
     What was done is recorded by itself; these are the things that only you can say (modelspec.* keys).
     """
@@ -173,9 +175,9 @@ class MetadataOptions(OptionGroup):
     metadata_description: str | None = option(None, "description")
     metadata_license: str | None = option(None, "licence")
     metadata_tags: str | None = option(None, "tags, separated by commas")
-    metadata_usage_hint: str | None = option(None, "how to use the network")
+    metadata_usage_hint: str | None = option(None, "how to use it")
     metadata_thumbnail: str | None = option(None, "a small picture: a file, or a data: URL")
-    metadata_merged_from: str | None = option(None, "what the network was merged from")
+    metadata_merged_from: str | None = option(None, "what it was merged from")
     metadata_trigger_phrase: str | None = option(None, "words in a prompt that call up what was learnt")
     metadata_preprocessor: str | None = option(None, "preprocessor that the input needs")
     metadata_is_negative_embedding: str | None = option(

@@ -83,10 +83,12 @@ class OptimizerOptions(OptionGroup):
         metavar="KEY=VALUE",
     )
     learning_rate: float = option(
-        2e-6, "peak learning rate; LoRAs often want about 1e-4, and optimizers that find the rate (Prodigy) 1"
+        2e-6,
+        "peak learning rate; LoRAs often want about 1e-4, whole models 5e-6 to 1e-5, and optimizers that "
+        "find the rate (Prodigy) 1",
     )
     unet_lr: float | None = option(
-        None, "peak learning rate of the LoRA on the DiT (default: --learning_rate)"
+        None, "peak learning rate of the DiT, or of the LoRA on it (default: --learning_rate)"
     )
     max_grad_norm: float = option(1.0, "gradients longer than this are scaled down to it; 0 turns that off")
     lr_scheduler: str = option("constant", "how the rate changes over the run", choices=tuple(SCHEDULERS))
@@ -156,7 +158,7 @@ class OptimizerOptions(OptionGroup):
 
     @property
     def network_lr(self) -> float:
-        """The peak rate of the LoRA on the DiT."""
+        """The peak rate of the DiT, or of the LoRA on it."""
         return self.learning_rate if self.unet_lr is None else self.unet_lr
 
     def optimizer_settings(self) -> dict[str, object]:

@@ -35,7 +35,7 @@ class SampleOptions(OptionGroup):
         False, "let prompt and negative prompt go through the model one after the other: less memory"
     )
     sample_compare_base: bool = option(
-        False, "draw every prompt once without the network too, to compare with: <name>-base_..."
+        False, "draw every prompt once without the LoRA too, to compare with: <name>-base_..."
     )
 
     def __post_init__(self) -> None:

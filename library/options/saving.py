@@ -9,7 +9,9 @@ from pathlib import Path
 from library.core.errors import ConfigError
 from library.options.group import REQUIRED, OptionGroup, option
 
+_FOLDERS = ("diffusers", "diffusers_safetensors")
 KOHYA, DIFFUSERS = "kohya", "diffusers"  # whose names a network's file has
+ORIGINAL = "original"  # or DIFFUSERS: the layout of a model's file
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -17,8 +19,8 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 class SavingOptions(OptionGroup):
     """Saving."""
 
-    output_dir: Path = option(REQUIRED, "folder for the trained network, its samples and its logs")
-    output_name: str = option("last", "file name of the trained network, without ending")
+    output_dir: Path = option(REQUIRED, "folder for what is trained, its samples and its logs")
+    output_name: str = option("last", "file name of what is trained, without ending")
     save_model_as: str = option(
         "safetensors",
         "file format; ckpt and pt are pickles without metadata, which other tools read but this one does not",
@@ -33,16 +35,30 @@ class SavingOptions(OptionGroup):
         "load it",
         choices=(KOHYA, DIFFUSERS),
     )
-    save_every_n_epochs: int | None = option(None, "save the network after every N epochs")
-    save_every_n_steps: int | None = option(None, "save the network after every N steps")
+    save_every_n_epochs: int | None = option(None, "save what is trained after every N epochs")
+    save_every_n_steps: int | None = option(None, "save what is trained after every N steps")
     save_n_epoch_ratio: int | None = option(
-        None, "save the network at least N times, evenly over the epochs; wins over --save_every_n_epochs"
+        None, "save at least N times, evenly over the epochs; wins over --save_every_n_epochs"
     )
     save_last_n_epochs: int | None = option(None, "keep the last N of the files saved by epoch")
     save_last_n_steps: int | None = option(None, "keep files saved by step until N steps later")
     save_last_n_files: int | None = option(None, "keep the last N files, saved by epoch or by step")
 
     def __post_init__(self) -> None:
+        self._check()
+        if self.save_format == DIFFUSERS and self.save_model_as != "safetensors":
+            raise ConfigError(
+                f"--save_format {DIFFUSERS} needs --save_model_as safetensors: diffusers reads settings from "
+                f"the file's metadata, for which {self.save_model_as} has no place."
+            )
+
+    @property
+    def ending(self) -> str:
+        """What comes behind the name of a saved file."""
+        return f".{self.save_model_as}"
+
+    def _check(self) -> None:
+        """Raise ConfigError for names and numbers that cannot be."""
         if not self.output_name or Path(self.output_name).name != self.output_name:
             raise ConfigError(
                 f"--output_name '{self.output_name}' must be a plain file name; folders go to --output_dir."
@@ -51,11 +67,6 @@ class SavingOptions(OptionGroup):
             value = getattr(self, f.name)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"--{f.name} is {value}; it must be 1 or more.")
-        if self.save_format == DIFFUSERS and self.save_model_as != "safetensors":
-            raise ConfigError(
-                f"--save_format {DIFFUSERS} needs --save_model_as safetensors: diffusers reads settings from "
-                f"the file's metadata, for which {self.save_model_as} has no place."
-            )
         if self.save_last_n_files is not None and not (self.saves_by_epoch or self.save_every_n_steps):
             raise ConfigError(
                 "--save_last_n_files says which files to keep, but none are saved: add --save_every_n_epochs "
@@ -64,33 +75,76 @@ class SavingOptions(OptionGroup):
 
     @property
     def saves_by_epoch(self) -> bool:
-        """Whether the network is saved after epochs."""
+        """Whether there are saves after epochs."""
         return bool(self.save_every_n_epochs or self.save_n_epoch_ratio)
 
     def adjustments(self) -> Iterator[str]:
         """Yield a sentence for each flag about files that are not saved."""
         yield from super().adjustments()
         if not self.saves_by_epoch:
-            reason = "no network is saved by epoch (--save_every_n_epochs)"
+            reason = "nothing is saved by epoch (--save_every_n_epochs)"
             yield from self.without_effect(("save_last_n_epochs",), reason)
         if not self.save_every_n_steps:
-            reason = "no network is saved by step (--save_every_n_steps)"
+            reason = "nothing is saved by step (--save_every_n_steps)"
             yield from self.without_effect(("save_last_n_steps",), reason)
         if self.save_n_epoch_ratio:
             yield from self.without_effect(("save_every_n_epochs",), "--save_n_epoch_ratio decides")
 
     def epoch_interval(self, total_epochs: int) -> int | None:
-        """Return after how many epochs the network is saved, in a run of `total_epochs`; None for never."""
+        """Return after how many epochs there is a save, in a run of `total_epochs`; None for never."""
         if self.save_n_epoch_ratio is None:
             return self.save_every_n_epochs
         return max(1, total_epochs // self.save_n_epoch_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelSavingOptions(SavingOptions):
+    """Saving.
+
+    A trained model is one file, in the layout of its original release, or a folder for diffusers.
+    """
+
+    save_model_as: str = option(
+        "safetensors",
+        "a safetensors file; diffusers or diffusers_safetensors: the same as --save_format diffusers",
+        choices=("safetensors", *_FOLDERS, "ckpt", "pt"),
+    )
+    save_precision: str | None = option(
+        None,
+        "precision of the saved weights (default: that of the weights that the model computes with)",
+        choices=("float", "fp16", "bf16"),
+    )
+    save_format: str = option(
+        ORIGINAL,
+        "original: one file in the layout of the model's authors, which sd-scripts and ComfyUI read; or "
+        "diffusers: a folder that its pipelines load",
+        choices=(ORIGINAL, DIFFUSERS),
+    )
+
+    def __post_init__(self) -> None:
+        if self.save_model_as in ("ckpt", "pt"):
+            raise ConfigError(
+                f"--save_model_as {self.save_model_as}: a whole model is not saved as a pickle, which would "
+                "have to be in memory a second time. Leave it out."
+            )
+        self._check()
+
+    @property
+    def ending(self) -> str:
+        """What comes behind the name of a saved model."""
+        return "" if self.in_folder else ".safetensors"
+
+    @property
+    def in_folder(self) -> bool:
+        """Whether a model is saved as diffusers has it."""
+        return self.save_format == DIFFUSERS or self.save_model_as in _FOLDERS
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingOptions(OptionGroup):
     """Logging.
 
-    A metrics file, one JSON object a step, is always written beside the network.
+    A metrics file, one JSON object a step, is always written beside what is saved.
     """
 
     logging_dir: Path | None = option(
@@ -135,3 +189,13 @@ class LoggingOptions(OptionGroup):
         if self.log_with is None:
             return () if self.logging_dir is None else ("tensorboard",)
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLoggingOptions(LoggingOptions):
+    """Logging.
+
+    A metrics file, one JSON object a step, is always written beside what is saved.
+    """
+
+    log_tracker_name: str = option("finetuning", "name of the TensorBoard run folder and of the W&B project")

@@ -20,7 +20,7 @@ class StateOptions(OptionGroup):
     """
 
     save_state: bool = option(
-        False, "save a state whenever --save_every_n_* saves the network, and at the end of training"
+        False, "save a state whenever --save_every_n_* saves a file, and at the end of training"
     )
     save_state_on_train_end: bool = option(False, "save a state at the end of training")
     save_state_every_n_minutes: float = option(
@@ -95,3 +95,17 @@ class StateOptions(OptionGroup):
         With `--resume latest` it is, so that the same command, given once more, finds the run done.
         """
         return self.save_state or self.save_state_on_train_end or self.resume == LATEST
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStateOptions(StateOptions):
+    """Resume.
+
+    A state has everything that a run needs to go on exactly. That of a whole model is several times as large
+    as the model.
+    """
+
+    save_state_every_n_minutes: float = option(
+        60.0,
+        "have a state that is no older than this; the newest two are kept, until training is done; 0: none",
+    )

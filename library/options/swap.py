@@ -13,8 +13,8 @@ from library.options.group import OptionGroup, option
 class SwapOptions(OptionGroup):
     """Block swap.
 
-    Blocks of the model whose frozen weights wait in the computer's memory, and are copied to the GPU just
-    before they are used; see docs/memory.md.
+    Blocks of the model whose weights wait in the computer's memory, and are copied to the GPU just before
+    they are used; see docs/memory.md.
     """
 
     blocks_to_swap: int | None = option(

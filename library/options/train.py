@@ -21,19 +21,21 @@ from library.options.optimizer import OptimizerOptions
 from library.options.quant import QuantOptions
 from library.options.rollout import RolloutOptions
 from library.options.sampling import SampleOptions
-from library.options.saving import LoggingOptions, SavingOptions
-from library.options.state import StateOptions
+from library.options.saving import LoggingOptions, ModelLoggingOptions, ModelSavingOptions, SavingOptions
+from library.options.state import ModelStateOptions, StateOptions
 from library.options.swap import SwapOptions
 from library.options.timesteps import TimestepOptions
+from library.options.trainee import TraineeOptions
 from library.options.training import TrainingOptions, ValidationOptions
 from library.options.tread import TreadOptions
+from library.options.weights import ExactQuantOptions, TrainedSampleOptions, WeightsOptions
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """What every family's training script can be told."""
 
-    network: NetworkOptions
+    trainee: TraineeOptions
     dataset: DatasetOptions
     caching: CachingOptions
     training: TrainingOptions
@@ -64,7 +66,7 @@ class TrainOptions:
 
     def _across_groups(self) -> Iterator[str]:
         """Yield such sentences about flags whose reason is in another group."""
-        if not self.network.trains_dit:
+        if not self.trainee.trains_dit:
             reason = "--network_train_text_encoder_only leaves the DiT as it is"
             yield from self.optimizer.without_effect(("unet_lr",), reason)
         if self.training.max_batch_tokens is not None:
@@ -81,6 +83,27 @@ class TrainOptions:
 @dataclass(frozen=True)
 class LuminaTrainOptions(TrainOptions):
     """The options of lumina_train_network.py."""
+
+    trainee: NetworkOptions
+    model: LuminaModelOptions
+    legacy: LuminaLegacyOptions
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(TrainOptions):
+    """What every family's script for whole models can be told."""
+
+    trainee: WeightsOptions
+    quant: ExactQuantOptions
+    saving: ModelSavingOptions
+    state: ModelStateOptions
+    sampling: TrainedSampleOptions
+    logging: ModelLoggingOptions
+
+
+@dataclass(frozen=True)
+class LuminaFinetuneOptions(FinetuneOptions):
+    """The options of lumina_train.py."""
 
     model: LuminaModelOptions
     legacy: LuminaLegacyOptions

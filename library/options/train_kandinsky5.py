@@ -1,4 +1,4 @@
-"""All options of kandinsky5_train_network.py."""
+"""All options of kandinsky5_train_network.py and kandinsky5_train.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from library.options.group import option
 from library.options.kandinsky5 import Kandinsky5ModelOptions
 from library.options.legacy import Kandinsky5LegacyOptions
+from library.options.network import NetworkOptions
 from library.options.timesteps import TimestepOptions
-from library.options.train import TrainOptions
+from library.options.train import FinetuneOptions, TrainOptions
 
 _READ_SHIFT = ("shift", "sigma")
 
@@ -34,8 +35,8 @@ class Kandinsky5TimestepOptions(TimestepOptions):
 
 
 @dataclass(frozen=True)
-class Kandinsky5TrainOptions(TrainOptions):
-    """The options of kandinsky5_train_network.py."""
+class _Kandinsky5Options(TrainOptions):
+    """What both training scripts of Kandinsky 5 can be told."""
 
     timesteps: Kandinsky5TimestepOptions
     model: Kandinsky5ModelOptions
@@ -45,3 +46,15 @@ class Kandinsky5TrainOptions(TrainOptions):
         yield from super()._across_groups()
         if not self.sampling.scheduled:
             yield from self.model.without_effect(("scheduler_scale",), "no sample pictures are drawn")
+
+
+@dataclass(frozen=True)
+class Kandinsky5TrainOptions(_Kandinsky5Options):
+    """The options of kandinsky5_train_network.py."""
+
+    trainee: NetworkOptions
+
+
+@dataclass(frozen=True)
+class Kandinsky5FinetuneOptions(_Kandinsky5Options, FinetuneOptions):
+    """The options of kandinsky5_train.py."""

@@ -13,9 +13,7 @@ from library.options.group import OptionGroup, option
 class PrecisionOptions(OptionGroup):
     """Precision."""
 
-    mixed_precision: str = option(
-        "no", "precision of the frozen models and activations", choices=("no", "fp16", "bf16")
-    )
+    mixed_precision: str = option("no", "precision in which models compute", choices=("no", "fp16", "bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,9 @@ class TrainingOptions(PrecisionOptions):
     max_train_epochs: int | None = option(None, "epochs to train; wins over --max_train_steps")
     seed: int | None = option(None, "seed of everything random; default: a random one, printed")
     full_bf16: bool = option(
-        False, "keep the trained network in bf16 too; saves a little memory, and small updates get lost"
+        False,
+        "keep trained weights in bf16 only, which saves memory; of a LoRA small updates get lost then, and "
+        "those of a whole model are rounded up or down at random",
     )
     gradient_accumulation_steps: int = option(1, "batches added up for one optimizer step")
     max_batch_tokens: int | None = option(

@@ -15,7 +15,6 @@ from library.nn.transformer import Transformer
 from library.training.context import RunContext
 from library.training.noising import Noising
 from library.training.objective import Objective, Uniform
-from library.training.optim.optimizer import create_optimizer
 from library.training.output.ema import Ema
 from library.training.output.saving import grid_path, metrics_path
 from library.training.output.writer import Output
@@ -27,19 +26,18 @@ from library.training.state.contents import (
     RunFacts,
     StateSaver,
     numbers_part,
-    optimizer_part,
     tensors_part,
-    weights_part,
 )
 from library.training.state.identity import dataset_digest
 from library.training.state.stop import StopRequest
-from library.training.update import Gauge, Updater
-from library.training.watch.gauges import NormLimit, SigmaBands, StepClock, StopVote, WeightNorms
+from library.training.trainee.kind import Trainee
+from library.training.trainee.learner import Learner
+from library.training.update import Gauge, Updater, UpdateSettings
+from library.training.watch.gauges import SigmaBands, StepClock, StopVote
 from library.training.watch.grid import Grid
 from library.training.watch.metrics import Metrics
 from library.training.watch.trackers import make_trackers
-from networks.lora import LoRANetwork
-from networks.module import apply_base_weights, install_network
+from networks.module import apply_base_weights
 
 _TEXT = 128  # tokens of the text for which savings are told; with another they hardly differ
 
@@ -48,17 +46,16 @@ _log = logger("run")
 
 @dataclass(frozen=True)
 class Assembly:
-    """A run's parts. `ema` is None unless an average is kept, `norm_limit` unless norms are limited."""
+    """A run's parts. `ema` is None unless an average is kept."""
 
     model: nn.Module
-    network: LoRANetwork
+    trainee: Trainee
     objective: Objective
     lockstep: Lockstep
-    optimizer: torch.optim.Optimizer
+    learner: Learner
     updater: Updater
     loader: BatchLoader
     ema: Ema | None
-    norm_limit: NormLimit | None
     output: Output
     grid: Grid
     metrics: Metrics
@@ -68,48 +65,47 @@ class Assembly:
 
 
 def assemble(context: RunContext, stop: StopRequest) -> Assembly:
-    """Load the model, put the network on it, make what the loop needs, and go back to a resumed state.
+    """Load the model, make what is trained, make what the loop needs, and go back to a resumed state.
 
     A wish to stop keeps no one waiting for an upload.
     """
     options, inputs = context.options, context.inputs
     model = _load_model(context)
-    network = _install_network(context, model)
+    trainee = _make_trainee(context, model)
     bands = SigmaBands(context.device, shared=context.processes.world > 1)
     vote = StopVote(stop.reason, context.device)
     noising = Noising(options, context.trainer.family, context.seed, _router(context, model))
     uniform = _shard(context, model, noising)
     rollouts = RolloutGauge(options.rollout, context.device) if options.rollout.on else None
     objective = Objective(
-        *(context.trainer, model, network, inputs, noising),
+        *(context.trainer, model, trainee, inputs, noising),
         on_losses=bands.add,
         uniform=uniform,
         rollouts=rollouts,
     )
     lockstep = Lockstep(model, context.processes, objective.idle, uniform)
-    groups = network.parameter_groups(options.optimizer.network_lr)
-    optimizer = create_optimizer(groups, options.optimizer)
-    limit = options.network.scale_weight_norms
-    norm_limit = NormLimit(network, limit, context.device) if limit else None
-    wanted: list[Gauge | None] = [bands, WeightNorms(network), norm_limit, rollouts]
+    learner = context.trainer.trainee_kind.learner(trainee, context)
+    wanted: list[Gauge | None] = [bands, *learner.gauges, rollouts]
     wanted += [vote] if context.processes.world > 1 else []
     updater = Updater(
         objective,
-        list(network.parameters()),
-        optimizer,
+        learner.gradients,
+        learner.optimizer,
         context.processes,
-        seed=context.seed,
-        max_grad_norm=options.optimizer.max_grad_norm,
-        scale_gradients=context.dtype == torch.float16,
-        on_nan=options.state.on_nan,
+        UpdateSettings(
+            seed=context.seed,
+            max_grad_norm=options.optimizer.max_grad_norm,
+            scale_gradients=context.dtype == torch.float16,
+            on_nan=options.state.on_nan,
+        ),
         idle=lockstep.idle_step,
         gauges=[gauge for gauge in wanted if gauge is not None],
     )
-    ema = Ema(network.named_parameters(), options.ema) if options.ema.ema else None
-    output = Output(context, network, optimizer, ema, hurried=lambda: stop.reason() is not None)
+    ema = _average(context, trainee, learner)
+    output = Output(context, trainee, learner, ema, hurried=lambda: stop.reason() is not None)
     grid = Grid(grid_path(options.saving), options.saving.output_dir / "sample")
     metrics = _metrics(context)
-    changing: dict[str, Part] = {"network": weights_part(network), "optimizer": optimizer_part(optimizer)}
+    changing = dict(learner.parts)
     counting = {
         "updater": updater,
         "metrics": metrics,
@@ -122,14 +118,13 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
         changing["ema"] = tensors_part(ema.export_state, ema.import_state)
     return Assembly(
         model=model,
-        network=network,
+        trainee=trainee,
         objective=objective,
         lockstep=lockstep,
-        optimizer=optimizer,
+        learner=learner,
         updater=updater,
         loader=_loader(context, noising),
         ema=ema,
-        norm_limit=norm_limit,
         output=output,
         grid=grid,
         metrics=metrics,
@@ -137,6 +132,13 @@ def assemble(context: RunContext, stop: StopRequest) -> Assembly:
         vote=vote,
         states=_states(context, changing),
     )
+
+
+def _average(context: RunContext, trainee: Trainee, learner: Learner) -> Ema | None:
+    options = context.options.ema
+    if not options.ema:
+        return None
+    return Ema(trainee.named_parameters(), options, settle=learner.settle, exact=learner.exact)
 
 
 def _loader(context: RunContext, noising: Noising) -> BatchLoader:
@@ -159,7 +161,7 @@ def _load_model(context: RunContext) -> Transformer:
     model.runner.keep(keeps, every=every, between=compute.keeps_between(keeps))
     if compute.compiles:
         model.runner.compile(part_compiler(compute))
-    apply_base_weights(context.options.network, model)
+    apply_base_weights(context.options.trainee, model)
     return model
 
 
@@ -188,7 +190,7 @@ def _router(context: RunContext, model: Transformer) -> Router | None:
     return Router.of(tread, model, family.patch, seed=context.seed, total_steps=steps)
 
 
-def _install_network(context: RunContext, model: nn.Module) -> LoRANetwork:
+def _make_trainee(context: RunContext, model: Transformer) -> Trainee:
     options = context.options
 
     def encoder_to_train() -> nn.Module:
@@ -196,20 +198,8 @@ def _install_network(context: RunContext, model: nn.Module) -> LoRANetwork:
         encoder.gradient_checkpointing = options.compute.gradient_checkpointing
         return encoder
 
-    network = install_network(
-        options.network,
-        model,
-        encoder_to_train,
-        seed=context.seed,
-        learning_rate=options.optimizer.learning_rate,
-        device=context.device,  # a layer that it is made for may lie elsewhere, with block swap
-    )
-    network.train()
-    if options.training.full_bf16:
-        for name, parameter in network.named_parameters():
-            if not name.endswith("dora_scale"):  # its steps are below what bf16 can tell from 1
-                parameter.data = parameter.data.to(torch.bfloat16)
-    return network
+    kind = context.trainer.trainee_kind
+    return kind.make(options, model, encoder_to_train, seed=context.seed, device=context.device)
 
 
 def _metrics(context: RunContext) -> Metrics:

@@ -29,7 +29,7 @@ def fill_caches(trainer: NetworkTrainer, *, latents: bool = False, texts: bool =
     logging = options.logging
     setup_logging(logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)
     if texts:
-        options.network.check_caches(options.caching)
+        options.trainee.check_caches(options.caching)
     datasets, ledger = described_datasets(trainer), HashLedger()
     try:
         identities = CacheIdentities(

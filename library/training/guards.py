@@ -21,15 +21,17 @@ _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory",
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise NonFiniteError, with the name of the first bad one, if a tensor holds NaN or infinity."""
-    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-    if not names:
-        return
-    finite = torch.stack([tensors[name].isfinite().all() for name in names]).tolist()  # one wait for all
-    if not all(finite):
-        raise NonFiniteError(
-            f"In {what}, '{names[finite.index(False)]}' holds NaN or infinite numbers, so nothing was saved. "
-            f"Go on from an earlier state with a lower --learning_rate."
-        )
+    places: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            places.setdefault(tensor.device, []).append(name)
+    for names in places.values():
+        finite = torch.stack([tensors[name].isfinite().all() for name in names]).tolist()  # one wait for all
+        if not all(finite):
+            raise NonFiniteError(
+                f"In {what}, '{names[finite.index(False)]}' holds NaN or infinite numbers, so nothing was "
+                f"saved. Go on from an earlier state with a lower --learning_rate."
+            )
 
 
 @contextmanager
@@ -58,6 +60,7 @@ def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
     elif options.compute.keeps not in ("full", "offload"):
         advice.append("--checkpoint_mode full, which keeps one activation a block")
     advice += _precision_advice(options)
+    advice += upkeep_advice(options)
     batch_size = max(dataset.batch_size for dataset in manifest.trained_datasets)
     if options.training.max_batch_tokens is not None:
         advice.append(f"a lower --max_batch_tokens than {options.training.max_batch_tokens}")
@@ -71,10 +74,32 @@ def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
         advice.append("--cache_text_encoder_outputs_to_disk, so that the text encoder is not in memory")
     if not options.caching.latents:
         advice.append("--cache_latents_to_disk, so that the autoencoder is not in memory")
-    advice += _swap_advice(options)
+    if options.trainee.freezes_dit:
+        advice += _swap_advice(options)
     width, height = max((item.geometry.bucket for item in manifest.items), key=lambda size: size[0] * size[1])
     advice.append(f"a lower resolution in the dataset (the largest pictures are now {width}x{height})")
     return advice
+
+
+def upkeep_advice(options: TrainOptions) -> list[str]:
+    """Return what makes training of a model's own weights smaller, beside activations; the mildest first.
+
+    Nothing for a network: what is kept of it is small.
+    """
+    if options.trainee.freezes_dit:
+        return []
+    advice = []
+    if not options.trainee.fused:
+        accumulation = options.training.gradient_accumulation_steps
+        without = " without --gradient_accumulation_steps" if accumulation > 1 else ""
+        advice.append(f"--fused_backward_pass{without}, which drops each gradient as soon as it is used")
+    advice += _swap_advice(options)
+    name = options.optimizer.optimizer_name
+    if "8bit" not in name and name != "Adafactor":
+        advice.append(
+            "--optimizer_type AdamW8bit or Adafactor, which remember 2 bytes of each number, or next to none"
+        )
+    return advice + _rest_advice(options)
 
 
 def caching_advice(options: TrainOptions) -> list[str]:
@@ -96,7 +121,7 @@ def loading_advice(options: TrainOptions) -> list[str]:
             "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, so that no encoder is loaded "
             "beside it"
         )
-    advice += _swap_advice(options)
+    advice += _swap_advice(options) + _rest_advice(options)
     return [*advice, "other programs on the device ended"]
 
 
@@ -110,7 +135,14 @@ def drawing_advice(options: TrainOptions) -> list[str]:
 def _precision_advice(options: TrainOptions) -> list[str]:
     if options.training.mixed_precision != "no":
         return []
-    return ["--mixed_precision bf16, which halves the frozen models and the activations"]
+    return ["--mixed_precision bf16, which halves the models and the activations"]
+
+
+def _rest_advice(options: TrainOptions) -> list[str]:
+    training = options.training
+    if options.trainee.freezes_dit or training.mixed_precision != "bf16" or training.full_bf16:
+        return []
+    return ["--full_bf16, which keeps nothing of a weight that bf16 cannot hold"]
 
 
 def _swap_advice(options: TrainOptions) -> list[str]:

@@ -88,7 +88,7 @@ class Inputs:
         unless the family wants more at once.
         The autoencoder stays loaded, if there was a source to encode, until `release_vae`.
         """
-        if self._options.network.trains_text_encoder:
+        if self._options.trainee.trains_text_encoder:
             self._prompts.clear()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
         self._cut_texts.tell_first(new)
@@ -118,7 +118,7 @@ class Inputs:
             for caption, source in zip(batch.captions, sources, strict=True)
         ]
         self._cut_texts.tell_first(prompts)
-        if self._options.network.trains_text_encoder:
+        if self._options.trainee.trains_text_encoder:
             return self._trainer.encode_prompts(self.encoders.get(), prompts)  # with a graph to train through
         return self._encode(prompts)
 

@@ -16,8 +16,8 @@ from library.nn.routing import Routing
 from library.training.inputs import Inputs
 from library.training.noising import Noising, NoisyLatents
 from library.training.rollout import RolloutGauge, passes_of, roll_out
+from library.training.trainee.kind import Trainee
 from library.training.watch.preview import evaluating
-from networks.lora import LoRANetwork
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
@@ -36,13 +36,13 @@ class Uniform:
 
 
 class Objective:
-    """The losses of a trainer's model with a network on it."""
+    """The losses of a trainer's model."""
 
     def __init__(
         self,
         trainer: NetworkTrainer,
         model: nn.Module,
-        network: LoRANetwork,
+        trainee: Trainee,
         inputs: Inputs,
         noising: Noising,
         *,
@@ -58,7 +58,7 @@ class Objective:
         self._trainer = trainer
         self._loss, self._rollout = trainer.options.loss, trainer.options.rollout
         self._model = model
-        self._network = network
+        self._trainee = trainee
         self._inputs = inputs
         self._noising = noising
         self._on_losses = on_losses
@@ -135,7 +135,7 @@ class Objective:
         family, device = self._trainer.family, self._inputs.device
         x_BCHW = torch.zeros(1, family.latent_channels, family.patch, family.patch, device=device)
         blank = self._trainer.blank_condition(1, device)
-        self._network.multiplier = 1.0
+        self._trainee.multiplier = 1.0
         return self.velocity(
             x_BCHW, torch.full((1,), 0.5, device=device), [replace(blank, tokens_LD=blank.tokens_LD.zero_())]
         )
@@ -151,8 +151,8 @@ class Objective:
         return velocity_loss(predicted[None], target[None], sigma_1, self._loss, mask)
 
     def _set_multiplier(self, multiplier: float) -> None:
-        if self._network.multiplier != multiplier:  # every LoRA is told, which takes longer than to look
-            self._network.multiplier = multiplier
+        if self._trainee.multiplier != multiplier:  # every LoRA is told, which takes longer than to look
+            self._trainee.multiplier = multiplier
 
     def _noisy(self, batch: Batch) -> NoisyLatents:
         """Return what the model is given and should predict, on this process's device."""
@@ -178,7 +178,7 @@ class Objective:
         if passes == 0:
             return noisy, ()
         reflexive = self._rollout.scheduled_sampling_reflexflow
-        with evaluating([self._network]), torch.no_grad():
+        with evaluating([self._trainee]), torch.no_grad():
             rolled = roll_out(noisy, batch.walks, conditions, self.velocities, reflexive=reflexive)
             for _ in range(passes - own):
                 self.idle()
@@ -189,12 +189,12 @@ class Objective:
         always = self._uniform is not None and self._uniform.preserves
         if not always and not any(batch.preserved):
             return noisy
-        self._network.enabled = False
+        self._trainee.enabled = False
         with torch.no_grad():
-            if self._trainer.options.network.trains_text_encoder:
+            if self._trainer.options.trainee.trains_text_encoder:
                 conditions = self._inputs.conditions(batch)
             base = self.velocities(noisy.x, noisy.sigma_B, conditions)
-        self._network.enabled = True
+        self._trainee.enabled = True
         triples = zip(base, noisy.target, batch.preserved, strict=True)
         return replace(noisy, target=[own if preserved else target for own, target, preserved in triples])
 

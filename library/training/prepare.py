@@ -23,7 +23,6 @@ from library.training.output.hub import check_uploads, fetch_state
 from library.training.state.checkpoint import SavedState, check_state_folders, find_resumed
 from library.training.state.identity import check_resumed, dataset_digest, settings_of
 from library.training.watch.trackers import check_trackers
-from networks.module import check_network, check_saving
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
@@ -62,14 +61,14 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     check_trackers(options.logging)
     check_uploads(options.hub, options.state)
     options.ema.check_samples(options.sampling)
-    check_network(options.network)
-    check_saving(options.network, options.saving)
-    options.network.check_caches(options.caching)
+    trainer.trainee_kind.check(options)
+    options.trainee.check_caches(options.caching)
     trainer.check_files()
     resumed = find_resumed(fetch_state(options.hub, options.state), options.saving)
     datasets, edits = described_datasets(trainer), trainer.edits_pictures()
     ledger = HashLedger()
     manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
+    trainer.trainee_kind.check_data(manifest)
     if trainer.token_budget is not None:
         trainer.token_budget.check(manifest)
     files = trainer.model_files(ledger)
@@ -94,7 +93,11 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     if resumed is not None:
         if options.budget.vram_budget is not None and options.quant.transformer is None:
             settings["base_quant"] = resumed.record.settings.get("base_quant")  # goes on as it was planned
-        changes = check_resumed(resumed, settings, options.training.seed, dataset_digest(manifest))
+        changes = check_resumed(
+            *(resumed, settings, options.training.seed, dataset_digest(manifest)),
+            new_start=options.trainee.new_start,
+            stays=options.trainee.stays,
+        )
     return Prepared(
         manifest, files, identities, ledger, settings, resumed, tuple(changes), tuple(adjustments)
     )

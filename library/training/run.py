@@ -20,10 +20,10 @@ from library.training.context import RunContext
 from library.training.events import Event, Moment
 from library.training.guards import caching_advice, loading_advice, memory_explained, training_advice
 from library.training.optim.lr import learning_rate_schedule
-from library.training.optim.optimizer import check_optimizer, evaluating, learning_rates, set_learning_rates
+from library.training.optim.optimizer import evaluating, learning_rates, set_learning_rates
 from library.training.output.saving import config_path, final_path
 from library.training.state.stop import StopRequest, StopSignals
-from library.training.update import Share, StepResult
+from library.training.update import PartlyUpdatedError, Share, StepResult
 from library.training.watchers import encode_sample_prompts, events_of
 
 _log = logger("run")
@@ -41,7 +41,7 @@ class TrainingRun:
         stop_file = options.saving.output_dir / f"{options.saving.output_name}.stop"
         self.stop = StopRequest(signals, stop_file, options.state.max_train_minutes)
         self.broken_off = False  # whether events of this moment are left for the resumed run
-        check_optimizer(options.optimizer, context.device)
+        context.trainer.trainee_kind.check_device(context)
         check_compiler(options.compute, context.device)
         check_kernel(options.compute.attention, context.device, context.dtype)
         if options.quant.quant_matmul and options.quant.transformer is not None:
@@ -92,17 +92,17 @@ class TrainingRun:
             self._happen(events, context.moment(start.step))
         with closing(parts.loader.batches(start.step, context.total_steps)) as batches:
             for step, shares in parts.clock.watch(self._steps(batches)):
-                set_learning_rates(parts.optimizer, self.schedule, step)
+                set_learning_rates(parts.learner.optimizer, self.schedule, step)
                 result = self._update(step, shares)
-                if parts.norm_limit is not None:
-                    parts.norm_limit.apply()
+                if parts.learner.norm_limit is not None:
+                    parts.learner.norm_limit.apply()
                 if parts.ema is not None:
                     parts.ema.update(step + 1)
                 numbers = self._numbers(shares, result)
                 parts.metrics.step(step + 1, result.loss, numbers, peak_memory_bytes(context.device))
                 self._happen(events, context.moment(step + 1))
-        if parts.norm_limit is not None:
-            parts.metrics.log(context.total_steps, parts.norm_limit.last())
+        if parts.learner.norm_limit is not None:
+            parts.metrics.log(context.total_steps, parts.learner.norm_limit.last())
 
     def _steps(self, batches: Iterator[tuple[int, int, Batch]]) -> Iterator[tuple[int, list[Share]]]:
         """Yield each step with this process's shares of its micro-batches."""
@@ -116,6 +116,8 @@ class TrainingRun:
         between = self.stop.check if self.context.processes.world == 1 else None
         try:
             return self.parts.updater.step(step, shares, between=between)
+        except PartlyUpdatedError:
+            raise  # this is a moment at which no run ever is
         except NonFiniteError as error:
             try:
                 kept = self._keep_moment_before(step)
@@ -139,7 +141,9 @@ class TrainingRun:
         parts = self.parts
         pictures = sum(share.total for share in shares)
         grad_norm = {"grad_norm": result.grad_norm}
-        return grad_norm | learning_rates(parts.optimizer) | result.gauged | parts.clock.read(pictures)
+        return (
+            grad_norm | learning_rates(parts.learner.optimizer) | result.gauged | parts.clock.read(pictures)
+        )
 
     # --- between steps ---
 
@@ -154,9 +158,9 @@ class TrainingRun:
     def _run_events(self, due: Sequence[Event], moment: Moment) -> None:
         """Run events: shared ones on all processes, the others on the main one, while the rest wait."""
         processes = self.context.processes
-        with evaluating(self.parts.optimizer):
+        with evaluating(self.parts.learner.optimizer):
             for event in due:
-                self.parts.network.multiplier = 1.0  # not what the last batch's dataset said
+                self.parts.trainee.multiplier = 1.0  # not what the last batch's dataset said
                 broken_off = False
                 with nullcontext() if event.shared else self.parts.lockstep.free():
                     if event.shared or processes.is_main:
@@ -164,6 +168,7 @@ class TrainingRun:
                             event.run(moment)
                         except Stopped:
                             broken_off = True
+                        self.parts.learner.settle()
                 if processes.any(broken_off):
                     self.broken_off = True  # a preview or validation: done again when the run is resumed
                     return
@@ -203,8 +208,8 @@ class TrainingRun:
 
     def _save_result(self, path: Path) -> None:
         parts, total_steps = self.parts, self.context.total_steps
-        with evaluating(parts.optimizer):
-            parts.output.write_network(path, self.context.moment(total_steps))
+        with evaluating(parts.learner.optimizer):
+            parts.output.write(path, self.context.moment(total_steps))
         parts.output.take_states(parts.states.save_final(total_steps))
         parts.output.close()
 

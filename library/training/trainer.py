@@ -21,24 +21,30 @@ from library.options.group import OptionGroup
 from library.options.request import ImageRequest
 from library.options.train import TrainOptions
 from library.training.family import FamilySpec, ModelFiles
+from library.training.trainee.kind import TraineeKind
+from library.training.trainee.network import NetworkKind
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.core.weight_layout import WeightLayout
     from library.data.batch import Condition
     from library.data.prompt import Prompt
     from library.nn.routing import Routing
 
 
 class NetworkTrainer(ABC):
-    """Trains a network (LoRA) on a frozen model. A family writes the hooks; nothing else may be overridden.
+    """Trains a network (LoRA) on a frozen model, or the model itself, as its `trainee_kind` is.
+
+    A family writes the hooks; nothing else may be overridden.
 
     Shapes: pixels_BCHW in [-1, 1]; latents (C = family.latent_channels) scaled as the model takes them;
     sigma_B in [0, 1] with 0 clean and 1 noise; velocity = noise - x0.
     """
 
     family: ClassVar[FamilySpec]
+    trainee_kind: ClassVar[TraineeKind] = NetworkKind()
 
     def __init__(self, options: TrainOptions) -> None:
         self.options = options
@@ -79,7 +85,7 @@ class NetworkTrainer(ABC):
     def load_transformer(
         self, device: torch.device, dtype: torch.dtype, *, weights_on: torch.device | None = None
     ) -> nn.Module:
-        """Load the frozen model that the network is trained on, to run on `device`.
+        """Load the model, frozen, to run on `device`.
 
         Its weights go to `weights_on` first, where that is given: they are spread from there.
         """
@@ -124,6 +130,13 @@ class NetworkTrainer(ABC):
     @abstractmethod
     def encode_blank(self, encoders: object, tokens: int, count: int) -> list[Condition]:
         """Encode `count` texts of so many tokens with nothing in them, of which only the shapes count."""
+
+    @abstractmethod
+    def weight_layout(self, params: object, *, diffusers: bool) -> WeightLayout:
+        """Return what the file of a trained model of these sizes has, as first released or for diffusers.
+
+        Torch-free; raises ConfigError if diffusers has no model of these sizes.
+        """
 
     # --- what a family may write ---
 

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from library.core.device import sent
 from library.core.dist import Processes
 from library.core.errors import NonFiniteError
 from library.core.log import logger
 from library.core.seeds import derive
 from library.data.batch import Batch
-from library.training.watch.gauges import norms_of
+from library.training.gradients import Gradients
 
 _TINY = 1e-6  # as torch's own clipping has it
 MAX_SKIPPED = 25  # steps in a row without an update (fp16 overflow, --on_nan skip) before a run is given up
+
+_ADVICE = "Lower --learning_rate, use bf16 instead of fp16, or leave such steps out with --on_nan skip."
 
 _log = logger("update")
 
@@ -43,6 +44,24 @@ class StepResult:
     grad_norm: float
     updated: bool
     gauged: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What the user decides of a step.
+
+    seed: of dropout. max_grad_norm: the gradient is scaled down to it; 0 for never. scale_gradients: losses
+    are scaled up for backward, as fp16 needs it. on_nan: "stop" or "skip".
+    """
+
+    seed: int
+    max_grad_norm: float
+    scale_gradients: bool = False
+    on_nan: str = "stop"
+
+
+class PartlyUpdatedError(NonFiniteError):
+    """A gradient is NaN or infinite, and weights have moved in this step."""
 
 
 class Gauge(Protocol):
@@ -83,28 +102,23 @@ class Updater:
     def __init__(
         self,
         objective: Losses,
-        parameters: Sequence[nn.Parameter],
+        gradients: Gradients,
         optimizer: torch.optim.Optimizer,
         processes: Processes,
+        settings: UpdateSettings,
         *,
-        seed: int,
-        max_grad_norm: float,
-        scale_gradients: bool,
-        on_nan: str = "stop",
         idle: Callable[[int, int], None] = lambda step, micro: None,
         gauges: Sequence[Gauge] = (),
     ) -> None:
         """`idle` is called for a micro-batch, of a step, of which this process has no picture."""
         self._objective = objective
-        self._parameters = list(parameters)
+        self._gradients = gradients
         self._optimizer = optimizer
         self._processes = processes
-        self._seed = seed
-        self._max_grad_norm = max_grad_norm
-        self._scaler = torch.amp.GradScaler(processes.device.type, enabled=scale_gradients)
+        self._settings = settings
+        self._scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.scale_gradients)
         # The scale comes with the first use, and this process may have no picture in its first steps.
         self._scaler.scale(torch.zeros((), device=processes.device))
-        self._on_nan = on_nan
         self._idle = idle
         self._gauges = sorted(gauges, key=lambda gauge: not gauge.shared)
         self._skipped = 0  # steps in a row without an update
@@ -131,20 +145,18 @@ class Updater:
 
         Raises:
             NonFiniteError: loss or gradient is NaN or infinite; the parameters are as they were.
+            PartlyUpdatedError: so is a gradient of parameters that move during backward; others have moved.
         """
         loss = self._backward(step, shares, between)
-        self._processes.sum_gradients(self._parameters)
+        self._gradients.collect(self._processes)
         self._scaler.unscale_(self._optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(norms_of(gradients))
-        loss_value, norm_value, gauged = self._read(step, loss, norm)
+        loss_value, norm_value, gauged = self._read(step, loss, self._gradients.norm())
         updated = self._check(step, shares, loss_value, norm_value)
-        if updated:
-            self._clip(gradients, norm_value)
+        if updated and not self._gradients.moves_weights:
+            self._clip(norm_value)
             self._optimizer.step()  # not the scaler's `step`, which would wait to learn what the norm told
         self._scaler.update()
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._gradients.clear()
         return StepResult(loss_value, norm_value, updated, gauged)
 
     def _read(self, step: int, loss: Tensor, norm: Tensor) -> tuple[float, float, dict[str, float]]:
@@ -170,25 +182,29 @@ class Updater:
                 self._idle(step, micro)
                 continue  # this process has no picture in the last batch of a bucket
             # Dropout in the network draws from the global generator: seeded here, it has no history either.
-            seed = derive(self._seed, "dropout", step, micro, self._processes.rank)
+            seed = derive(self._settings.seed, "dropout", step, micro, self._processes.rank)
             _seed_globally(seed, self._processes.device)
             losses_B = self._objective.training_losses(share.batch)
             self._losses.append(losses_B.detach())
             loss = losses_B.sum() / (share.total * len(shares))
-            self._scaler.scale(loss).backward()
             parts.append(loss.detach())
+            if self._gradients.moves_weights and not math.isfinite(loss.item()):
+                break  # `_check` ends the step, before anything moved
+            self._scaler.scale(loss).backward()
         return (
             functools.reduce(Tensor.add, parts) if parts else torch.zeros((), device=self._processes.device)
         )
 
-    def _clip(self, gradients: Sequence[Tensor], norm: float) -> None:
+    def _clip(self, norm: float) -> None:
         """Scale the gradient, which has this norm, down to --max_grad_norm unless that is 0."""
-        if self._max_grad_norm > 0 and norm + _TINY > self._max_grad_norm:
-            factor = (self._max_grad_norm / (torch.tensor(norm) + _TINY)).clamp_max(1.0)
-            torch._foreach_mul_(gradients, sent(factor, gradients[0].device))
+        limit = self._settings.max_grad_norm
+        if 0 < limit < norm + _TINY:
+            self._gradients.scale(limit / (norm + _TINY))
 
     def _check(self, step: int, shares: Sequence[Share], loss: float, norm: float) -> bool:
-        """Return whether the update will happen; raise before weights move on anything that is not finite."""
+        """Return whether the update will happen, or has where gradients move weights; raise, before weights
+        move if they still can be kept from it, on anything that is not finite.
+        """
         if math.isfinite(loss) and math.isfinite(norm):
             self._skipped = 0
             return True
@@ -196,16 +212,20 @@ class Updater:
         overflow = math.isfinite(loss) and self._scaler.is_enabled()  # of fp16: the scaler lowers its scale
         if overflow and self._skipped <= MAX_SKIPPED:
             return False
+        moved = math.isfinite(loss) and self._gradients.moves_weights
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
         found = f"Step {step + 1}: the {what}. {self._suspects(shares)}"
-        if self._on_nan == "skip" and self._skipped <= MAX_SKIPPED:
-            _log.warning("%s This step is left out (--on_nan skip).", found)
-            return False
+        if self._settings.on_nan == "skip" and self._skipped <= MAX_SKIPPED:
+            left_out = "Gradients that are not finite are" if moved else "This step is"
+            _log.warning("%s %s left out (--on_nan skip).", found, left_out)
+            return moved
         often = f" for the {self._skipped}th time in a row" if self._skipped > 1 else ""
-        raise NonFiniteError(
-            f"{found} So the run stops{often}, before the network is touched. Lower --learning_rate, use "
-            f"bf16 instead of fp16, or leave such steps out with --on_nan skip."
-        )
+        if moved:
+            raise PartlyUpdatedError(
+                f"{found} So the run stops{often}. Other weights of this step may already have moved: go on "
+                f"from the last state with --resume latest. {_ADVICE}"
+            )
+        raise NonFiniteError(f"{found} So the run stops{often}, before any weight is touched. {_ADVICE}")
 
     def _suspects(self, shares: Sequence[Share]) -> str:
         """Name this process's pictures whose loss is not finite, or all of the step if none is at fault."""

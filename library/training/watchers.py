@@ -35,7 +35,7 @@ def encode_sample_prompts(context: RunContext) -> None:
     options = context.options
     if options.sampling.prompts is None or not context.processes.is_main:
         return
-    if not options.network.trains_text_encoder:
+    if not options.trainee.trains_text_encoder:
         requests = load_sample_prompts(options.sampling.prompts, _defaults(context))
         _encode(context, requests)
         context.inputs.release_vae()
@@ -51,7 +51,7 @@ def _validation(context: RunContext, parts: Assembly, stop: StopRequest) -> Vali
         inputs=context.inputs,
         objective=parts.objective,
         report=parts.metrics.log,
-        modules=[parts.network, parts.model],
+        modules=[parts.trainee, parts.model],
         processes=context.processes,
         stop=stop,
     )
@@ -76,7 +76,7 @@ def _previews(context: RunContext, parts: Assembly, stop: StopRequest) -> Previe
         defaults=_defaults(context),
         model=model,
         encode=explained(lambda requests: _encode(context, requests)),
-        modules=[parts.network, parts.model],
+        modules=[parts.trainee, parts.model],
         grid=parts.grid,
         looks=_looks(context, parts),
         show=parts.metrics.picture,
@@ -88,7 +88,7 @@ def _looks(context: RunContext, parts: Assembly) -> list[Look]:
     drawn = "raw" if parts.ema is None else context.options.ema.ema_sample
     looks = []
     if context.options.sampling.sample_compare_base:
-        looks.append(Look("base", lambda: switched_off(parts.network), once=True))
+        looks.append(Look("base", lambda: switched_off(parts.trainee), once=True))
     if drawn in ("raw", "both"):
         looks.append(Look())
     if parts.ema is not None and drawn in ("ema", "both"):

@@ -108,6 +108,20 @@ def test_what_all_meet_is_told_once(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["one is stopped"] == Outcome([75, 75, 75], "process 2: stopped by hand")
 
 
+def test_it_is_told_before_the_others_may_leave(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A launcher ends process 0 as soon as another one has left."""
+    told: list[str] = []
+    monkeypatch.setattr(lifeline._Peer, "tell", lambda *_: told.append(capsys.readouterr().err))
+    monkeypatch.setattr(lifeline, "LINGER_SECONDS", 0.0)
+    here, there = socket.socketpair()
+    with pytest.raises(SystemExit) as left, there, lifeline.Lifeline(0, {1: here}):
+        raise ConfigError("no such cat")
+    assert told == ["error: no such cat\n"]
+    assert left.value.code == ConfigError.exit_code
+
+
 def test_a_bug_is_told_with_its_traceback(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["one has a bug"]
     assert outcome.codes == [1, 1, 1]

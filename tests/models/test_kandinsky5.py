@@ -270,7 +270,7 @@ class TestSwapped:
         swap = SwapOptions(blocks_to_swap=4, block_swap_ring_size=2)
         moves = load(files["t2i"], torch.bfloat16, scheme=scheme, swap=swap)
         assert isinstance(moves.runner.ring, BlockSwap)
-        copier = moves.runner.ring._copier = StrictCopier()
+        copier = moves.runner.ring.copier = StrictCopier()
         outcomes = []
         for model in (stays, moves):
             network = with_lora(model)

@@ -44,15 +44,15 @@ class Case:
         return [*self.model.parameters(), *self.x, *self.texts]
 
 
-def lumina(dtype=torch.float32, **changes):
-    params = lumina2_pairs.make_params(n_layers=6, **changes)
+def lumina(dtype=torch.float32, blocks=6):
+    params = lumina2_pairs.make_params(n_layers=blocks)
     torch.manual_seed(1)
     model = NextDiT(params)
     return _case(model, params.in_channels, params.cap_feat_dim, dtype, None)
 
 
-def kandinsky(dtype=torch.float32, **changes):
-    params = kandinsky5_pairs.make_params(n_text_blocks=1, n_visual_blocks=6, **changes)
+def kandinsky(dtype=torch.float32, blocks=6):
+    params = kandinsky5_pairs.make_params(n_text_blocks=1, n_visual_blocks=blocks)
     torch.manual_seed(1)
     model = Kandinsky5DiT(params)
     return _case(model, params.in_channels, params.text_dim, dtype, torch.randn(3, params.pooled_dim))

@@ -65,7 +65,7 @@ CASES += [
 def test_swapping_changes_no_bit(nano, mode, args, dtype, count, ring_size):
     wanted = train(load(nano, dtype), NETWORKS[args], mode)
     model = load(nano, dtype, blocks_to_swap=count, block_swap_ring_size=ring_size)
-    copier = model.runner.ring._copier = StrictCopier()
+    copier = model.runner.ring.copier = StrictCopier()
     found = train(model, NETWORKS[args], mode)
     assert len(copier.rooms) == ring_size and len(copier.asked) > count
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -90,7 +90,7 @@ def test_on_the_meta_device_nothing_is_swapped(nano):
 
 def test_merging_reaches_swapped_blocks(nano):
     plain, swapped = load(nano), load(nano, blocks_to_swap=6)
-    swapped.runner.ring._copier = StrictCopier()
+    swapped.runner.ring.copier = StrictCopier()
     outputs = []
     for model in (plain, swapped):
         network = create_network(model, NetworkRequest(dim=2, alpha=2, seed=1))

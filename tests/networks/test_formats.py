@@ -17,7 +17,7 @@ from library.options.ema import EmaOptions
 from library.options.saving import SavingOptions
 from library.training.events import Moment
 from library.training.output.ema import Ema
-from library.training.output.saving import NetworkFile
+from library.training.output.network_file import NetworkFile
 from networks import lora_kandinsky5, lora_lumina
 from networks.family_lora import LoRAModule
 from networks.files import inspect_lora

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.core.errors import ConfigError, ResourceError
-from library.nn import block_swap
+from library.nn import swapped_weights
 from library.nn.block_swap import BlockSwap, chosen_blocks, device_of_weights, spread
 from library.nn.quant import QuantLinear
 from library.options.swap import SwapOptions
@@ -82,7 +82,7 @@ class NoRing:
 def train(blocks, ring, run, *, steps=3, previews=False):
     """Outputs and gradients of some steps."""
     found = []
-    device = blocks[0].shift.device if isinstance(ring, NoRing) else ring._device
+    device = blocks[0].shift.device if isinstance(ring, NoRing) else ring.device
     for step in range(steps):
         x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(step)).to(device)
         y = x
@@ -282,7 +282,7 @@ def test_master_copies_in_one_piece(monkeypatch):
         pieces.append(torch.full((size,), POISON, dtype=torch.uint8))
         return pieces[-1]
 
-    monkeypatch.setattr(block_swap, "_page_locked", memory)
+    monkeypatch.setattr(swapped_weights, "_locked", memory)
     blocks, same, copier = make_blocks(6), make_blocks(6), StrictCopier()
     train_some(same)
     ring = BlockSwap(blocks, CPU, pinned=True, copier=copier)
@@ -342,7 +342,7 @@ MB = 2**20
     [([166 * MB] * 15, 12), ([166 * MB] * 2, 2), ([256 * MB] * 3, 2), ([3000 * MB] * 3, 1), ([5], 1)],
 )
 def test_page_locked_pieces_are_nearly_full(sizes, count):
-    assert block_swap._fullest(sizes) == count
+    assert swapped_weights._fullest(sizes) == count
 
 
 @given(st.integers(1, 60), st.data())

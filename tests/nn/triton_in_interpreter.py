@@ -217,12 +217,26 @@ KERNELS = {
 }
 
 
-def train(model, network, inputs):
-    """The outputs and the gradients of a step."""
-    network.zero_grad()
+def randomised(make, dtype):
+    """Nothing is zero. Time is embedded in fp32."""
+    torch.manual_seed(0)
+    model, paths, inputs = make(dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=weight.shape[1] ** -0.5) if weight.dim() == 2 else weight.normal_(1.0, 0.2)
+    model.to(dtype)
+    for name, child in model.named_children():
+        if name in ("t_embedder", "time_embeddings"):
+            child.float()
+    return model, paths, inputs
+
+
+def train(model, trained, inputs):
+    """The outputs, and the gradients of a step to what is trained."""
+    trained.zero_grad()
     outputs = model(*inputs)
     sum(output.float().square().sum() for output in outputs).backward()
-    return [*(output.detach() for output in outputs), *(p.grad for p in network.parameters())]
+    return [*(output.detach() for output in outputs), *(p.grad for p in trained.parameters())]
 
 
 @pytest.mark.parametrize(
@@ -239,15 +253,8 @@ def test_a_step_of_a_model(monkeypatch, launched, make, dtype, allowed, modes):
     Modulation learns too.
     """
     monkeypatch.setattr(products, "_cpu_is_fast_in", lambda _: False)
-    torch.manual_seed(0)
-    model, paths, inputs = make(dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(std=weight.shape[1] ** -0.5) if weight.dim() == 2 else weight.normal_(1.0, 0.2)
-    model.requires_grad_(False).to(dtype)
-    for name, child in model.named_children():
-        if name in ("t_embedder", "time_embeddings"):
-            child.float()
+    model, paths, inputs = randomised(make, dtype)
+    model.requires_grad_(False)
     ring = BlockSwap(model.runner.blocks, torch.device("cpu"), ring_size=1)
     network = LoRANetwork(model, {path: LoRASize(2, 2) for path in paths})
     network.apply_to(model)
@@ -267,6 +274,19 @@ def test_a_step_of_a_model(monkeypatch, launched, make, dtype, allowed, modes):
     model.runner.ring = ring
     swapped = train(model, network, inputs)
     assert all(torch.equal(a, b) for a, b in zip(swapped, fused, strict=True))
+
+
+@pytest.mark.parametrize("make", [lumina, kandinsky])
+def test_a_step_of_all_weights(launched, make):
+    """Gains of norms, biases and embedders included."""
+    model, _, inputs = randomised(make, torch.float32)
+    plain = train(model, model, inputs)
+    replace_parts("triton")
+    fused = train(model, model, inputs)
+    assert set(launched) == KERNELS[make]
+    assert all((a - b).norm() < 2e-4 * b.norm() + 1e-4 for a, b in zip(fused, plain, strict=True))
+    model.runner.keep("outputs")
+    assert all(torch.equal(*pair) for pair in zip(train(model, model, inputs), fused, strict=True))
 
 
 def test_results_are_made_again_for_backward(launched):

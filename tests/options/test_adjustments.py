@@ -141,8 +141,8 @@ WITHOUT_EFFECT = {
     "wrappers and kernels that are not here": (
         ["--mem_eff_attn", "--ddp_static_graph", "--ddp_gradient_as_bucket_view", "--fused_backward_pass"],
         {
-            "mem_eff_attn": "memory is saved already",
             "fused_backward_pass": "",
+            "mem_eff_attn": "memory is saved already",
             "ddp_gradient_as_bucket_view": "DistributedDataParallel",
             "ddp_static_graph": "DistributedDataParallel",
         },

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 
 from library.core.errors import ConfigError
+from library.options.elsewhere import OF_NETWORKS, OF_WHOLE_MODELS
 from library.options.group import build_parser, parse_options
 from library.options.inference_kandinsky5 import Kandinsky5InferenceOptions
 from library.options.inference_lumina import LuminaInferenceOptions
-from library.options.train import LuminaTrainOptions
-from library.options.train_kandinsky5 import Kandinsky5TrainOptions
+from library.options.network import NetworkOptions
+from library.options.train import LuminaFinetuneOptions, LuminaTrainOptions
+from library.options.train_kandinsky5 import Kandinsky5FinetuneOptions, Kandinsky5TrainOptions
+from library.options.weights import WeightsOptions
 
-SCRIPTS = (Kandinsky5TrainOptions, LuminaTrainOptions, Kandinsky5InferenceOptions, LuminaInferenceOptions)
+SCRIPTS = (
+    *(Kandinsky5TrainOptions, LuminaTrainOptions, Kandinsky5InferenceOptions, LuminaInferenceOptions),
+    *(Kandinsky5FinetuneOptions, LuminaFinetuneOptions),
+)
 
 
 @pytest.mark.parametrize("options", SCRIPTS)
@@ -36,6 +43,22 @@ def test_what_is_proposed_is_there(options: type) -> None:
         (Kandinsky5TrainOptions, "--text_encoder_2_precision=x", ": use --text_encoder_quant. See --help."),
         (LuminaTrainOptions, "--dit=x", "'--dit': use --pretrained_model_name_or_path."),
         (LuminaTrainOptions, "--lora_rank", "'--lora_rank': use --network_dim."),
+        (LuminaTrainOptions, "--model_type=full", "a whole model is trained by the ..._train.py scripts"),
+        (
+            LuminaTrainOptions,
+            "--mem_eff_save",
+            "it is about whole models, which the ..._train.py scripts train",
+        ),
+        (LuminaFinetuneOptions, "--model_type=full", "this script trains the model itself (full)"),
+        (LuminaFinetuneOptions, "--network_module=x", "LoRAs, which the ..._train_network.py scripts train"),
+        (LuminaFinetuneOptions, "--text_encoder_lr=0", "this one trains the model itself; leave it out."),
+        (Kandinsky5FinetuneOptions, "--lora_rank=4", "LoRAs, which the ..._train_network.py scripts train"),
+        (
+            Kandinsky5FinetuneOptions,
+            "--base_model_precision=x",
+            "weights that are trained cannot be quantised",
+        ),
+        (Kandinsky5FinetuneOptions, "--gemma2=x", "--text_encoder_qwen and --text_encoder_clip."),
         (LuminaInferenceOptions, "--image=x", "it is a flag of Kandinsky's scripts"),
         (Kandinsky5InferenceOptions, "--gemma2_path=x", "--text_encoder_qwen and --text_encoder_clip."),
     ],
@@ -54,3 +77,9 @@ def test_a_key_of_another_program_too(tmp_path) -> None:
     config.write_text('{"model_family": "kandinsky5-image", "lora_rank": 16}')
     with pytest.raises(ConfigError, match=r"unknown key 'model_family': which model it is, is read off"):
         parse_options(Kandinsky5TrainOptions, ["--config_file", str(config)])
+
+
+def test_what_one_kind_of_script_alone_has_is_known_to_the_other() -> None:
+    network, whole = ({f.name for f in fields(group)} for group in (NetworkOptions, WeightsOptions))
+    assert OF_NETWORKS.keys() == network - whole
+    assert OF_WHOLE_MODELS.keys() == whole - network

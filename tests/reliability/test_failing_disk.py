@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 from torch import nn
 
 from library.core import files
@@ -37,7 +36,7 @@ class Disk:
             monkeypatch.setattr(files.os, name, self._checked(getattr(os, name)))
         monkeypatch.setattr(files.tempfile, "mkstemp", self._checked(files.tempfile.mkstemp))
         monkeypatch.setattr(files.os, "fdopen", self._opened(os.fdopen))
-        monkeypatch.setattr(contents, "save_file", self._checked(save_file))
+        monkeypatch.setattr(contents, "open", self._opened(open), raising=False)
         monkeypatch.setattr(checkpoint.Path, "write_text", self._checked(Path.write_text))
 
     def _check(self) -> None:
@@ -53,8 +52,8 @@ class Disk:
         return call
 
     def _opened(self, real: Callable) -> Callable:
-        def open_file(descriptor: int, mode: str) -> _Handle:
-            return _Handle(real(descriptor, mode), self._check)
+        def open_file(file: int | Path, mode: str) -> _Handle:
+            return _Handle(real(file, mode), self._check)
 
         return open_file
 

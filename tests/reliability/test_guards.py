@@ -16,9 +16,10 @@ from library.data.batch import Batch
 from library.data.items import Draw
 from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
+from library.training.gradients import PlainGradients
 from library.training.guards import memory_explained, require_finite, training_advice
 from library.training.objective import Objective
-from library.training.update import MAX_SKIPPED, Share, Updater
+from library.training.update import MAX_SKIPPED, Share, Updater, UpdateSettings
 from lumina_train_network import LuminaTrainer
 from tests.reliability import legs
 from tests.reliability.legs import NAME, losses, states
@@ -43,13 +44,10 @@ def updater(objective: Losses, on_nan: str = "stop") -> Updater:
     optimizer = torch.optim.AdamW([objective.weight], lr=0.1)
     return Updater(
         objective,
-        [objective.weight],
+        PlainGradients([objective.weight], torch.device("cpu")),
         optimizer,
         Processes.start(),
-        seed=1,
-        max_grad_norm=1.0,
-        scale_gradients=False,
-        on_nan=on_nan,
+        UpdateSettings(seed=1, max_grad_norm=1.0, on_nan=on_nan),
     )
 
 

@@ -11,8 +11,9 @@ import pytest
 from library.core.errors import ConfigError
 from library.core.hashing import HashLedger
 from library.options.group import group_classes, parse_options
-from library.options.train import LuminaTrainOptions
-from library.options.train_kandinsky5 import Kandinsky5TrainOptions
+from library.options.train import LuminaFinetuneOptions, LuminaTrainOptions
+from library.options.train_kandinsky5 import Kandinsky5FinetuneOptions, Kandinsky5TrainOptions
+from library.options.weights import WeightsOptions
 from library.training.family import ModelFiles
 from library.training.state.checkpoint import SavedState, StateRecord
 from library.training.state.identity import (
@@ -75,8 +76,11 @@ def test_every_flag_is_in_one_table() -> None:
     """A new flag is an addition to one of them: library/training/state/identity.py says what each means."""
     tables = [set(MUST_STAY), set(CANNOT_BEGIN), TOLD, SILENT, JUDGED]
     found, known = [], set()
-    families = (LuminaTrainOptions, Kandinsky5TrainOptions)
-    groups = dict.fromkeys(pair for family in families for pair in group_classes(family).items())
+    scripts = (
+        *(LuminaTrainOptions, Kandinsky5TrainOptions),
+        *(LuminaFinetuneOptions, Kandinsky5FinetuneOptions),
+    )
+    groups = dict.fromkeys(pair for script in scripts for pair in group_classes(script).items())
     for group_name, group in groups:
         for f in fields(group):
             name = f.name
@@ -91,8 +95,8 @@ def test_every_flag_is_in_one_table() -> None:
 
 
 def test_nothing_changed_is_nothing_said(settings) -> None:
-    assert check_resumed(resumed(settings), settings, 7, "digest") == []
-    assert check_resumed(resumed(settings), settings, None, "digest") == []
+    assert check_resumed(resumed(settings), settings, 7, "digest", new_start="begin anew") == []
+    assert check_resumed(resumed(settings), settings, None, "digest", new_start="begin anew") == []
 
 
 def test_every_setting_that_changes_is_refused_or_told_by_name(settings) -> None:
@@ -102,9 +106,9 @@ def test_every_setting_that_changes_is_refused_or_told_by_name(settings) -> None
         changed = settings | {name: "something else"}
         if name in refused:
             with pytest.raises(ConfigError, match=r"is something else, but was .* in kiwi-state, and the "):
-                check_resumed(resumed(settings), changed, None, "digest")
+                check_resumed(resumed(settings), changed, None, "digest", new_start="begin anew")
             continue
-        (sentence,) = check_resumed(resumed(settings), changed, None, "digest")
+        (sentence,) = check_resumed(resumed(settings), changed, None, "digest", new_start="begin anew")
         flag = f"{name.removeprefix('content of ')} (the file's content)" if "--" in name else f"--{name}"
         assert sentence.startswith(f"{flag} is something else from here on; it was ")
 
@@ -127,21 +131,48 @@ DIFFERENT = [
 @pytest.mark.parametrize(("before", "now"), SAME)
 def test_the_same_in_other_words_is_the_same(ledger, before: tuple[str, ...], now: tuple[str, ...]) -> None:
     one, two = (settings_of(options(*words), FILES, MANIFEST, ledger) for words in (before, now))
-    assert check_resumed(resumed(one), two, None, "digest") == []
+    assert check_resumed(resumed(one), two, None, "digest", new_start="begin anew") == []
 
 
 @pytest.mark.parametrize(("before", "now", "named"), DIFFERENT)
 def test_other_words_for_something_else_are_refused(ledger, before, now, named: str) -> None:
     one, two = (settings_of(options(*words), FILES, MANIFEST, ledger) for words in (before, now))
     with pytest.raises(ConfigError, match=f"--[a-z_]*{named} is "):
-        check_resumed(resumed(one), two, None, "digest")
+        check_resumed(resumed(one), two, None, "digest", new_start="begin anew")
+
+
+def test_the_two_words_for_a_fused_backward_pass(ledger) -> None:
+    """Both may begin and end on the way: what a step does to a weight is the same, but for clipping."""
+
+    def settings(*more: str) -> dict[str, object]:
+        words = [
+            *("--pretrained_model_name_or_path=a", "--gemma2=b", "--ae=c", "--output_dir=d"),
+            *("--dataset_config=e", *more),
+        ]
+        return settings_of(parse_options(LuminaFinetuneOptions, words), FILES, MANIFEST, ledger)
+
+    plain, one, other = map(settings, ("--seed=7", "--fused_backward_pass", "--blockwise_fused_optimizers"))
+    assert one == other
+    (sentence,) = check_resumed(resumed(plain), one, None, "digest", new_start="begin anew")
+    assert sentence == "--fused_backward_pass is True from here on; it was False"
+    with pytest.raises(ConfigError, match="--full_bf16 is True, but was False .* Keep it, or begin anew"):
+        precise = settings("--full_bf16", "--mixed_precision=bf16")
+        check_resumed(resumed(plain), precise, None, "digest", new_start="begin anew")
+    with pytest.raises(ConfigError, match="state of a run that trains the model itself .* trains a LoRA"):
+        lora = settings_of(options(), FILES, MANIFEST, ledger)
+        check_resumed(resumed(plain), lora, None, "digest", new_start="begin anew")
+    halved, stays = settings("--mixed_precision=bf16"), WeightsOptions.stays
+    with pytest.raises(
+        ConfigError, match="--mixed_precision is bf16, but was no .* weights of this precision"
+    ):
+        check_resumed(resumed(plain), halved, None, "digest", new_start="begin anew", stays=stays)
 
 
 def test_an_average_may_end_but_not_begin(ledger) -> None:
     without, kept = (settings_of(options(*words), FILES, MANIFEST, ledger) for words in ((), ("--ema",)))
     with pytest.raises(ConfigError, match="--ema is True, but was False .* no running average"):
-        check_resumed(resumed(without), kept, None, "digest")
-    (sentence,) = check_resumed(resumed(kept), without, None, "digest")
+        check_resumed(resumed(without), kept, None, "digest", new_start="begin anew")
+    (sentence,) = check_resumed(resumed(kept), without, None, "digest", new_start="begin anew")
     assert sentence == "--ema is False from here on; it was True"
 
 
@@ -154,16 +185,22 @@ def test_merged_in_files_are_told_apart_by_their_content(ledger, nano, tmp_path:
         return settings_of(options("--base_weights", str(path), *more), FILES, MANIFEST, ledger)
 
     before = settings(nano.dit, *flags)
-    assert check_resumed(resumed(before), settings(moved, *flags), None, "digest") == []
+    assert (
+        check_resumed(resumed(before), settings(moved, *flags), None, "digest", new_start="begin anew") == []
+    )
     with pytest.raises(ConfigError, match="--base_weights is .* times 0.5, but was .* times 1"):
         check_resumed(
-            resumed(before), settings(moved, *flags, "--base_weights_multiplier=0.5"), None, "digest"
+            resumed(before),
+            settings(moved, *flags, "--base_weights_multiplier=0.5"),
+            None,
+            "digest",
+            new_start="begin anew",
         )
     moved.write_bytes(nano.ae.read_bytes())
     with pytest.raises(ConfigError, match="--base_weights is "):
-        check_resumed(resumed(before), settings(moved, *flags), None, "digest")
+        check_resumed(resumed(before), settings(moved, *flags), None, "digest", new_start="begin anew")
     with pytest.raises(ConfigError, match=r"--network_weights \(the file's content\) is "):
-        check_resumed(resumed(before), settings(nano.dit, *flags), None, "digest")
+        check_resumed(resumed(before), settings(nano.dit, *flags), None, "digest", new_start="begin anew")
 
 
 def test_the_text_encoder_must_stay_where_it_is_trained(nano, config: Path, tmp_path: Path, ledger) -> None:
@@ -177,12 +214,12 @@ def test_the_text_encoder_must_stay_where_it_is_trained(nano, config: Path, tmp_
     now = replace(files, trained_on=files.trained_on | {"gemma2": "d" * 64})
     with pytest.raises(ConfigError, match=r"--gemma2 \(the file's content\) is dddd"):
         changed = settings_of(options("--network_train_text_encoder"), now, MANIFEST, ledger)
-        check_resumed(resumed(before), changed, None, "digest")
+        check_resumed(resumed(before), changed, None, "digest", new_start="begin anew")
 
 
 def test_settings_that_one_version_does_not_know_are_passed_over(settings) -> None:
     old = resumed({k: v for k, v in settings.items() if k != "learning_rate"} | {"gone": 1})
-    assert check_resumed(old, settings, None, "digest") == []
+    assert check_resumed(old, settings, None, "digest", new_start="begin anew") == []
 
 
 def test_paths_names_and_secrets_are_not_recorded(settings) -> None:
@@ -191,5 +228,5 @@ def test_paths_names_and_secrets_are_not_recorded(settings) -> None:
 
 
 def test_another_dataset_is_told(settings) -> None:
-    (sentence,) = check_resumed(resumed(settings), settings, None, "other")
+    (sentence,) = check_resumed(resumed(settings), settings, None, "other", new_start="begin anew")
     assert "the dataset is not what it was" in sentence

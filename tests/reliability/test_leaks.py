@@ -16,6 +16,7 @@ from library.options.ema import EmaOptions
 from library.options.saving import SavingOptions
 from library.options.state import StateOptions
 from library.training.events import Moment
+from library.training.gradients import PlainGradients
 from library.training.output.ema import Ema
 from library.training.state.contents import (
     RunFacts,
@@ -25,7 +26,7 @@ from library.training.state.contents import (
     tensors_part,
     weights_part,
 )
-from library.training.update import Share, Updater
+from library.training.update import Share, Updater, UpdateSettings
 from library.training.watch.metrics import Metrics
 from library.training.watch.trackers import JsonLines
 
@@ -58,12 +59,10 @@ def test_memory_and_files_stay_what_they_are(tmp_path: Path) -> None:
     processes = Processes.start()
     updater = Updater(
         Objective(network),
-        list(network.parameters()),
+        PlainGradients(network.parameters(), processes.device),
         optimizer,
         processes,
-        seed=1,
-        max_grad_norm=1.0,
-        scale_gradients=False,
+        UpdateSettings(seed=1, max_grad_norm=1.0),
     )
     ema = Ema(network.named_parameters(), EmaOptions(ema=True))
     metrics = Metrics([JsonLines(tmp_path / "m.jsonl", "s")], total_steps=STEPS, window=100, shown=False)

@@ -1,4 +1,4 @@
-"""docs/lumina.md: its commands are ones that the programs accept, and its links lead somewhere.
+"""docs/lumina.md, docs/finetuning.md: their commands are accepted by the programs, and links lead somewhere.
 
 Here they are only taken apart; test_user_scripts.py, test_train_script.py and others run ones like them.
 """
@@ -11,13 +11,14 @@ import pytest
 
 from library.options.group import parse_options
 from library.options.inference_lumina import LuminaInferenceOptions
-from library.options.train import LuminaTrainOptions
+from library.options.train import LuminaFinetuneOptions, LuminaTrainOptions
+from library.options.train_kandinsky5 import Kandinsky5FinetuneOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs/lumina.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.S)
 OPTIONS = {
     "lumina_train_network.py": LuminaTrainOptions,
+    "lumina_train.py": LuminaFinetuneOptions,
+    "kandinsky5_train.py": Kandinsky5FinetuneOptions,
     "lumina_minimal_inference.py": LuminaInferenceOptions,
 }
 # `python` and `accelerate` write down their words; nothing else is done.
@@ -28,8 +29,9 @@ git() { :; }; cd() { :; }; source() { :; }; pip() { :; }; mv() { :; }; python3()
 """
 
 
-def commands():
-    for block in BLOCKS:
+def commands(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
         done = subprocess.run(["bash", "-euc", RECORDER + block], capture_output=True, text=True, check=True)
         yield from (call.split("\0")[:-1] for call in done.stdout.split("\n\0")[:-1])
 
@@ -39,7 +41,7 @@ def test_every_command_is_accepted(tmp_path, monkeypatch):
     saved = tmp_path / "output" / "my_lora.config.toml"  # what the page's first run leaves
     monkeypatch.chdir(tmp_path)
     told = []
-    for words in commands():
+    for words in commands("lumina.md"):
         program = next(word for word in words if word.endswith(".py") or word == "-c")
         if program not in OPTIONS:
             assert program == "-c" or (ROOT / program).is_file()
@@ -50,6 +52,16 @@ def test_every_command_is_accepted(tmp_path, monkeypatch):
             parse_with_output_config(arguments, saved)
         told += options.adjustments() if program == "lumina_train_network.py" else []
     assert saved.exists() and told == []
+
+
+def test_every_command_of_full_fine_tuning_is_accepted():
+    seen, told = [], []
+    for words in commands("finetuning.md"):
+        program = next(word for word in words if word.endswith(".py"))
+        options = parse_options(OPTIONS[program], words[words.index(program) + 1 :])
+        told += options.adjustments() if program.endswith("_train.py") else []
+        seen.append(program)
+    assert seen == ["lumina_train.py", "kandinsky5_train.py", "lumina_minimal_inference.py"] and told == []
 
 
 def parse_with_output_config(arguments, path):

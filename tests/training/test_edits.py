@@ -90,7 +90,7 @@ def ways(nano, config: Path) -> dict[tuple[str, ...], tuple[RunContext, Assembly
             exact = ["--cache_dtype=fp32"] if way else []
             given = run_words(nano, config, "--max_batch_tokens=64", *way, *exact)
             context, parts = put_together(given, EditingTrainer)
-            for parameter in parts.network.parameters():
+            for parameter in parts.trainee.parameters():
                 torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
             batches = parts.loader.batches(0, 2 * context.plan.steps_per_epoch)
             made[way] = (context, parts, [batch for *_, batch in batches])

@@ -56,7 +56,7 @@ def test_an_interval_keeps_the_speed_of_forgetting() -> None:
 
 def test_between_intervals_it_does_not_move() -> None:
     ema, layer, _ = walk(EmaOptions(ema=True, ema_every_n_steps=5), 5)
-    before = ema.export_state()["weight"]
+    before = ema.export_state()["weight"].clone()
     nn.init.ones_(layer.weight)
     ema.update(6)
     assert torch.equal(before, ema.export_state()["weight"])

@@ -81,7 +81,7 @@ def test_a_step_waits_once(nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def watched_loop(self: TrainingRun) -> None:
         device.take([*self.parts.model.parameters(), *self.parts.model.buffers()])
-        device.take(self.parts.network.parameters())
+        device.take(self.parts.trainee.parameters())
         with device:
             loop(self)
 

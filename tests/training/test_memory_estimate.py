@@ -13,9 +13,10 @@ from library.nn.runner import MODES
 from library.options.optimizer import OptimizerOptions
 from library.options.quant import QuantOptions
 from library.options.swap import SwapOptions
-from library.training.look.memory_estimate import optimizer_bytes
+from library.training.look.holdings import Upkeep
 from library.training.look.meter import Meter, Speeds
-from library.training.look.simulate import Simulation, Work, peak_of, weight_bytes
+from library.training.look.simulate import GradientRules, Simulation, Work, peak_of, weight_bytes
+from library.training.optim.optimizer import create_optimizer
 from networks.from_file import text_model
 from networks.lora_lumina import create_network, create_text_network
 from networks.request import NetworkRequest
@@ -34,7 +35,7 @@ def simulation(nano, device, *, dtype=torch.float32, mode="none", kind="cpu", **
     width = model.params.cap_feat_dim
     trainer = SimpleNamespace(
         family=SimpleNamespace(latent_channels=16, latent_stride=8),
-        options=SimpleNamespace(network=SimpleNamespace(trains_text_encoder=False)),
+        options=SimpleNamespace(trainee=SimpleNamespace(trains_text_encoder=False)),
         velocities=velocities,
         blank_condition=lambda tokens, place: Condition(torch.empty(tokens, width, device=place)),
     )
@@ -117,8 +118,8 @@ def test_products_in_8_bits_count_as_products(nano, scheme):
 
 def test_gradients_of_an_earlier_batch_are_there_already(nano):
     simulated = simulation(nano, "meta")
-    count = simulated.network.parameter_count()
-    more = simulated.step(FEW, gradients_there=True).peak - simulated.step(FEW).peak
+    count = simulated.trainee.parameter_count()
+    more = simulated.step(FEW).peak_with(GradientRules(there=True)) - simulated.step(FEW).peak
     assert 0 < more <= 4 * count
 
 
@@ -159,5 +160,12 @@ def test_the_meter_counts_what_is_alive():
 @pytest.mark.parametrize(
     ("name", "least", "most"), [("AdamW", 8, 8.1), ("Lion", 4, 4.1), ("AdamW8bit", 2, 2.2)]
 )
-def test_an_optimizer_is_measured_by_one_step(name, least, most):
-    assert least <= optimizer_bytes(OptimizerOptions(optimizer_type=name), torch.device("cpu")) <= most
+def test_an_optimizer_is_measured_by_its_steps(name, least, most):
+    options = OptimizerOptions(optimizer_type=name)
+    upkeep = Upkeep.of(
+        lambda sample: create_optimizer(sample.parameter_groups(1e-4), options),
+        torch.float32,
+        torch.device("cpu"),
+    )
+    assert least <= upkeep.state <= most
+    assert upkeep.rest == 0 and 0 <= upkeep.room <= 16

@@ -99,7 +99,7 @@ def make_facts(**changes: object) -> TrainingFacts:
             "max_token_length": "256",
         },
         manifest=make_manifest(),
-        network=NetworkOptions(
+        trainee=NetworkOptions(
             network_module="networks.lora_lumina", network_dim=8, network_args=("attn_dim=4",)
         ),
         metadata=MetadataOptions(training_comment="a note"),

@@ -119,7 +119,9 @@ def test_a_choice_becomes_options_and_flags_that_say_the_same(estimate, command,
 def test_what_cannot_fit_is_told_with_its_parts(estimate):
     from library.core.errors import ResourceError
 
-    with pytest.raises(ResourceError, match="takes at least .* network, gradients, optimizer"):
+    with pytest.raises(
+        ResourceError, match="takes at least .* network .* gradients .* optimizer .* a lower resolution"
+    ):
         plan(estimate, 100_000)
 
 

@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made_of(context: RunContext, parts: Assembly) -> Made:
     """Move the LoRA away from its start, where it does nothing; add the batches of two epochs."""
-    for parameter in parts.network.parameters():
+    for parameter in parts.trainee.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
     batches = parts.loader.batches(0, 2 * context.plan.steps_per_epoch)
     return context, parts, [batch for *_, batch in batches]
@@ -98,7 +98,7 @@ def kandinsky(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 
 
 def gradients(parts: Assembly, losses: Sequence[Tensor]) -> list[Tensor]:
-    trained = [parameter for parameter in parts.network.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in parts.trainee.parameters() if parameter.requires_grad]
     return list(torch.autograd.grad(torch.stack(list(losses)).sum(), trained, allow_unused=True))
 
 
@@ -173,7 +173,7 @@ class Asked:
 def test_a_batch_takes_as_many_passes_as_its_longest_walk(rolled: Made, monkeypatch) -> None:
     """The velocities on the path come with the last of them, and the model walks as it draws."""
     context, parts, batches = rolled
-    asked = Asked(context, monkeypatch, parts.network)
+    asked = Asked(context, monkeypatch, parts.trainee)
     for batch in batches:
         asked.times.clear()
         parts.objective.training_losses(batch)
@@ -185,7 +185,7 @@ def test_a_batch_takes_as_many_passes_as_its_longest_walk(rolled: Made, monkeypa
         assert all(manner == (False, False, False) for *_, manner in walking)
         sizes = [sum(n >= left for n in steps) for left in range(max(steps, default=0), 0, -1)]
         assert [size for size, *_ in walking] == [*sizes[:-1], *(2 * size for size in sizes[-1:])]
-        assert parts.network.training
+        assert parts.trainee.training
     assert any(batch.kept and any(batch.walks) for batch in batches)
     assert len({len(batch.walks) - batch.walks.count(()) for batch in batches}) > 1
 
@@ -215,7 +215,7 @@ def test_validation_asks_once(rolled: Made, monkeypatch) -> None:
     context, parts, batches = rolled
     batch = next(batch for batch in batches if any(batch.walks))
     conditions, noisy = parts.objective.conditions(batch), parts.objective._noisy(batch)
-    asked = Asked(context, monkeypatch, parts.network)
+    asked = Asked(context, monkeypatch, parts.trainee)
     with torch.no_grad():
         parts.objective.losses_at(batch, noisy, conditions)
     assert len(asked.times) == 1
@@ -296,7 +296,7 @@ def test_a_run_without_a_walk_is_the_plain_one_bit_for_bit(train: Callable[..., 
 def test_a_run_without_the_flags_draws_nothing(lumina, monkeypatch) -> None:
     context, parts, batches = lumina()
     assert all(batch.walks == () for batch in batches)
-    asked = Asked(context, monkeypatch, parts.network)
+    asked = Asked(context, monkeypatch, parts.trainee)
     monkeypatch.setattr("library.training.objective.roll_out", None)
     parts.objective.training_losses(batches[0])
     assert len(asked.times) == 1 + any(batches[0].preserved)

@@ -38,7 +38,7 @@ def words(nano: object, config: Path, output: Path, variant: str = "cached") -> 
 
 def stir(parts: Assembly) -> None:
     """Move the LoRA away from its start, where it does nothing."""
-    for parameter in parts.network.parameters():
+    for parameter in parts.trainee.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
 
 
@@ -67,7 +67,7 @@ def test_a_batch_of_any_sizes_has_the_losses_of_its_pictures(
 def test_gradients_are_those_of_the_pictures_alone(nano, config: Path, tmp_path: Path) -> None:
     context, parts = put_together(words(nano, config, tmp_path / "out"))
     stir(parts)
-    trained = list(parts.network.parameters())
+    trained = list(parts.trainee.parameters())
     _, _, batch = max(
         parts.loader.batches(0, context.plan.steps_per_epoch), key=lambda place: len(place[2].draws)
     )

@@ -21,11 +21,10 @@ from library.data.sources import Entries
 from library.data.token_batches import TokenBudget
 from library.training.context import RunContext
 from library.training.look.contact_sheet import PER_SHEET, Shown, first_draws, write_sheet, write_sheets
-from library.training.look.memory_estimate import Manner, MemoryEstimate, shown
+from library.training.look.memory_estimate import Manner, MemoryEstimate, free_memory, shown, summed
 from library.training.look.planner import planned
 from library.training.prepare import Prepared
 from library.training.routing import routing_lines
-from networks.lora import LoRANetwork
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
@@ -152,15 +151,17 @@ class Rehearsal:
         if self.options.sampling.prompts is not None:
             to_encode["texts"] = True
         others = estimate.other_phases(manner, swap, **to_encode)
+        waiting = estimate.in_computer(manner, swap)
         return [
-            *trained_lines(estimate.network),
+            *self.trainer.trainee_kind.lines(estimate.trainee),
             *self._routing_lines(estimate),
             f"memory of tensors while training: {shown(sum(training.values()))}",
             *(f"  {name}: {shown(size)}" for name, size in training.items()),
+            *(f"{phase}: {summed(parts)}" for phase, parts in others.items()),
             *(
-                f"{phase}: {shown(sum(parts.values()))} "
-                f"({', '.join(f'{name} {shown(size)}' for name, size in parts.items())})"
-                for phase, parts in others.items()
+                [f"in the computer's memory, of which {shown(free_memory())} are free: {summed(waiting)}"]
+                if waiting
+                else []
             ),
         ]
 
@@ -274,18 +275,6 @@ def caption_lines(lengths: dict[str, tuple[int, int]]) -> list[str]:
     for text, (count, limit) in sorted(too_long.items(), key=lambda pair: -pair[1][0])[:_LONGEST_SHOWN]:
         lines.append(f"  {count} tokens, cut to {limit}: ...{text[-60:]!r}")
     return lines
-
-
-def trained_lines(network: LoRANetwork) -> list[str]:
-    """Return how many numbers are trained, in all and in each part of the model."""
-    layers, numbers = Counter[str](), Counter[str]()
-    for name, lora in network.loras.items():
-        of_text = name.startswith("lora_te_")
-        part = "text encoder" if of_text else network.paths[name].partition(".")[0]
-        layers[part] += 1
-        numbers[part] += sum(p.numel() for p in lora.parameters() if p.requires_grad)
-    lines = [f"{network.parameter_count():,} trained numbers on {len(network.loras)} layers"]
-    return lines + [f"  {part}: {numbers[part]:,} on {layers[part]} layers" for part in layers]
 
 
 def _cut_share(item: Item) -> float:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -15,17 +16,17 @@ import torch
 from library.core.device import empty_cache
 from library.core.errors import ConfigError
 from library.core.files import write_text
-from library.nn.block_swap import chosen_blocks, spared_bytes
 from library.nn.runner import MODES
 from library.options.budget import AUTO
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
 from library.training.context import RunContext
 from library.training.look.memory_estimate import Manner, MemoryEstimate, quant_flags, shown
-from library.training.look.meter import Speeds
+from library.training.look.meter import Meter, Speeds
 from library.training.look.planner import Calibration, allowed_bytes, make_plan
-from library.training.look.simulate import Simulation, weight_bytes
-from networks.module import install_new_network
+from library.training.look.simulate import Simulation
+from library.training.optim.optimizer import set_learning_rates
+from library.training.trainee.learner import Learner
 
 _KINDS = ("cuda", "cpu")
 
@@ -86,7 +87,7 @@ def _steps(context: RunContext, estimate: MemoryEstimate) -> Iterator[Measured]:
     half = SwapOptions(blocks_to_swap=estimate.blocks // 2)
     yield from _steps_of(context, estimate, given, SwapOptions(), MODES)
     yield from _steps_of(context, estimate, given, half, ("none", "full"))
-    if given is None:
+    if given is None and context.options.trainee.freezes_dit:
         yield from _steps_of(context, estimate, "int8", SwapOptions(), ("none", "full"))
 
 
@@ -96,54 +97,93 @@ def _steps_of(
     options: TrainOptions = replace(
         context.options, swap=swap, quant=replace(context.options.quant, **quant_flags(quant))
     )
+    context = replace(context, trainer=context.trainer.with_options(options))
     for mode in modes:
         manner = Manner(quant, mode)
-        foretold = estimate.weights(quant, swap) + estimate.step(manner).peak
-        simulation = _loaded(context, options)
-        simulation.model.runner.keep(mode)
+        foretold = sum(estimate.steps(manner, swap).values())
+        if context.device.type == "cpu":  # where the device's memory is the computer's
+            foretold += sum(estimate.in_computer(manner, swap).values())
         try:
-            found, seconds = _two_steps(simulation, estimate, swap)
+            found, seconds = _measured_steps(context, estimate, mode)
         except torch.OutOfMemoryError:
             found, seconds = 0, 0.0
-        del simulation
         gc.collect()
         empty_cache(context.device)
         yield Measured(manner, swap.count, foretold, found, seconds)
 
 
-def _loaded(context: RunContext, options: TrainOptions) -> Simulation:
-    trainer = context.trainer.with_options(options)
-    model = trainer.load_transformer(context.device, context.dtype)
-    network = install_new_network(
-        options.network,
-        model,
-        lambda: trainer.load_text_encoders(context.device, context.dtype),
-        seed=context.seed,
-        learning_rate=options.optimizer.learning_rate,
-        device=context.device,
-    )
-    network.train()
-    return Simulation(trainer, model, network, context.device, context.device.type)
-
-
-def _two_steps(simulation: Simulation, estimate: MemoryEstimate, swap: SwapOptions) -> tuple[int, float]:
-    """Return the bytes of weights and the most of the first step, and the seconds of the second."""
-    device, model = simulation.device, simulation.model
-    swapped = spared_bytes(chosen_blocks(model.runner.blocks, swap), 0)
-    weights = weight_bytes(model) - swapped
+def _measured_steps(context: RunContext, estimate: MemoryEstimate, mode: str) -> tuple[int, float]:
+    """Return the most bytes of tensors that two steps have at once, and the seconds of one."""
+    device = context.device
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
+        rehearsed = RealSteps(context, estimate, mode)
         torch.cuda.reset_peak_memory_stats(device)
-        simulation.step(estimate.work, metered=False)
-        peak = torch.cuda.max_memory_allocated(device) - before
-        torch.cuda.synchronize(device)
-    else:
-        peak = simulation.step(estimate.work).peak
-    start = time.perf_counter()
-    simulation.step(estimate.work, metered=False)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return weights + peak, time.perf_counter() - start
+        rehearsed.step()
+        seconds = rehearsed.timed_step()
+        return torch.cuda.max_memory_allocated(device) - before, seconds
+    with Meter((device.type,)) as meter:
+        rehearsed = RealSteps(context, estimate, mode)
+        meter.add(rehearsed.weights())  # those that are mapped into memory, too
+        meter.take_peak()
+        rehearsed.step()
+        rehearsed.step()  # with all that the first one made
+    return meter.peak, rehearsed.timed_step()
+
+
+class RealSteps:
+    """A model and what is trained, to make real steps."""
+
+    def __init__(self, context: RunContext, estimate: MemoryEstimate, mode: str) -> None:
+        trainer = context.trainer
+        model = trainer.load_transformer(context.device, context.dtype)
+        trainee = trainer.trainee_kind.make(
+            context.options,
+            model,
+            lambda: trainer.load_text_encoders(context.device, context.dtype),
+            seed=context.seed,
+            device=context.device,
+            started=False,
+        )
+        model.runner.keep(mode)
+        self._context = context
+        self._simulation = Simulation(trainer, model, trainee, context.device, context.device.type)
+        self._work = estimate.work
+        self._batches = min(2, context.options.training.gradient_accumulation_steps)  # more take no more
+
+    @cached_property
+    def _learner(self) -> Learner:
+        """What it learns with, made for the first step."""
+        return self._context.trainer.trainee_kind.learner(self._simulation.trainee, self._context)
+
+    def weights(self) -> Iterator[torch.Tensor]:
+        """Yield the weights of the model, and those of a network."""
+        for module in (self._simulation.model, self._simulation.trainee):
+            yield from (*module.parameters(), *module.buffers())
+
+    def step(self) -> None:
+        """Make a step, with its update."""
+        learner = self._learner
+        set_learning_rates(learner.optimizer, lambda step, peaks: peaks, 0)
+        for _ in range(self._batches):
+            self._simulation.backward(self._work)
+        learner.gradients.collect(self._context.processes)
+        learner.gradients.norm()
+        if not learner.gradients.moves_weights:
+            learner.optimizer.step()
+        learner.gradients.clear()
+
+    def timed_step(self) -> float:
+        """Return the seconds that a step takes."""
+        self._wait()
+        start = time.perf_counter()
+        self.step()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._simulation.device.type == "cuda":
+            torch.cuda.synchronize(self._simulation.device)
 
 
 def _print_choice(context: RunContext, estimate: MemoryEstimate, rows: list[Measured]) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -16,25 +17,29 @@ from library.data.images import drawn_source
 from library.data.items import Item
 from library.data.prompt import Prompt
 from library.data.prompt_files import load_sample_prompts
-from library.nn.block_swap import chosen_blocks, spared_bytes
 from library.nn.transformer import Transformer
-from library.options.optimizer import OptimizerOptions
 from library.options.request import ImageRequest
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
+from library.training.look.holdings import GRADIENTS, BlockWeights, Holdings, Parts, Sample, Upkeep
 from library.training.look.meter import Speeds
-from library.training.look.simulate import META, Simulation, Step, Work, peak_of, weight_bytes
-from library.training.optim.optimizer import create_optimizer, export_state
-from networks.lora import LoRANetwork
-from networks.module import install_new_network
+from library.training.look.simulate import (
+    META,
+    Simulation,
+    Step,
+    Work,
+    peak_of,
+    weight_bytes,
+)
+from library.training.trainee.kind import Trainee
 
 if TYPE_CHECKING:
     from library.training.context import RunContext
     from library.training.trainer import NetworkTrainer
 
-_SAMPLE = 256  # rows and columns of the matrix that tells an optimizer's memory; constants hardly count
-
-Parts = dict[str, int]  # bytes of what is in memory at the same time
+_ACTIVATIONS = "activations of the largest batch"
+_AVERAGE = "running average (EMA)"
+_TEXT_ACTIVATIONS = "activations of the text encoder"
 
 
 @dataclass(frozen=True)
@@ -72,32 +77,28 @@ class MemoryEstimate:
         tread = options.tread
         routes = () if tread.steps_off(context.total_steps) else tread.routes  # the last steps take the most
         self.work = Work(context.plan.largest_batch, min(limit, tokens or limit), routes)
-        self.trains_text = options.network.trains_text_encoder
+        self.trains_text = options.trainee.trains_text_encoder
         self._trainer, self._context, self._kind, self._speeds = trainer, context, kind, speeds
         self._simulations: dict[str | None, Simulation] = {}
+        self._holdings: dict[str | None, Holdings] = {}
         self._steps: dict[Manner, Step] = {}
         self._encoders: nn.Module | None = None
         self._vae: nn.Module | None = None
 
     def training(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what training takes."""
-        options, network = self._trainer.options, self.network
-        gradients = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
-        per_number = optimizer_bytes(options.optimizer, self._context.device)
-        count = network.parameter_count()
-        parts = {
-            "transformer": self.weights(manner.quant, swap),
-            "network, gradients, optimizer": round(weight_bytes(network) + gradients + count * per_number),
-            "activations of the largest batch": self.step(manner).peak - gradients,
-        }
-        if options.ema.ema:
-            parts["running average (EMA)"] = 4 * count
-        if self.trains_text:
-            parts["activations of the text encoder"] = self._kept_of_texts()
-        if not options.caching.texts:
-            parts["text encoder"] = self._trainer.text_encoder_bytes(self.encoders)
-        if not options.caching.latents:
-            parts["autoencoder"] = weight_bytes(self.vae)
+        parts = self.steps(manner, swap)
+        if self._trainer.options.ema.ema:
+            parts[_AVERAGE] = 4 * self.holdings(manner.quant).numbers(swap)[0]
+        return parts | self._encoders_in_training
+
+    def steps(self, manner: Manner, swap: SwapOptions) -> Parts:
+        """Return what bare steps take: the model, what is trained, and how."""
+        holdings = self.holdings(manner.quant)
+        step, rules = self.step(manner), holdings.rules(swap)
+        staying = step.staying_with(rules)
+        parts = holdings.on_device(swap)
+        parts[_ACTIVATIONS] = max(step.peak_with(rules) - staying, holdings.update(swap))
         return parts
 
     def other_phases(
@@ -121,23 +122,30 @@ class MemoryEstimate:
         drawing = self._drawing(manner)
         if drawing:
             training = self.training(manner, swap)
-            staying = {name: size for name, size in training.items() if "activations" not in name}
+            gone = (_ACTIVATIONS, _TEXT_ACTIVATIONS, GRADIENTS)
+            staying = {name: size for name, size in training.items() if name not in gone}
+            if self._trainer.options.ema.ema_sample != "raw":  # the average is put in place of the weights
+                staying["weights put aside"] = self.holdings(manner.quant).trained_bytes(swap)
             phases["drawing sample pictures"] = staying | {
                 "autoencoder": weight_bytes(self.vae),
                 "its work, or the model's": drawing,
             }
         return phases
 
-    def weights(self, quant: str | None, swap: SwapOptions) -> int:
-        """Return what the model's weights take of the device."""
-        model = self.simulation(quant).model
-        swapped = chosen_blocks(model.runner.blocks, swap)
-        return weight_bytes(model) - spared_bytes(swapped, swap.block_swap_ring_size)
+    def in_computer(self, manner: Manner, swap: SwapOptions) -> Parts:
+        """Return what training takes of the computer's memory for swapped blocks."""
+        holdings = self.holdings(manner.quant)
+        parts = holdings.in_computer(swap)
+        averages = 4 * holdings.numbers(swap)[1] if self._trainer.options.ema.ema else 0
+        return parts | {_AVERAGE: averages} if averages else parts
 
     def swapped_bytes(self, quant: str | None, swap: SwapOptions) -> int:
         """Return what is copied to the device in a pass through the model."""
-        blocks = chosen_blocks(self.simulation(quant).model.runner.blocks, swap)
-        return spared_bytes(blocks, 0)
+        return self.holdings(quant).blocks.waiting(swap)
+
+    def update_seconds(self, quant: str | None, swap: SwapOptions) -> float:
+        """Return how long the update takes, once all gradients are there."""
+        return self.holdings(quant).update_seconds(swap, self._speeds) if self._speeds else 0.0
 
     @property
     def blocks(self) -> int:
@@ -150,9 +158,9 @@ class MemoryEstimate:
         return self.simulation(self._given_quant).model
 
     @property
-    def network(self) -> LoRANetwork:
+    def trainee(self) -> Trainee:
         """What is trained, without content."""
-        return self.simulation(self._given_quant).network
+        return self.simulation(self._given_quant).trainee
 
     def step(self, manner: Manner) -> Step:
         """Return what a step on the largest batch takes."""
@@ -161,9 +169,13 @@ class MemoryEstimate:
             options = self._trainer.options
             between = options.compute.keeps_between(manner.mode)
             simulation.model.runner.keep(manner.mode, every=manner.every, between=between)
-            several = options.training.gradient_accumulation_steps > 1
-            self._steps[manner] = simulation.step(self.work, gradients_there=several, speeds=self._speeds)
+            self._steps[manner] = simulation.step(self.work, speeds=self._speeds)
         return self._steps[manner]
+
+    def holdings(self, quant: str | None) -> Holdings:
+        """Return what is kept, with the model in a precision."""
+        self.simulation(quant)
+        return self._holdings[quant]
 
     def simulation(self, quant: str | None) -> Simulation:
         """Return the model in a precision, with the network on it."""
@@ -174,17 +186,16 @@ class MemoryEstimate:
             )
             with _unsaid():
                 model = trainer.load_transformer(META, self._context.dtype)
-                network = install_new_network(
-                    options.network,
-                    model,
-                    lambda: self.encoders,
-                    seed=self._context.seed,
-                    learning_rate=options.optimizer.learning_rate,
+                blocks = BlockWeights.of(model.runner.blocks)
+                trainee = trainer.trainee_kind.make(
+                    options, model, lambda: self.encoders, seed=self._context.seed, started=False
                 )
-            network.train()
-            if options.training.full_bf16:
-                network.to(torch.bfloat16)
-            self._simulations[quant] = Simulation(trainer, model, network, kind=self._kind)
+            self._simulations[quant] = Simulation(trainer, model, trainee, kind=self._kind)
+            self._holdings[quant] = Holdings(
+                *(model, trainee, blocks, self._upkeep),
+                in_backward=options.trainee.fused,
+                several=options.training.gradient_accumulation_steps > 1,
+            )
         return self._simulations[quant]
 
     @property
@@ -205,6 +216,28 @@ class MemoryEstimate:
     @property
     def _given_quant(self) -> str | None:
         return self._trainer.options.quant.transformer
+
+    @cached_property
+    def _encoders_in_training(self) -> Parts:
+        """What encoders take while training, as far as they are not cached."""
+        caching, parts = self._trainer.options.caching, Parts()
+        if self.trains_text:
+            parts[_TEXT_ACTIVATIONS] = self._kept_of_texts()
+        if not caching.texts:
+            parts["text encoder"] = self._trainer.text_encoder_bytes(self.encoders)
+        if not caching.latents:
+            parts["autoencoder"] = weight_bytes(self.vae)
+        return parts
+
+    def _upkeep(self, dtype: torch.dtype) -> Upkeep:
+        """Return what a trained weight of this dtype takes."""
+        context, trainer = self._context, self._trainer
+
+        def make(sample: Sample) -> torch.optim.Optimizer:
+            return trainer.trainee_kind.optimizer(sample, trainer.options, seed=context.seed)
+
+        with _unsaid(logging.WARNING):  # the run will say it
+            return Upkeep.of(make, dtype, context.device)
 
     def _kept_of_texts(self) -> int:
         self.simulation(self._given_quant)  # puts the network on the text encoder
@@ -231,8 +264,8 @@ class MemoryEstimate:
             with torch.set_grad_enabled(trained):
                 return self._trainer.encode_blank(self.encoders, self.work.tokens, count)
 
-        networks = (self.network,) if trained else ()
-        return peak_of(encode, self.encoders, *networks)
+        trained_ones = (self.trainee,) if trained else ()
+        return peak_of(encode, self.encoders, *trained_ones)
 
     def _encoding_pictures(self, count: int) -> int:
         width, height = max(self.work.sizes, key=lambda size: size[0] * size[1])
@@ -260,20 +293,10 @@ def _most_tokens(trainer: NetworkTrainer, items: Sequence[Item]) -> int:
     return max(trainer.count_tokens(Prompt("", source))[1] for source in (None, *sources))
 
 
-def optimizer_bytes(options: OptimizerOptions, device: torch.device) -> float:
-    """Return how many bytes the optimizer keeps for each trained number, by letting it make one step."""
-    weight = nn.Parameter(torch.zeros(_SAMPLE, _SAMPLE, device=device))
-    optimizer = create_optimizer([{"params": [weight], "lr": 1e-4, "name": "sample"}], options)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    tensors, _ = export_state(optimizer)
-    return sum(t.numel() * t.element_size() for t in tensors.values()) / weight.numel()
-
-
 @contextmanager
-def _unsaid() -> Iterator[None]:
-    """Keep from the log what is said of models that are only looked at."""
-    logging.disable(logging.INFO)
+def _unsaid(level: int = logging.INFO) -> Iterator[None]:
+    """Keep from the log what is said, up to a level, of what is only looked at."""
+    logging.disable(level)
     try:
         yield
     finally:
@@ -285,6 +308,19 @@ def quant_flags(scheme: str | None) -> dict[str, object]:
     return {"base_quant": scheme, "fp8_base": False, "fp8_base_unet": False, "fp8_scaled": False}
 
 
+def free_memory() -> int:
+    """Return how many bytes of the computer's memory can be had now."""
+    import psutil  # comes with accelerate
+
+    return psutil.virtual_memory().available
+
+
 def shown(size: float) -> str:
     """Return an amount of memory as people read it."""
     return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def summed(parts: Parts) -> str:
+    """Return how much parts are together, and each of them."""
+    named = ", ".join(f"{name} {shown(size)}" for name, size in parts.items())
+    return f"{shown(sum(parts.values()))} ({named})"

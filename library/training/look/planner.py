@@ -4,14 +4,18 @@ For each precision of the frozen model and each way to keep less for backward, m
 step on the meta device (`simulate`); block swap takes weights off the device, as few as are needed. So a
 choice costs
 
-    time = max(forward, copies) + max(backward, copies) + 2 * SEEN * copies
+    time = max(forward, copies) + max(backward, copies) + 2 * SEEN * copies + update
 
-with copies = bytes of the swapped blocks / speed of the link, which run beside the computation. Precision is
-another matter: everything else gives the same numbers bit for bit. So a quantised model is weighed as if a
-step took longer (`RELUCTANCE`), and is chosen where nothing else fits, or all else is that much slower. How
-much longer is a judgement, which nothing was measured for: errors of the weights of 0.7 % (int8) and 9 %
-(nf4) are taken to be worth half a step, and one and a half. Whoever judges otherwise gives --base_quant, or
-copies the modes and the swap of another line of the table.
+with copies = bytes of the swapped blocks / speed of the link, which run beside the computation. The update
+of trained weights is made where they lie, for swapped blocks by the computer's processor while the device
+waits: so of a whole model that is trained, as few as can be are swapped.
+
+Precision is another matter: everything else gives the same numbers bit for bit. So a quantised model is
+weighed as if a step took longer (`RELUCTANCE`), and is chosen where nothing else fits, or all else is that
+much slower. How much longer is a judgement, which nothing was measured for: errors of the weights of 0.7 %
+(int8) and 9 % (nf4) are taken to be worth half a step, and one and a half. Whoever judges otherwise gives
+--base_quant, or copies the modes and the swap of another line of the table. A model whose own weights are
+trained keeps its precision; nor is --fused_backward_pass ever chosen, which limits gradients in another way.
 """
 
 from __future__ import annotations
@@ -30,7 +34,16 @@ from library.options.budget import AUTO
 from library.options.compute import CHECKPOINTS, ComputeOptions
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
-from library.training.look.memory_estimate import Manner, MemoryEstimate, Parts, quant_flags, shown
+from library.training.guards import upkeep_advice
+from library.training.look.holdings import Parts
+from library.training.look.memory_estimate import (
+    Manner,
+    MemoryEstimate,
+    free_memory,
+    quant_flags,
+    shown,
+    summed,
+)
 from library.training.look.meter import Speeds
 
 if TYPE_CHECKING:
@@ -64,7 +77,8 @@ class Calibration:
         ratios = {}
         for made, seconds in self.seconds.items():
             step = estimate.step(made)
-            ratios[made] = seconds / (step.forward + step.backward)
+            update = estimate.update_seconds(made.quant, SwapOptions())
+            ratios[made] = seconds / (step.forward + step.backward + update)
         return ratios.get(manner) or (median(ratios.values()) if ratios else 1.0)
 
 
@@ -73,11 +87,15 @@ _UNCALIBRATED = Calibration()
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to make steps. memory: bytes of tensors while training. seconds: of a step."""
+    """A way to make steps. memory: bytes of tensors while training. seconds: of a step.
+
+    parts: of the memory. elsewhere: what is in the computer's memory for swapped blocks.
+    """
 
     manner: Manner
     swap: SwapOptions
     parts: Parts
+    elsewhere: Parts
     memory: int
     seconds: float
 
@@ -148,6 +166,11 @@ class Plan:
             f"tensors may take {shown(self.allowed)}",
             *rows,
             f"of this, {shown(self.chosen.memory)}: {parts}",
+            *(
+                [f"in the computer's memory: {summed(self.chosen.elsewhere)}"]
+                if self.chosen.elsewhere
+                else []
+            ),
             f"flags: {self.chosen.flags()}",
             *self.warnings,
         ]
@@ -202,12 +225,10 @@ def make_plan(
         found += _mixtures(found, precision, allowed, options.compute, choice)
     if not _fits(found, allowed):
         smallest = min(found, key=lambda choice: choice.memory)
-        parts = ", ".join(f"{name} {shown(size)}" for name, size in smallest.parts.items())
         raise ResourceError(
             f"--vram_budget {options.budget.vram_budget} leaves {shown(allowed)} for tensors, and training "
-            f"takes at least {shown(smallest.memory)} ({parts}), with {smallest.flags()}. Lower the "
-            f"resolution or batch_size, cache what is not cached (--cache_latents_to_disk, "
-            f"--cache_text_encoder_outputs_to_disk), or raise the budget."
+            f"takes at least {summed(smallest.parts)}, with {smallest.flags()}. What helps: "
+            f"{_way_out(options)}, or a higher budget."
         )
     found.sort(key=lambda choice: (choice.cost, choice.memory))
     return Plan(allowed, tuple(found))
@@ -228,6 +249,7 @@ def planned(context: RunContext) -> RunContext:
     estimate = MemoryEstimate(context.trainer, context, speeds=speeds)
     prepared = context.prepared
     had = PRECISIONS if prepared.resumed is None else (prepared.settings["base_quant"],)
+    had = had if options.trainee.freezes_dit else (None,)
     plan = make_plan(estimate, options, allowed, speeds, precisions=had)
     plan = replace(plan, warnings=tuple(_warnings(estimate, plan, device)))
     _log.info("--vram_budget %s\n%s", budget.vram_budget, "\n".join(f"  {line}" for line in plan.lines()))
@@ -246,6 +268,17 @@ def with_options(context: RunContext, options: TrainOptions) -> RunContext:
         context,
         trainer=context.trainer.with_options(options),
         prepared=replace(prepared, settings=settings, adjustments=told),
+    )
+
+
+def _way_out(options: TrainOptions) -> str:
+    """Return what the user can do that is never chosen for him."""
+    return ", ".join(
+        [
+            *(advice.partition(", which")[0] for advice in upkeep_advice(options)),
+            "a lower resolution or batch_size",
+            "caches of what is not cached (--cache_latents_to_disk, --cache_text_encoder_outputs_to_disk)",
+        ]
     )
 
 
@@ -293,17 +326,16 @@ def _with_swap(
 ) -> Choice:
     """Return a way of making steps with as few blocks swapped as make it fit, or with all of them."""
     counts = range(estimate.blocks + 1) if given.blocks_to_swap is None else (given.count,)
-    whole = estimate.training(manner, SwapOptions())
     swap = given
     for count in counts:
         swap = replace(given, blocks_to_swap=count or given.blocks_to_swap)
-        parts = whole | {"transformer": estimate.weights(manner.quant, swap)}
+        parts = estimate.training(manner, swap)
         memory = round(sum(parts.values()) * calibration.memory)
         if memory <= allowed:
             break
-    copied = estimate.swapped_bytes(manner.quant, swap)
+    copied, elsewhere = estimate.swapped_bytes(manner.quant, swap), estimate.in_computer(manner, swap)
     if swap.count and given.blocks_to_swap is None:
-        pinned = given.use_pinned_memory_for_block_swap or _can_be_pinned(copied)
+        pinned = given.use_pinned_memory_for_block_swap or sum(elsewhere.values()) < free_memory() / 2
         swap = replace(swap, use_pinned_memory_for_block_swap=pinned)
     rate = speeds.link * (1 if swap.use_pinned_memory_for_block_swap else _PAGEABLE)
     step, pace, copies = estimate.step(manner), calibration.pace(manner, estimate), copied / rate
@@ -312,25 +344,20 @@ def _with_swap(
         seconds = forward + backward + 2 * copies
     else:
         seconds = max(forward, copies) + max(backward, copies) + 2 * SEEN * copies
-    return Choice(manner, swap, parts, memory, seconds)
-
-
-def _can_be_pinned(size: int) -> bool:
-    """Whether the computer can spare so much memory that nothing else may use."""
-    import psutil  # comes with accelerate
-
-    return size < psutil.virtual_memory().available / 2
+    seconds += estimate.update_seconds(manner.quant, swap) * pace
+    return Choice(manner, swap, parts, elsewhere, memory, seconds)
 
 
 def _warnings(estimate: MemoryEstimate, plan: Plan, device: torch.device) -> Iterator[str]:
     chosen = plan.chosen
     if device.type != "cuda":
         yield f"this is a plan for a GPU: on '{device}' swapping blocks saves no memory"
+    if (elsewhere := sum(chosen.elsewhere.values())) > (free := free_memory()):
+        yield (f"swapped blocks take {shown(elsewhere)} of the computer's memory; {shown(free)} are free")
     for phase, parts in estimate.other_phases(chosen.manner, chosen.swap).items():
         if sum(parts.values()) > plan.allowed:
-            named = ", ".join(f"{name} {shown(size)}" for name, size in parts.items())
             yield (
-                f"{phase} may take more, {shown(sum(parts.values()))} ({named}): use smaller batches for it "
+                f"{phase} may take more, {summed(parts)}: use smaller batches for it "
                 f"(--text_encoder_batch_size, --vae_batch_size, --sample_batch_size), smaller pictures, or "
                 f"--text_encoder_quant int8"
             )

@@ -7,9 +7,11 @@ its driver's own memory and what its allocator loses between tensors: see `libra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from library.data.batch import Condition
 from library.data.items import Size
@@ -25,7 +28,7 @@ from library.nn.stand_in import meta_standing_for
 from library.nn.transformer import Transformer
 from library.options.tread import Route, resolved
 from library.training.look.meter import Meter, Speeds
-from networks.lora import LoRANetwork
+from library.training.trainee.kind import Trainee
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
@@ -46,22 +49,86 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """A gradient that is there, in a backward that forgets each of them at once.
+
+    parameter: which one's, by its place among the trained ones. size: its bytes. peak: most bytes that were
+    alive since the one before, or since the step began; live: those alive now. Both with this gradient, and
+    without earlier ones.
+    """
+
+    parameter: int
+    size: int
+    peak: int
+    live: int
+
+
+@dataclass(frozen=True)
+class GradientRules:
+    """What becomes of gradients, by the places of their parameters; those that no rule is about stay.
+
+    leaving: go to the computer's memory, and up to `queue` bytes of them are still on their way.
+    used: bytes that an update takes, of a parameter whose gradient is used at once, and forgotten.
+    there: from an earlier batch, all those that stay are there when the step begins.
+    """
+
+    leaving: Set[int] = frozenset()
+    queue: int = 0
+    used: Mapping[int, int] = field(default_factory=dict)
+    there: bool = False
+
+    def stays(self, parameter: int) -> bool:
+        """Whether the gradient of a parameter is on the device at the end of the step."""
+        return parameter not in self.leaving and parameter not in self.used
+
+
+ALL_STAY = GradientRules()
+
+
+@dataclass(frozen=True)
 class Step:
     """What a step takes.
 
-    peak: most bytes that are alive at once, of all that was not there before it; gradients are among them.
-    kept: bytes that are alive between forward and backward. forward, backward: seconds, if they were asked
-    for.
+    arrivals: of the gradients, in the order in which they come. after: most bytes that are alive at once from
+    the last one on, of all that was not there before the step but gradients. kept: bytes that are alive
+    between forward and backward. forward, backward: seconds, if they were asked for.
     """
 
-    peak: int
+    arrivals: tuple[Arrival, ...]
+    after: int
     kept: int
     forward: float = 0.0
     backward: float = 0.0
 
+    @property
+    def peak(self) -> int:
+        """Most bytes that are alive at once, if all gradients stay."""
+        return self.peak_with(ALL_STAY)
+
+    def staying_with(self, rules: GradientRules) -> int:
+        """Return the bytes of those gradients that rules leave on the device to the end of a step."""
+        return sum(a.size for a in self.arrivals if rules.stays(a.parameter))
+
+    def peak_with(self, rules: GradientRules) -> int:
+        """Return the most bytes that are alive at once, with what rules leave of gradients."""
+        staying = self.staying_with(rules) if rules.there else 0
+        queue: deque[int] = deque()
+        peak = 0
+        for arrival in self.arrivals:
+            peak = max(peak, staying + sum(queue) + arrival.peak)
+            if arrival.parameter in rules.used:
+                peak = max(peak, staying + sum(queue) + arrival.live + rules.used[arrival.parameter])
+            elif arrival.parameter in rules.leaving:
+                while queue and sum(queue) + arrival.size > rules.queue:
+                    queue.popleft()
+                queue.append(arrival.size)
+            elif not rules.there:
+                staying += arrival.size
+        return max(peak, staying + sum(queue) + self.after)
+
 
 class Simulation:
-    """A trainer's model with a network on it, on some device, and a step of the loss on it.
+    """A trainer's model with what is trained, on some device, and a step of the loss on it.
 
     On the meta device it stands for a GPU, or for another `kind` of device.
     """
@@ -70,44 +137,50 @@ class Simulation:
         self,
         trainer: NetworkTrainer,
         model: Transformer,
-        network: LoRANetwork,
+        trainee: Trainee,
         device: torch.device = META,
         kind: str = "cuda",
     ) -> None:
-        self.trainer, self.model, self.network = trainer, model, network
+        self.trainer, self.model, self.trainee = trainer, model, trainee
         self.device, self.kind = device, kind
 
     def step(
         self,
         work: Work,
         *,
-        gradients_there: bool = False,
         speeds: Speeds | None = None,
         metered: bool = True,
     ) -> Step:
         """Make a step, forward and backward. The gradients are gone afterwards.
 
         Args:
-            gradients_there: as in the second batch of a step that adds up several.
-            metered: False to make it and count nothing, so that it runs at its own pace.
+            metered: False to make it and count nothing, so that it runs at its own pace, and keeps all
+                gradients until its end.
         """
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
         meter = Meter(self._counted_kinds(), speeds)
-        x, sigma_B, conditions = self._inputs(work)
-        routing = self._routing(work)
-        if gradients_there:
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            meter.add(parameter.grad for parameter in parameters)
-        with self._standing(), meter if metered else nullcontext():
-            predicted = self.trainer.velocities(self.model, x, sigma_B, conditions, routing)
-            loss = torch.stack([velocity.square().mean() for velocity in predicted]).sum()
-            del predicted
-            kept, forward = meter.live, meter.seconds
-            loss.backward()
-        for parameter in parameters:
-            parameter.grad = None
-        return Step(meter.peak, kept, forward, meter.seconds - forward)
+        if not metered:
+            self.backward(work)
+            for parameter in self.trainee.parameters():
+                parameter.grad = None
+            return Step((), 0, 0)
+        with _Arrivals(meter, self.trainee) as arrivals, self._standing():
+            inputs = (*self._inputs(work), self._routing(work))
+            with meter:
+                loss = self._loss(*inputs)
+                kept, forward = meter.live, meter.seconds
+                loss.backward()
+        return Step(tuple(arrivals.found), meter.peak, kept, forward, meter.seconds - forward)
+
+    def backward(self, work: Work) -> None:
+        """Make a step, forward and backward, and leave gradients to whoever looks after them."""
+        with self._standing():
+            self._loss(*self._inputs(work), self._routing(work)).backward()
+
+    def _loss(
+        self, x: list[Tensor], sigma_B: Tensor, conditions: list[Condition], routing: Routing | None
+    ) -> Tensor:
+        predicted = self.trainer.velocities(self.model, x, sigma_B, conditions, routing)
+        return torch.stack([velocity.square().mean() for velocity in predicted]).sum()
 
     def forward(self, work: Work) -> int:
         """Return the most bytes that the model takes beside its weights when it is asked for a picture."""
@@ -124,7 +197,7 @@ class Simulation:
         conditions = [self.trainer.blank_condition(work.tokens, self.device) for _ in grids]
         for condition in conditions:
             condition.tokens_LD.zero_()
-            condition.tokens_LD.requires_grad_(self.trainer.options.network.trains_text_encoder)
+            condition.tokens_LD.requires_grad_(self.trainer.options.trainee.trains_text_encoder)
         return x, torch.full((len(x),), 0.5, device=self.device), conditions
 
     def _routing(self, work: Work) -> Routing | None:
@@ -145,6 +218,41 @@ class Simulation:
 
     def _standing(self) -> AbstractContextManager[object]:
         return meta_standing_for(self.kind)
+
+
+class _Arrivals:
+    """Watches gradients come, and forgets each of them at once, while it is entered."""
+
+    def __init__(self, meter: Meter, trainee: Trainee) -> None:
+        self.found: list[Arrival] = []
+        self._meter, self._trainee = meter, trainee
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> _Arrivals:
+        trained = trained_weights(self._trainee)
+        self._handles = [
+            weight.register_post_accumulate_grad_hook(partial(self._take, number))
+            for number, weight in enumerate(trained)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _take(self, number: int, weight: nn.Parameter) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        peak = self._meter.take_peak()
+        self.found.append(Arrival(number, gradient.nbytes, peak, self._meter.live))
+        weight.grad = None
+        del gradient
+        self._meter.take_peak()  # from here on, without it
+
+
+def trained_weights(trainee: Trainee) -> list[nn.Parameter]:
+    """Return what is trained, in the order by which `Arrival` counts."""
+    return [parameter for parameter in trainee.parameters() if parameter.requires_grad]
 
 
 def weight_bytes(*modules: nn.Module) -> int:

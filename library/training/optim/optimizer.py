@@ -17,9 +17,10 @@ from library.core.log import logger
 from library.core.suggest import did_you_mean
 from library.options.optimizer import OptimizerOptions
 from library.training.optim.adamw import SETTINGS, LeanAdamW
+from library.training.optim.one_by_one import OneByOne
 
 _FUSED_DEVICES = {"cpu", "cuda"}
-_TRIAL_SIZE = (64, 65)  # bitsandbytes keeps 8-bit states from 4096 numbers on
+TRIAL_SIZE = (64, 65)  # bitsandbytes keeps 8-bit states from 4096 numbers on
 _LOWEST_USUAL_FACTOR = 0.1  # of optimizers that find the rate themselves; 1 is what their authors advise
 
 _log = logger("optimizer")
@@ -41,11 +42,16 @@ class Averaging(Protocol):
 # --- making one ---
 
 
-def create_optimizer(groups: Iterable[dict[str, object]], options: OptimizerOptions) -> torch.optim.Optimizer:
+def create_optimizer(
+    groups: Iterable[dict[str, object]], options: OptimizerOptions, *, lean: bool = True
+) -> torch.optim.Optimizer:
     """Make the optimizer for parameter groups with `params` and a peak `lr`.
 
     Each group remembers its peak rate as `initial_lr`, for `set_learning_rates`. AdamW's update is fused into
     one kernel where torch has one for the device, unless `--optimizer_args` ask for more than it does.
+
+    Args:
+        lean: AdamW in the form for many thin matrices; otherwise that for single large weights.
 
     Raises:
         ConfigError: the class is not there, does not take its settings, or cannot have several rates.
@@ -65,29 +71,34 @@ def create_optimizer(groups: Iterable[dict[str, object]], options: OptimizerOpti
             group["lr"] = group["initial_lr"] = None
     if options.optimizer_name == "SGDNesterov8bit":
         _log.warning("bitsandbytes has no Nesterov step in 8 bit: SGDNesterov8bit is SGD with momentum")
-    optimizer = _make(groups, options)
+    optimizer = make_optimizer(groups, options, lean=lean)
     if isinstance(optimizer, Averaging):
         optimizer.train()
     return optimizer
 
 
-def check_optimizer(options: OptimizerOptions, device: torch.device) -> None:
+def check_optimizer(options: OptimizerOptions, device: torch.device, *, vectors: bool = False) -> None:
     """Let the optimizer make a step on a small matrix, so that a mistake shows before the caches are filled.
+
+    Args:
+        vectors: it will have such too, as whole models do.
 
     Raises:
         ConfigError: as `create_optimizer`, and if it cannot make a plain step on the device.
     """
-    matrix = nn.Parameter(torch.zeros(_TRIAL_SIZE, device=device))
+    sizes = [TRIAL_SIZE, TRIAL_SIZE[1:]] if vectors else [TRIAL_SIZE]
+    weights = [nn.Parameter(torch.zeros(size, device=device)) for size in sizes]
     rate = None if options.relative_step else options.learning_rate
-    optimizer = _make([{"params": [matrix], "lr": rate}], options)
-    matrix.grad = torch.ones_like(matrix)
+    optimizer = make_optimizer([{"params": weights, "lr": rate}], options)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
     try:
         if isinstance(optimizer, Averaging):
             optimizer.train()
         optimizer.step()
     except Exception as error:  # libraries raise what they like
         name = options.optimizer_name
-        raise ConfigError(f"--optimizer_type {name} cannot train a LoRA on {device}: {error}") from error
+        raise ConfigError(f"--optimizer_type {name} cannot train on {device}: {error}") from error
 
 
 def import_class(path: str, base: type[Kind], flag: str) -> type[Kind]:
@@ -128,14 +139,17 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, options: OptimizerOptio
     return _class_path(optimizer) + (f"({settings})" if settings else "")
 
 
-def _make(groups: Sequence[dict[str, object]], options: OptimizerOptions) -> torch.optim.Optimizer:
+def make_optimizer(
+    groups: Sequence[dict[str, object]], options: OptimizerOptions, *, lean: bool = True
+) -> torch.optim.Optimizer:
+    """Do the one part of `create_optimizer`: make it, whatever its rates are."""
     name = options.optimizer_name
     kind = import_class(options.optimizer_kind.path, torch.optim.Optimizer, "--optimizer_type")
     settings = options.optimizer_settings()
     check_settings(kind, settings, "--optimizer_args")
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     if kind is torch.optim.AdamW and devices <= _FUSED_DEVICES and settings.keys() <= SETTINGS:
-        kind = LeanAdamW
+        kind, settings = (LeanAdamW, settings) if lean else (kind, settings | {"fused": True})
     try:
         return kind(groups, lr=None if options.relative_step else options.learning_rate, **settings)
     except (TypeError, ValueError) as error:
@@ -166,7 +180,12 @@ def _check_factor(options: OptimizerOptions, rates: Sequence[float]) -> None:
 def set_learning_rates(
     optimizer: torch.optim.Optimizer, schedule: Callable[[int, Sequence[float]], Sequence[float]], step: int
 ) -> None:
-    """Set each group's rate to what the schedule makes of the peak rates at `step` (the first is 0)."""
+    """Set each group's rate to what the schedule makes of the peak rates at `step` (the first is 0).
+
+    An optimizer that steps weights one by one is told which step it is.
+    """
+    if isinstance(optimizer, OneByOne):
+        optimizer.begin(step)
     peaks = [group["initial_lr"] for group in optimizer.param_groups]
     if None in peaks:
         return  # Adafactor with relative steps
@@ -229,7 +248,10 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def export_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Return all that the optimizer remembers: copies of its tensors by name, on the CPU, and a JSON record.
+    """Return all that the optimizer remembers: its tensors by name, and a JSON record.
+
+    They are the tensors themselves, where they are, since those of whole models are large: to be written
+    before training goes on. Only memory that several of them share is copied, because files cannot tell.
 
     To be called with the weights in training in the parameters, not within `evaluating`.
 
@@ -251,7 +273,7 @@ def export_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], d
         "groups": groups,
         "state": _pack(whole["state"], "state", tensors),
     }
-    return tensors, record
+    return _unshared(tensors), record
 
 
 def import_state(
@@ -267,7 +289,7 @@ def import_state(
     if record["class"] != _class_path(optimizer):
         raise CheckpointError(
             f"The saved optimizer is {record['class']}, and this run's is {_class_path(optimizer)}. Keep "
-            "--optimizer_type, or start a new run from the LoRA file with --network_weights."
+            "--optimizer_type, or start a new run from the saved file."
         )
     whole = optimizer.state_dict()
     sizes = [len(group["params"]) for group in whole["param_groups"]]
@@ -303,13 +325,15 @@ def _class_path(optimizer: torch.optim.Optimizer) -> str:
 
 def _class_of(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
     """Return the class whose settings and states an optimizer has."""
+    if isinstance(optimizer, OneByOne):
+        return _class_of(optimizer.inner)
     return torch.optim.AdamW if isinstance(optimizer, LeanAdamW) else type(optimizer)
 
 
 def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
     """Return `value` as JSON keeps it; its tensors go into `tensors`, under names that start with `name`."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach()
         return {"tensor": name, "on_cpu": value.device.type == "cpu"}
     if isinstance(value, Mapping):
         return {"dict": [[key, _pack(part, f"{name}.{key}", tensors)] for key, part in value.items()]}
@@ -324,6 +348,17 @@ def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
         f"The optimizer keeps a {type(value).__name__} ({name}) in its state, which cannot be saved exactly. "
         "Use another --optimizer_type, or leave out the flags that save states."
     )
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of which no two share memory."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return apart
 
 
 def _unpack(packed: object, tensors: Mapping[str, Tensor], device: torch.device) -> object:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from library.data.items import Dataset, Item, Manifest, Subset
 from library.options.group import OptionGroup
-from library.options.network import MetadataOptions, NetworkOptions
+from library.options.network import MetadataOptions
+from library.options.trainee import TraineeOptions
 from library.training.family import FamilySpec
 from networks.files import legacy_hash
 
@@ -66,7 +67,7 @@ class TrainingFacts:
     family: FamilySpec
     described: Mapping[str, str]
     manifest: Manifest
-    network: NetworkOptions
+    trainee: TraineeOptions
     metadata: MetadataOptions
     recorded: tuple[OptionGroup, ...]
     output_name: str
@@ -85,16 +86,16 @@ def build_metadata(facts: TrainingFacts, *, step: int, epoch: int, now: float) -
     With `--no_metadata`, only what is needed to use the file. The hashes are added when the file is written.
     """
     recorded = {
-        f.name: getattr(group, f.name) for group in (*facts.recorded, facts.network) for f in fields(group)
+        f.name: getattr(group, f.name) for group in (*facts.recorded, facts.trainee) for f in fields(group)
     }
     values = (
         _NOT_DONE
         | recorded
         | _dataset_values(facts.manifest)
         | dict(facts.described)
+        | facts.trainee.described()
         | {
             "base_model_version": facts.family.name,
-            "network_args": facts.network.args_by_key(),
             "optimizer": facts.optimizer,
             "seed": facts.seed,
             "session_id": facts.session_id,
@@ -112,7 +113,7 @@ def build_metadata(facts: TrainingFacts, *, step: int, epoch: int, now: float) -
         }
     )
     if facts.metadata.no_metadata:
-        values = {key: values[key] for key in _ALWAYS}
+        values = {key: values[key] for key in _ALWAYS if key in values}
     return {f"ss_{key}": as_text(value) for key, value in sorted(values.items())} | _modelspec(facts, now)
 
 
@@ -140,10 +141,10 @@ def as_text(value: object) -> str:
 
 
 def _modelspec(facts: TrainingFacts, now: float) -> dict[str, str]:
-    """The keys of https://github.com/Stability-AI/ModelSpec that are true of a LoRA for a flow model."""
+    """The keys of https://github.com/Stability-AI/ModelSpec that are true of a flow model or its LoRA."""
     spec = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{facts.family.architecture}/lora",
+        "architecture": f"{facts.family.architecture}{facts.trainee.architecture_suffix}",
         "implementation": facts.family.implementation,
         "implementation_version": "flow-scripts",
         "title": facts.output_name,

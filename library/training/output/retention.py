@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.core.files import explain
+from library.core.files import explain, remove_directory
 from library.core.log import logger
 from library.options.saving import SavingOptions
 
@@ -98,7 +98,10 @@ def _remove(file: Path, identity: Identity) -> bool:
     if _identity(file) != identity:
         return True
     try:
-        file.unlink(missing_ok=True)
+        if file.is_dir():
+            remove_directory(file)
+        else:
+            file.unlink(missing_ok=True)
         _log.info("removed %s, an older save", file)
     except OSError as error:
         _log.warning("%s could not be removed: %s", file, explain(error))

@@ -1,82 +1,19 @@
-"""When the trained network is written, and under which name."""
+"""When what is trained is written, and under which name."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from library.core.device import dtype_named
 from library.core.errors import StorageError
-from library.core.files import require_room, write_bytes
 from library.core.log import logger
-from library.options.saving import DIFFUSERS, SavingOptions
+from library.options.saving import SavingOptions
 from library.training.events import Interval, Moment
-from library.training.guards import require_finite
-from library.training.output.ema import Ema
-from library.training.output.metadata import TrainingFacts, build_metadata
 from library.training.output.retention import Retention
-from networks.files import save_network
-from networks.formats import to_diffusers
-from networks.lora import LoRANetwork
-from networks.names import MAGNITUDE
 
 log = logger("saving")
 
 Write = Callable[[Path, Moment], list[Path]]
-
-_ADVICE = "Make room, or keep fewer files with --save_last_n_files."
-
-
-class NetworkFile:
-    """Writes the trained network, and its running average beside it, with the metadata of the moment."""
-
-    def __init__(
-        self, network: LoRANetwork, facts: TrainingFacts, saving: SavingOptions, ema: Ema | None = None
-    ) -> None:
-        self._network = network
-        self._ema = ema
-        self._facts = facts
-        self._format = saving.save_format
-        self._dtype = dtype_named(saving.save_precision or "float")  # None: as trained, in fp32
-
-    def write(self, path: Path, moment: Moment) -> list[Path]:
-        """Write the network as it is now and return the files.
-
-        Raises StorageError, or NonFiniteError for NaN in the weights, with what was at `path` untouched.
-        """
-        self._write(path, moment, weights="trained")
-        if self._ema is None:
-            return [path]
-        average_path = path.with_name(f"{path.stem}-ema{path.suffix}")
-        with self._ema.in_place():
-            self._write(average_path, moment, weights="running average (EMA)")
-        return [path, average_path]
-
-    def _write(self, path: Path, moment: Moment, *, weights: str) -> None:
-        state, settings = self._content()
-        require_finite(state, f"the {weights} weights after step {moment.step}")
-        require_room(path, sum(tensor.nbytes for tensor in state.values()), _ADVICE)
-        if path.suffix != ".safetensors":  # a pickle, as torch writes it: it has no place for metadata
-            content = BytesIO()  # torch itself would not say what the system has against a write
-            torch.save(state, content)
-            write_bytes(path, content.getbuffer())
-            return
-        metadata = build_metadata(self._facts, step=moment.step, epoch=moment.epoch, now=time.time())
-        save_network(path, state, metadata | settings | {"ss_weights": weights})
-
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the network's tensors under the names of its format, and settings for the metadata."""
-        if self._format != DIFFUSERS:
-            return self._network.export_state(self._dtype), {}
-        adapter = to_diffusers(self._network.export_state(), "the network")  # fp32, to be rounded once
-        tensors = adapter.prefixed("transformer")
-        exact = {key: t if key.endswith(MAGNITUDE) else t.to(self._dtype) for key, t in tensors.items()}
-        return exact, adapter.metadata()
 
 
 class PeriodicSave:
@@ -141,4 +78,4 @@ def metrics_path(options: SavingOptions) -> Path:
 
 
 def _path(options: SavingOptions, suffix: str) -> Path:
-    return options.output_dir / f"{options.output_name}{suffix}.{options.save_model_as}"
+    return options.output_dir / f"{options.output_name}{suffix}{options.ending}"

@@ -24,6 +24,9 @@ RECORD = "state.json"
 FORMAT = 1
 KEPT = 2  # the newest states of a run that no pruning removes
 
+# How a run begins with what another one saved.
+FROM_FILE = "--network_weights for a LoRA, --pretrained_model_name_or_path for a model"
+
 _log = logger("state")
 
 
@@ -249,7 +252,7 @@ def _latest(saving: SavingOptions) -> SavedState | None:
     if damaged:
         raise CheckpointError(
             f"Every state of '{saving.output_name}' in {saving.output_dir} is damaged. To start anew, leave "
-            f"out --resume; the last saved network can be a start with --network_weights."
+            f"out --resume; the last saved file can be a start: {FROM_FILE}."
         )
     return None
 
@@ -307,6 +310,6 @@ def _no_state(path: Path) -> str:
     if (path / "train_state.json").exists() or (path / "random_states_0.pkl").exists():
         return (
             f"--resume {path} is a state of accelerate (sd-scripts). It holds pickled files and cannot be "
-            f"resumed here; start from its LoRA file with --network_weights."
+            f"resumed here; start from the file that was saved with it: {FROM_FILE}."
         )
     return f"--resume {path} holds no {RECORD}, so it is not a state."

@@ -6,8 +6,6 @@ the tensors that training changes: network, optimizer, and what else is handed i
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +13,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
 from library.core.files import explain, require_room
 from library.core.log import logger
 from library.core.suggest import shorten
+from library.nn.weight_writer import bytes_of, plan_of
 from library.options.saving import SavingOptions
 from library.options.state import LATEST, StateOptions
 from library.training.events import Interval, Moment
 from library.training.guards import require_finite
 from library.training.optim.optimizer import export_state, import_state
 from library.training.state.checkpoint import (
+    FROM_FILE,
     Keep,
     SavedState,
     StateRecord,
@@ -176,7 +176,7 @@ class StateSaver:
             if name not in state.record.values:
                 raise CheckpointError(
                     f"The state {state.path} has no part '{name}': it is of a run without one. Leave out "
-                    f"what was added, or start anew from the LoRA file with --network_weights."
+                    f"what was added, or start anew from the saved file: {FROM_FILE}."
                 )
             file = _file_name(name)
             try:
@@ -226,22 +226,11 @@ class StateSaver:
 
 
 def _write_tensors(folder: Path, taken: Mapping[str, tuple[Tensors, Values]]) -> None:
+    """Write each part's tensors, one after another: those of a whole model have no room for copies of all."""
     for name, (tensors, _) in taken.items():
-        if not tensors:
-            continue
-        file = folder / _file_name(name)
-        try:
-            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, file)
-        except SafetensorError as error:
-            raise _system_error(error) from error
-
-
-def _system_error(error: SafetensorError) -> OSError:
-    """Return the system's error that the library wraps into its own: "... (os error 28)"."""
-    number = re.search(r"os error (\d+)", str(error))
-    if number is None or os.name == "nt":  # Windows counts its errors in another way
-        return OSError(str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1])))
+        if tensors:
+            with open(folder / _file_name(name), "wb") as handle:
+                plan_of(tensors).write_to(handle, lambda key, tensors=tensors: bytes_of(tensors[key]))
 
 
 def _file_name(part: str) -> str:

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 
 from library.core.checkpoint_files import open_checkpoint
 from library.core.errors import ConfigError
 from library.core.hashing import HashLedger, sha256_text
 from library.data.images import drawn_source
 from library.data.items import Item, Manifest
-from library.options.network import NetworkOptions
 from library.options.train import TrainOptions
+from library.options.trainee import TraineeOptions
 from library.training.family import ModelFiles
 from library.training.state.checkpoint import SavedState
 
@@ -30,7 +31,7 @@ MUST_STAY = {
     "dim_from_weights": "the state holds weights of the ranks that this led to",
     "network_train_text_encoder": "the state holds the weights of what was trained",
     "network_train_text_encoder_only": "the state holds the weights of what was trained",
-    "base_weights": "the network was trained on the model with these merged in",
+    "base_weights": "the weights were trained on the model with these merged in",
     "optimizer_type": "the state holds what this optimizer remembers",
     "full_bf16": "the state holds weights of this precision",
 }
@@ -39,6 +40,7 @@ CANNOT_BEGIN = {"ema": "the state has no running average to go on with"}
 # May change, and it is told.
 TOLD = {
     *("network_dropout", "scale_weight_norms", "text_encoder_lr"),
+    "fused_backward_pass",  # with it every weight's gradient is clipped by itself
     *("max_train_steps", "max_train_epochs", "mixed_precision", "gradient_checkpointing"),
     *("cpu_offload_checkpointing", "gradient_accumulation_steps", "prior_loss_weight"),
     *("max_batch_tokens", "fused_kernels"),
@@ -82,10 +84,11 @@ SILENT = {
 JUDGED_GROUPS = {"dataset"}
 JUDGED = {
     *("seed", "use_8bit_adam", "use_lion_optimizer", "network_weights", "network_train_unet_only"),
-    *("fp8_base", "fp8_base_unet", "fp8_scaled"),
+    *("fp8_base", "fp8_base_unet", "fp8_scaled", "blockwise_fused_optimizers"),
     *("base_weights_multiplier", "pretrained_model_name_or_path", "gemma2", "gemma2_tokenizer", "ae"),
     *("task", "text_encoder_qwen", "text_encoder_clip", "qwen_tokenizer", "clip_tokenizer", "vae"),
 }
+_NETWORK = "network_module"  # is a setting of every run that trains a network, and of no other
 _TRAINED_ON, _CONTENT = "trained on --", "content of --"  # and the flag of a file, whose digest is the value
 
 
@@ -105,28 +108,25 @@ def settings_of(
             elsewhere = f.metadata["refusal"] is not None or f.metadata["inert"] is not None
             if f.name not in SILENT | JUDGED and not elsewhere:
                 settings[f.name] = _plain(getattr(group, f.name))
-    network, caching = options.network, options.caching
+    trainee, caching = options.trainee, options.caching
     settings["train_batch_size"] = [dataset.batch_size for dataset in manifest.trained_datasets]
     settings["optimizer_type"] = options.optimizer.optimizer_name
     settings["cache_latents"], settings["cache_text_encoder_outputs"] = caching.latents, caching.texts
     settings["base_quant"] = options.quant.transformer
-    settings["network_args"] = sorted(network.network_args)
-    settings["network_train_text_encoder"] = network.trains_text_encoder
-    settings["network_train_text_encoder_only"] = not network.trains_dit
-    settings |= _network_files(network, ledger)
+    settings |= trainee.settings() | _files_of_trainee(trainee, ledger)
     settings |= {_TRAINED_ON + flag: digest for flag, digest in files.trained_on.items()}
     return settings | {_CONTENT + flag: digest for flag, digest in files.read_by.items()}
 
 
-def _network_files(network: NetworkOptions, ledger: HashLedger) -> dict[str, object]:
+def _files_of_trainee(trainee: TraineeOptions, ledger: HashLedger) -> dict[str, object]:
     def digest(path: Path) -> str:
         return sha256_text(*(ledger.sha256(file) for file in open_checkpoint(path).files))
 
     found: dict[str, object] = {
-        "base_weights": [f"{digest(path)[:16]} times {strength:g}" for path, strength in network.bases()]
+        "base_weights": [f"{digest(path)[:16]} times {strength:g}" for path, strength in trainee.bases()]
     }
-    if network.dim_from_weights and network.network_weights is not None:
-        found[_TRAINED_ON + "network_weights"] = digest(network.network_weights)
+    if trainee.shaped_by is not None:
+        found[_TRAINED_ON + "network_weights"] = digest(trainee.shaped_by)
     return found
 
 
@@ -136,9 +136,17 @@ def dataset_digest(manifest: Manifest) -> str:
 
 
 def check_resumed(
-    resumed: SavedState, settings: Mapping[str, object], seed: int | None, dataset: str
+    resumed: SavedState,
+    settings: Mapping[str, object],
+    seed: int | None,
+    dataset: str,
+    *,
+    new_start: str,
+    stays: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """Compare a run with the state that it goes on from; return a sentence for each change that it makes.
+
+    `new_start`: what to do where it cannot go on; `stays`: what else must be the same; see `TraineeOptions`.
 
     Raises:
         ConfigError: something differs that must stay.
@@ -149,17 +157,17 @@ def check_resumed(
             f"--seed is {seed}, but the run in {resumed.path} has seed {record.seed}: everything random, the "
             f"order of data too, hangs on it. Leave --seed out, or give {record.seed}."
         )
+    _check_trained(resumed, settings, new_start)
     changes = []
     for name in sorted(record.settings.keys() & settings.keys()):  # a flag of one version only cannot differ
         before, now = record.settings[name], settings[name]
         if before == now:
             continue
         told = f"{_flag(name)} is {_shown(now)}"
-        reason = _reason_to_stay(name, now)
+        reason = stays.get(name) or _reason_to_stay(name, now)
         if reason is not None:
             raise ConfigError(
-                f"{told}, but was {_shown(before)} in {resumed.path}, and {reason}. Keep it, or start a new "
-                f"run from the LoRA file with --network_weights."
+                f"{told}, but was {_shown(before)} in {resumed.path}, and {reason}. Keep it, or {new_start}."
             )
         changes.append(f"{told} from here on; it was {_shown(before)}")
     if dataset != record.dataset:
@@ -169,10 +177,21 @@ def check_resumed(
     return changes
 
 
+def _check_trained(resumed: SavedState, settings: Mapping[str, object], new_start: str) -> None:
+    """Raise ConfigError for the state of a LoRA where a model is trained, or the other way round."""
+    before, now = (_NETWORK in recorded for recorded in (resumed.record.settings, settings))
+    if before != now:
+        what = {True: "a LoRA (..._train_network.py)", False: "the model itself (..._train.py)"}
+        raise ConfigError(
+            f"{resumed.path} is the state of a run that trains {what[before]}, and this one trains "
+            f"{what[now]}. Go on with that script, or {new_start}."
+        )
+
+
 def _reason_to_stay(name: str, now: object) -> str | None:
     """Return why a setting that is `now` must be what it was, or None if it may change to that."""
     if name.startswith(_TRAINED_ON):
-        return "the network was trained on what was in it"
+        return "the weights were trained on what was in it"
     if now and name in CANNOT_BEGIN:
         return CANNOT_BEGIN[name]
     return MUST_STAY.get(name)

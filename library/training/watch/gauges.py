@@ -17,6 +17,7 @@ _LIMITED = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_k
 BANDS = 5  # of equal width, as far apart as validation's sigmas, which lie in their middles
 
 _BANDS = range(BANDS)
+_PIECE = 2**18  # numbers whose squares are added up in a row
 _NAMES = [f"loss/sigma_{band / BANDS:.1f}_{(band + 1) / BANDS:.1f}" for band in _BANDS]
 
 Item = TypeVar("Item")
@@ -154,7 +155,19 @@ def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of each tensor, fp32."""
     if not tensors:
         return torch.zeros(0)
-    return torch.stack(torch._foreach_norm(tensors)).float()
+    if tensors[0].device.type == "cpu" and max(map(Tensor.numel, tensors)) > _PIECE:
+        tensors = [_norm_by_pieces(tensor) if tensor.numel() > _PIECE else tensor for tensor in tensors]
+    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32))
+
+
+def _norm_by_pieces(tensor: Tensor) -> Tensor:
+    """Return the norm of a tensor on the CPU, (1,) fp32.
+
+    torch adds up the squares one by one there, which loses the third digit on tens of millions of numbers,
+    and takes seven times as long for bf16.
+    """
+    pieces = tensor.flatten().split(_PIECE)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.float()) for p in pieces]))[None]
 
 
 class StopVote:

@@ -25,8 +25,8 @@ from library.flow.guidance import Condition
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Interval, Moment
+from library.training.trainee.kind import Trainee
 from library.training.watch.grid import Grid
-from networks.lora import LoRANetwork
 
 # For each request, what its prompt and what its negative prompt are to the model.
 EncodeRequests = Callable[[Sequence[ImageRequest]], tuple[Sequence[Condition], Sequence[Condition]]]
@@ -133,13 +133,13 @@ class Previews(Generic[Condition]):
 
 
 @contextmanager
-def switched_off(network: LoRANetwork) -> Iterator[None]:
+def switched_off(trainee: Trainee) -> Iterator[None]:
     """Leave the network out of its model for a while."""
-    network.enabled = False
+    trainee.enabled = False
     try:
         yield
     finally:
-        network.enabled = True
+        trainee.enabled = True
 
 
 def _row(place: int, request: ImageRequest) -> str:

@@ -1,0 +1,304 @@
+"""What full fine-tuning takes of memory: foretold as it is found, told, planned for, and advised about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from kandinsky5_train import Kandinsky5Finetuner
+from library.core.errors import ResourceError
+from library.options.group import parse_options
+from library.options.swap import SwapOptions
+from library.options.train import LuminaFinetuneOptions, TrainOptions
+from library.options.train_kandinsky5 import Kandinsky5FinetuneOptions
+from library.training.context import RunContext
+from library.training.guards import loading_advice, training_advice
+from library.training.look import measure
+from library.training.look.memory_estimate import Manner, MemoryEstimate
+from library.training.look.meter import Speeds
+from library.training.look.planner import Plan, make_plan
+from library.training.look.simulate import weight_bytes
+from library.training.prepare import prepare
+from lumina_train import LuminaFinetuner
+from tests.training.test_memory_estimate import allocated
+from tools.make_nano_models import make_nano_kandinsky5
+
+BF16, FUSED, FULL_BF16 = "--mixed_precision=bf16", "--fused_backward_pass", "--full_bf16"
+BLOCKS = 6  # of the nano models
+NONE = SwapOptions()
+
+
+class Runs:
+    """Decides runs of both families, on nano models and the same pictures."""
+
+    def __init__(self, lumina: object, folder: Path) -> None:
+        photos = folder / "1_thing"
+        photos.mkdir()
+        for name in ("red", "green"):
+            Image.new("RGB", (96, 96), name).save(photos / f"{name}.png")
+            (photos / f"{name}.txt").write_text(f"{name} picture")
+        kandinsky = make_nano_kandinsky5(folder / "kandinsky")
+        self.files = {
+            "lumina": [
+                *(f"--pretrained_model_name_or_path={lumina.dit}", f"--gemma2={lumina.gemma2}"),
+                *(f"--ae={lumina.ae}", "--gemma2_max_token_length=30"),
+            ],
+            "kandinsky": [
+                *(f"--dit={kandinsky.t2i}", f"--text_encoder_qwen={kandinsky.qwen}"),
+                *(f"--text_encoder_clip={kandinsky.clip}", f"--vae={kandinsky.vae}"),
+                "--qwen_max_token_length=30",
+            ],
+        }
+        self.words = [
+            *(f"--train_data_dir={folder}", "--caption_extension=.txt", "--resolution=96"),
+            *("--train_batch_size=2", "--max_train_steps=2", "--cache_latents", "--seed=1"),
+            *("--cache_text_encoder_outputs", "--output_name=it", f"--output_dir={folder / 'out'}"),
+        ]
+
+    def options(self, family: str, *more: str) -> TrainOptions:
+        """Return the options of a run."""
+        kind = LuminaFinetuneOptions if family == "lumina" else Kandinsky5FinetuneOptions
+        return parse_options(kind, [*self.files[family], *self.words, *more])
+
+    def context(self, family: str, *more: str) -> RunContext:
+        """Return a run that is decided."""
+        kind = LuminaFinetuner if family == "lumina" else Kandinsky5Finetuner
+        trainer = kind(self.options(family, *more))
+        return RunContext.decide(trainer, prepare(trainer))
+
+
+@pytest.fixture(scope="module")
+def runs(nano, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    torch.set_num_threads(1)
+    return Runs(nano, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def estimated(runs: Runs) -> Callable[..., MemoryEstimate]:
+    """The estimate of a run on a GPU, each made once."""
+    made: dict[tuple[str, ...], MemoryEstimate] = {}
+
+    def estimate(*words: str) -> MemoryEstimate:
+        if words not in made:
+            context = runs.context(*words)
+            made[words] = MemoryEstimate(context.trainer, context, speeds=Speeds())
+        return made[words]
+
+    return estimate
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "swapped", "words"),
+    [
+        ("lumina", "none", 0, ()),
+        ("lumina", "full", 3, ()),
+        ("lumina", "none", 0, (FUSED,)),
+        ("lumina", "none", 0, (BF16,)),
+        ("lumina", "full", 3, (BF16,)),
+        ("lumina", "selective", 0, (BF16, FULL_BF16)),
+        ("lumina", "full", 0, (BF16, FUSED)),
+        ("lumina", "full", 5, (BF16, FULL_BF16, FUSED)),
+        ("lumina", "full", 3, (BF16, "--gradient_accumulation_steps=2")),
+        ("lumina", "outputs", 0, (BF16, FUSED, "--optimizer_type=Adafactor")),
+        ("kandinsky", "none", 0, ()),
+        ("kandinsky", "full", 0, (BF16, FUSED)),
+        ("kandinsky", "selective", 3, (BF16,)),
+        ("kandinsky", "full", 3, (BF16, FULL_BF16, FUSED)),
+    ],
+    ids=lambda value: "+".join(word.strip("-") for word in value) if isinstance(value, tuple) else None,
+)
+def test_training_takes_what_was_foretold(
+    runs: Runs, family: str, mode: str, swapped: int, words: tuple[str, ...]
+) -> None:
+    """On a CPU the device's memory is the computer's, so what both hold is found together."""
+    context = runs.context(family, *words, f"--blocks_to_swap={swapped}")
+    estimate, swap = MemoryEstimate(context.trainer, context, kind="cpu"), SwapOptions(blocks_to_swap=swapped)
+    manner = Manner(None, mode)
+    device, computer = estimate.steps(manner, swap), estimate.in_computer(manner, swap)
+    assert bool(computer) == bool(swapped)
+    real = measure.RealSteps(context, estimate, mode)
+    there = weight_bytes_of(real)
+    kept = device.get("what is kept of fp32 weights", 0) + computer.get("what is kept of fp32 weights", 0)
+
+    def two_steps() -> None:
+        real.step()
+        real.step()  # with all that the first one made
+
+    found = there + allocated(two_steps)
+    assert sum(device.values()) + sum(computer.values()) == pytest.approx(found, rel=0.05)
+    assert kept == 0 or 0.01 * found < kept < found
+
+
+def weight_bytes_of(real: measure.RealSteps) -> int:
+    module = torch.nn.Module()
+    for number, tensor in enumerate(real.weights()):
+        module.register_buffer(str(number), tensor.detach())
+    return weight_bytes(module)
+
+
+def parts_of(estimate: MemoryEstimate, mode: str = "full", swapped: int = 0) -> dict[str, int]:
+    return estimate.training(Manner(None, mode), SwapOptions(blocks_to_swap=swapped))
+
+
+def test_each_number_is_counted_once_where_it_lies(estimated) -> None:
+    """With AdamW. The embedder of time is fp32, as the averages are."""
+    estimate = estimated("lumina", BF16, "--ema")
+    weights = dict(estimate.trainee.named_parameters())
+    halved = sum(p.numel() for p in weights.values() if p.dtype == torch.bfloat16)
+    whole = sum(p.numel() for p in weights.values() if p.dtype == torch.float32)
+    assert 0 < whole < 0.05 * halved
+    for swapped in (0, 3):
+        manner, swap = Manner(None, "full"), SwapOptions(blocks_to_swap=swapped)
+        here, there = estimate.training(manner, swap), estimate.in_computer(manner, swap)
+        names = ["what is kept of fp32 weights", "gradients", "optimizer", "running average (EMA)"]
+        for name, bytes_halved, bytes_whole in zip(names, (2, 2, 8, 4), (0, 4, 8, 4), strict=True):
+            together = here[name] + there.get(name, 0)
+            assert together == pytest.approx(bytes_halved * halved + bytes_whole * whole, rel=1e-3), name
+            assert (name in there) == bool(swapped)
+        ring = estimate.holdings(None).blocks.ring(swap)
+        weighed = here["transformer"] - ring + there.get("weights of swapped blocks", 0)
+        assert weighed == pytest.approx(2 * halved + 4 * whole, rel=0.01)
+
+
+def test_what_each_flag_saves(estimated) -> None:
+    plain, bare = estimated("lumina", BF16), estimated("lumina", BF16, FULL_BF16)
+    fused = estimated("lumina", BF16, FUSED)
+    count = plain.trainee.parameter_count()
+    assert "what is kept of fp32 weights" not in parts_of(bare)
+    assert sum(parts_of(plain).values()) - sum(parts_of(bare).values()) == pytest.approx(2 * count, rel=0.1)
+    assert "gradients" not in parts_of(fused)
+    saved = sum(parts_of(plain).values()) - sum(parts_of(fused).values())
+    assert 0 < saved < 2 * count  # as far as activations do not take the place of gradients
+    every = [sum(parts_of(fused, swapped=count).values()) for count in (0, 3, BLOCKS)]
+    assert every == sorted(every, reverse=True) and every[-1] < 0.6 * every[0]
+
+
+def test_gradients_are_gone_while_pictures_are_drawn(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64\n")
+    prompts = f"--sample_prompts={tmp_path / 'prompts.txt'}"
+    drawn = (prompts, "--sample_every_n_steps=1", "--ema", "--ema_sample=ema")
+    context = runs.context("lumina", BF16, *drawn)
+    estimate = MemoryEstimate(context.trainer, context)
+    drawing = estimate.other_phases(Manner(), NONE)["drawing sample pictures"]
+    assert "gradients" not in drawing and "optimizer" in drawing
+    assert not [name for name in drawing if "activations" in name]
+    assert drawing["weights put aside"] == sum(p.nbytes for p in estimate.trainee.parameters())
+
+
+# --- planning ---
+
+
+def plan(runs: Runs, estimate: MemoryEstimate, allowed: float, *words: str) -> Plan:
+    return make_plan(estimate, runs.options("lumina", *words), round(allowed), Speeds(), precisions=(None,))
+
+
+def test_as_few_blocks_as_can_be_are_swapped(runs: Runs, estimated) -> None:
+    words = (BF16, FUSED)
+    estimate = estimated("lumina", *words)
+    everything = plan(runs, estimate, 2**40, *words).chosen
+    assert (everything.manner.mode, everything.swap.count, everything.elsewhere) == ("none", 0, {})
+    least = sum(parts_of(estimate).values())
+    assert plan(runs, estimate, least, *words).chosen.swap.count == 0  # it checkpoints instead
+    tight = plan(runs, estimate, 0.9 * least, *words)
+    assert tight.chosen.swap.count > 0 and tight.chosen.memory <= 0.9 * least
+    fewer = SwapOptions(blocks_to_swap=tight.chosen.swap.count - 1)
+    assert sum(estimate.training(tight.chosen.manner, fewer).values()) > 0.9 * least
+    assert any(line.startswith("in the computer's memory: ") for line in tight.lines())
+    assert FUSED not in tight.chosen.flags()  # it was given, and stays
+
+
+def test_the_computer_takes_its_time_for_weights_that_it_updates(estimated) -> None:
+    estimate = estimated("lumina", BF16)
+    seconds = [estimate.update_seconds(None, SwapOptions(blocks_to_swap=count)) for count in (0, 3, BLOCKS)]
+    assert seconds == sorted(seconds) and seconds[-1] > 10 * seconds[0] > 0
+
+
+def test_what_cannot_fit_is_told_with_what_is_never_chosen(runs: Runs, estimated) -> None:
+    with pytest.raises(ResourceError) as caught:
+        plan(runs, estimated("lumina", BF16), 1_000_000, BF16)
+    for words in ("gradients", "optimizer", FUSED, "AdamW8bit or Adafactor", FULL_BF16, "a lower resolution"):
+        assert words in str(caught.value)
+    assert "quant" not in str(caught.value)
+    with pytest.raises(ResourceError) as caught:
+        plan(runs, estimated("lumina", BF16, FUSED), 1_000_000, BF16, FUSED)
+    assert FUSED not in str(caught.value)
+
+
+# --- as users see it ---
+
+
+def test_a_dry_run_tells_parts_and_the_computers_memory(runs: Runs, run_script, tmp_path: Path) -> None:
+    words = [*runs.files["lumina"], *runs.words, f"--output_dir={tmp_path}", BF16, "--dry_run"]
+    result = run_script("lumina_train.py", *words, "--gradient_checkpointing", "--blocks_to_swap=4")
+    assert result.code == 0, result.err
+    told = re.search(r"memory of tensors while training: ([\d.]+) MiB", result.out)
+    parts = re.findall(r"^    ([a-z0-9 ]+): ([\d.]+) MiB$", result.out, re.MULTILINE)
+    assert [name for name, _ in parts] == [
+        "transformer",
+        "what is kept of fp32 weights",
+        "gradients",
+        "optimizer",
+        "activations of the largest batch",
+    ]
+    assert sum(float(size) for _, size in parts) == pytest.approx(float(told[1]), abs=0.5)
+    assert re.search(
+        r"in the computer's memory, of which .*weights of swapped blocks .* optimizer", result.out
+    )
+
+
+def test_a_budget_chooses_no_quantised_weights(runs: Runs, run_script, tmp_path: Path) -> None:
+    words = [*runs.files["lumina"], *runs.words, f"--output_dir={tmp_path}", BF16, "--vram_budget=648MB"]
+    looked = run_script("lumina_train.py", *words, "--dry_run")
+    assert looked.code == 0, looked.err
+    said = looked.out + looked.err
+    assert "<- chosen" in said and "int8" not in said and "nf4" not in said
+    assert re.search(r"flags: .*--checkpoint_mode \w+ .*--blocks_to_swap \d+", said)
+
+
+def test_advice_is_mild_first_and_never_to_quantise(runs: Runs) -> None:
+    item = SimpleNamespace(geometry=SimpleNamespace(bucket=(832, 1216)))
+    manifest = SimpleNamespace(trained_datasets=[SimpleNamespace(batch_size=1)], items=[item])
+
+    def advised(*words: str) -> list[str]:
+        advice = training_advice(runs.options("lumina", *words), manifest)
+        assert not any("quant" in sentence for sentence in advice)
+        return [sentence.split()[0].strip(",") for sentence in advice]
+
+    mild = ["--gradient_checkpointing", "--mixed_precision"]
+    assert advised()[:4] == [*mild, FUSED, "--blocks_to_swap"]
+    thrifty = (BF16, "--gradient_checkpointing", "--checkpoint_mode=full")
+    upkeep = [FUSED, "--blocks_to_swap", "--optimizer_type", FULL_BF16]
+    assert advised(*thrifty) == [*upkeep, "a"]
+    thrifty += (FUSED, FULL_BF16, "--optimizer_type=Adafactor")
+    assert advised(*thrifty, "--blocks_to_swap=2") == ["--blocks_to_swap", "a"]
+    accumulating = training_advice(runs.options("lumina", BF16, "--gradient_accumulation_steps=2"), manifest)
+    assert f"{FUSED} without --gradient_accumulation_steps" in " ".join(accumulating)
+    loading = loading_advice(runs.options("lumina", BF16))
+    assert [sentence.split()[0].strip(",") for sentence in loading] == [
+        "--blocks_to_swap",
+        FULL_BF16,
+        "other",
+    ]
+
+
+def test_measuring_makes_real_updates_and_quantises_nothing(
+    runs: Runs, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "MODES", ("none", "offload"))  # to save time
+    context = runs.context("lumina", BF16, FUSED)
+    saving = replace(context.options.saving, output_dir=tmp_path)
+    context = replace(context, trainer=context.trainer.with_options(replace(context.options, saving=saving)))
+    measure.measure(context)
+    told = capsys.readouterr().out
+    rows = re.findall(r"^as given +(\w+) +(\d+) .* ([\d.]+) +[\d.]+$", told, re.MULTILINE)
+    assert {mode for mode, *_ in rows} == {"none", "full", "offload"}
+    assert {int(swapped) for _, swapped, _ in rows} == {0, BLOCKS // 2}
+    assert all(0.95 < float(ratio) < 1.05 for *_, ratio in rows)
+    assert "int8" not in told

@@ -40,7 +40,7 @@ class ModelFile(TraineeFile):
         self._dtype = None if saving.save_precision is None else dtype_named(saving.save_precision)
 
     def _write(self, path: Path, moment: Moment, weights: str) -> None:
-        self._write_weights(path, moment, weights, lambda name: self._exact(self._parameters[name]))
+        self._write_weights(path, moment, weights, self._weight)
 
     def _write_average(self, path: Path, moment: Moment, ema: Ema) -> None:
         self._write_weights(path, moment, AVERAGE, ema.average)
@@ -51,8 +51,13 @@ class ModelFile(TraineeFile):
         def check(name: str, tensor: Tensor) -> None:
             require_finite({name: tensor}, f"the {weights} weights after step {moment.step}")
 
-        file = WeightFile(self._layout, weight_of, self._dtype or self._own_dtype)
+        file = WeightFile(self._layout, weight_of, self._dtype_of)
         file.write(path, self._metadata(moment, weights), check=check, advice=ADVICE)
 
-    def _own_dtype(self, name: str) -> torch.dtype:
-        return self._parameters[name].dtype
+    def _weight(self, name: str) -> Tensor:
+        """Return a weight as the model computes with it, where the file has room for no more than that."""
+        parameter = self._parameters[name]
+        return parameter if parameter.dtype == self._dtype_of(name) else self._exact(parameter)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return self._dtype or self._parameters[name].dtype

@@ -21,22 +21,14 @@ class SwappedGradients(PlainGradients):
         """`parameters`: all that are trained, with those of `returned`. `device`: the main one."""
         super().__init__(parameters, device)
         self._returned = returned
-        swapped = set(returned.parameters)
-        self._others = [parameter for parameter in self._parameters if parameter not in swapped]
 
     def collect(self, processes: Processes) -> None:
         """Wait for what is on its way home, and sum all over the processes.
 
-        Afterwards weights of swapped blocks are their master copies. Processes exchange on the device, one
-        swapped weight's gradient after another.
+        Afterwards weights of swapped blocks are their master copies.
         """
         self._returned.collect()
-        if processes.world == 1:
-            return
-        processes.sum_gradients(self._others)
-        for parameter in self._returned.parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = gradient.copy_(processes.sum(gradient.to(self._device)))
+        super().collect(processes)
 
     def clear(self) -> None:
         """Let go of the gradients. Those on the CPU leave their memory for the next step's."""

@@ -144,25 +144,9 @@ class Simulation:
         self.trainer, self.model, self.trainee = trainer, model, trainee
         self.device, self.kind = device, kind
 
-    def step(
-        self,
-        work: Work,
-        *,
-        speeds: Speeds | None = None,
-        metered: bool = True,
-    ) -> Step:
-        """Make a step, forward and backward. The gradients are gone afterwards.
-
-        Args:
-            metered: False to make it and count nothing, so that it runs at its own pace, and keeps all
-                gradients until its end.
-        """
+    def step(self, work: Work, *, speeds: Speeds | None = None) -> Step:
+        """Make a step, forward and backward. The gradients are gone afterwards."""
         meter = Meter(self._counted_kinds(), speeds)
-        if not metered:
-            self.backward(work)
-            for parameter in self.trainee.parameters():
-                parameter.grad = None
-            return Step((), 0, 0)
         with _Arrivals(meter, self.trainee) as arrivals, self._standing():
             inputs = (*self._inputs(work), self._routing(work))
             with meter:

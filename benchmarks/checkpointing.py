@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 from benchmarks.report import Result, add_arguments, matmul_gflops, show, summarise, write  # noqa: E402
 from benchmarks.step import FAMILIES  # noqa: E402
-from benchmarks.step_parts import Clock, Settings, make_step  # noqa: E402
+from benchmarks.step_parts import Clock, Settings, make_step, taking_part  # noqa: E402
 from library.nn.runner import MODES  # noqa: E402
 
 CONTROL = "control"
@@ -103,7 +103,11 @@ def main() -> None:
         torch.set_num_threads(1)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
     settings = Settings(FAMILIES[given.family], given.size, dtype, given.batch, device, checkpointing=False)
-    write(measure(settings, given.rounds, given.modes, given.rivals), given.json)
+    available = taking_part(settings.family)
+    rivals = [rival for rival in given.rivals if rival in available]
+    if not rivals:
+        raise SystemExit(f"{given.family} has no rival here to compare with; see --rivals.")
+    write(measure(settings, given.rounds, given.modes, rivals), given.json)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from kandinsky5_train_network import KANDINSKY5  # noqa: E402
+from library.core.errors import MissingPackageError  # noqa: E402
 from library.data.batch import Condition  # noqa: E402
 from library.models import kandinsky5, lumina2  # noqa: E402
 from library.models.kandinsky5_dit import Kandinsky5DiT  # noqa: E402
@@ -103,7 +104,10 @@ def main() -> None:
         print(f"{name}: {trainee.parameter_count() / 1e9:.2f} billion numbers, {len(blocks.sizes)} blocks")
         print(f"  {'optimizer':<11}{'weights':<11}{'fused':<7}{'swapped':>7}{'device':>9}{'computer':>10}")
         for way in WAYS:
-            print(_row(step, trainee, blocks, way), flush=True)
+            try:
+                print(_row(step, trainee, blocks, way), flush=True)
+            except MissingPackageError as error:
+                print(f"  {way[0]:<11}not here: {error}")
 
 
 def _row(step: Step, trainee: WholeModel, blocks: BlockWeights, way: tuple[str, bool, bool, float]) -> str:
@@ -119,9 +123,7 @@ def _row(step: Step, trainee: WholeModel, blocks: BlockWeights, way: tuple[str, 
 
     holdings = Holdings(trainee.model, trainee, blocks, upkeep, in_backward=fused, several=False)
     swap = SwapOptions(blocks_to_swap=round(share * len(blocks.sizes)))
-    rules = holdings.rules(swap)
-    passing = max(step.peak_with(rules) - step.staying_with(rules), holdings.update(swap))
-    device = sum(holdings.on_device(swap).values()) + passing
+    device = sum(holdings.in_steps(step, swap).values())
     computer = sum(holdings.in_computer(swap).values())
     weights = "full_bf16" if full_bf16 else "bf16"
     return (

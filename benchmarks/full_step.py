@@ -7,7 +7,7 @@
 The same random transformers as in step.py, with torch's AdamW and clipping by norm for both; steps take turns
 in one process, ours twice (the control, which shows the noise). With --dtype bf16 both keep their weights in
 bf16; "diffusers, fp32 weights" is diffusers under autocast, as its own training scripts use it. Time is the
-process's CPU time with one CPU thread, else wall time.
+process's CPU time with one CPU thread, else wall time. Without diffusers ours is compared with itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from benchmarks import step_kandinsky5, step_lumina  # noqa: E402
 from benchmarks.report import Clock, Result, add_arguments, show, take_turns, write  # noqa: E402
-from benchmarks.step_parts import Settings, make_step  # noqa: E402
+from benchmarks.step_parts import Settings, make_step, taking_part  # noqa: E402
 
 FAMILIES = {
     "lumina": (step_lumina.LUMINA, step_lumina),
@@ -38,6 +39,8 @@ FAMILIES = {
 
 class Whole:
     """A model that is trained as it is."""
+
+    packages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]) -> None:
         """`loss` takes the model and a batch."""
@@ -53,10 +56,10 @@ class Whole:
 def contestants(settings: Settings, module: ModuleType) -> dict[str, Whole]:
     """Make all that take part. `module`: of the family."""
     theirs = partial(module.their_loss, dtype=settings.dtype)
-    found = {
-        "ours": Whole(module.our_model(settings), module.our_loss),
-        "diffusers": Whole(module.their_model(settings), theirs),
-    }
+    found = {"ours": Whole(module.our_model(settings), module.our_loss)}
+    if "diffusers" not in taking_part(settings.family):
+        return found
+    found["diffusers"] = Whole(module.their_model(settings), theirs)
     if settings.dtype != torch.float32:
         wide = module.their_model(replace(settings, dtype=torch.float32))
         found["diffusers, fp32 weights"] = Whole(wide, theirs)
@@ -73,7 +76,7 @@ def measure(settings: Settings, module: ModuleType, rounds: int) -> Result:
     result = take_turns(
         f"Step of all {count / 1e6:.0f} million weights: {settings}",
         steps,
-        rival="diffusers",
+        rival="diffusers" if "diffusers" in found else "ours",
         rounds=rounds,
         clock=_clock(settings.device),
     )

@@ -29,7 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from benchmarks.report import add_arguments, matmul_gflops, show, summarise, write  # noqa: E402
+from benchmarks.report import (  # noqa: E402
+    add_arguments,
+    matmul_gflops,
+    missing_packages,
+    show,
+    summarise,
+    write,
+)
 from benchmarks.step_lumina import SIZES  # noqa: E402
 from library.models.lumina2 import load_nextdit  # noqa: E402
 from library.models.lumina2_format import NextDiTParams, parameter_shapes  # noqa: E402
@@ -134,7 +141,10 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.file)))
         return
     params = SIZES[args.size].params
-    contestants = CONTESTANTS if args.size == "full" else CONTESTANTS[:2]
+    missing = missing_packages("diffusers")
+    if missing:
+        print(f"diffusers does not take part: {missing} not installed.", file=sys.stderr)
+    contestants = CONTESTANTS if args.size == "full" and not missing else CONTESTANTS[:2]
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         file = Path(folder) / "lumina.safetensors"
         size = write_checkpoint(file, params, args.stored)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from benchmarks.step import FAMILIES  # noqa: E402
-from benchmarks.step_parts import Clock, Contestant, Settings, make_step  # noqa: E402
+from benchmarks.step_parts import Clock, Contestant, Settings, make_step, taking_part  # noqa: E402
 from library.nn.compiling import part_compiler  # noqa: E402
 from library.nn.runner import MODES  # noqa: E402
 from library.options.compute import ComputeOptions  # noqa: E402
@@ -56,7 +56,7 @@ def measure(settings: Settings, reps: int, *, compiled: bool) -> None:
         ratio = f"{statistics.median(pairs):.3f} ({pairs[0]:.3f} .. {pairs[-1]:.3f})"
         kept = kept_bytes(runners[name], work) / 2**20
         print(f"| {name} | {statistics.median(seconds) * 1e3:.0f} | {ratio} | {kept:.0f} |")
-    for name, rival in list(settings.family.contestants.items())[1:]:
+    for name, rival in list(taking_part(settings.family).items())[1:]:
         print(f"| {name} | | | {kept_bytes(rival(settings), work) / 2**20:.0f} |")
 
 

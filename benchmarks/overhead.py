@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from benchmarks.report import Result, Row, add_arguments, matmul_gflops, show, write  # noqa: E402
+from benchmarks.report import Result, Row, add_arguments, matmul_gflops, require, show, write  # noqa: E402
 from library.options.group import parse_options  # noqa: E402
 from library.options.train import LuminaTrainOptions  # noqa: E402
 from library.training.update import Updater  # noqa: E402
@@ -152,6 +152,7 @@ def main() -> None:
     )
     add_arguments(parser, rounds=60)
     given = parser.parse_args()
+    require("pydantic", "toml")  # as every run does
     torch.set_num_threads(1)
     result = measure(given.rounds)
     show(result, "overhead")

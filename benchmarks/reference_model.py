@@ -130,9 +130,11 @@ class ReferenceModel(nn.Module):
         self.final_layer = nn.Module()
         self.final_layer.linear = nn.Linear(p.dim, p.patch_dim)
         self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(p.time_dim, p.dim))
-        self.load_state_dict({name: tensor for name, tensor in weights.items() if "norm_final" not in name})
+        own = {name: tensor for name, tensor in weights.items() if "norm_final" not in name}
+        self.load_state_dict(own, assign=True)  # what was built may be on the meta device
         self.tables = [  # of every axis, for positions 0 to 299, as complex128
-            torch.polar(torch.ones(300, dim // 2).double(), _angles(dim, p.rope_theta)) for dim in p.axes_dims
+            torch.polar(torch.ones_like(angles), angles)
+            for angles in (_angles(dim, p.rope_theta) for dim in p.axes_dims)
         ]
 
     def add_loras(self, rank: int) -> list[nn.Parameter]:
@@ -210,8 +212,9 @@ def _turn(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def _angles(dim: int, theta: float) -> Tensor:
-    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return torch.outer(torch.arange(300, dtype=torch.float64), frequencies)
+    place = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = theta ** -(torch.arange(0, dim, 2, **place) / dim)
+    return torch.outer(torch.arange(300, **place), frequencies)
 
 
 def _sinusoid(t: Tensor, frequencies: int) -> Tensor:

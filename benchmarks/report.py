@@ -11,6 +11,7 @@ benchmarks/results/; times are scaled to the pace of this machine by the matmul 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -46,6 +47,18 @@ class Result:
     rows: list[Row]
     matmul_gflops: float
     rounds: int
+
+
+def missing_packages(*packages: str) -> str:
+    """Return which packages are missing, as the beginning of "... not installed."; nothing, if none is."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}" if missing else ""
+
+
+def require(*packages: str) -> None:
+    """End the program with a sentence if a package is missing that nothing can be measured without."""
+    if missing := missing_packages(*packages):
+        raise SystemExit(f"Nothing to measure here: {missing} not installed.")
 
 
 def take_turns(
@@ -114,6 +127,8 @@ def write(results: list[Result], path: Path | None) -> None:
     capabilities = torch.cpu.get_capabilities()
     machine = f"{capabilities.get('cpu_name')}, {capabilities.get('num_logical_cores')} logical cores"
     about = {"machine": machine, "system": platform.platform(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
     new = {result.title: about | asdict(result) for result in results}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_read(path) | new, indent=1) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from benchmarks.report import add_arguments, show, take_turns, write  # noqa: E402
+from benchmarks.report import add_arguments, missing_packages, require, show, take_turns, write  # noqa: E402
 from tools.make_nano_models import make_nano_models  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_arguments(parser, rounds=5)
     args = parser.parse_args()
+    require("pydantic", "toml")  # as every run does
     with tempfile.TemporaryDirectory() as name:
         train = make_run(Path(name))
         Command(train)()  # fills the caches
@@ -100,8 +101,11 @@ def main() -> None:
             "--dry_run": Command([*train, "--dry_run"]),
             "one step, warm caches": Command(train),
             "import torch": Command([sys.executable, "-c", "import torch"]),
-            "imports of diffusers' scripts": Command([sys.executable, "-c", THEIRS]),
         }
+        if missing := missing_packages("diffusers", "peft"):
+            print(f"diffusers' scripts do not take part: {missing} not installed.", file=sys.stderr)
+        else:
+            contestants["imports of diffusers' scripts"] = Command([sys.executable, "-c", THEIRS])
         result = take_turns(
             "start-up, nano", contestants, rival=list(contestants)[-1], rounds=args.rounds,
             clock=children_cpu_time,

@@ -6,7 +6,8 @@
     python benchmarks/step.py --device cuda --size full --triton
 
 All train LoRA of rank 16 on the same layers of the same random transformer, with AdamW and clipping by norm.
-Needs `diffusers` and `peft` (requirements-dev.txt). Who takes part: see step_lumina.py, step_kandinsky5.py.
+Who takes part: see step_lumina.py, step_kandinsky5.py; who needs a package that is missing (`diffusers` and
+`peft` are in requirements-dev.txt) does not, and without any rival ours is compared with itself.
 
 Time: steps of ours, theirs and ours again (the control, which shows the noise) take turns in one process;
 medians. With --triton ours takes part a third time, with `--fused_kernels triton`. With one CPU thread it is
@@ -37,7 +38,7 @@ import torch  # noqa: E402
 from benchmarks.report import Result, add_arguments, matmul_gflops, show, summarise, write  # noqa: E402
 from benchmarks.step_kandinsky5 import KANDINSKY5  # noqa: E402
 from benchmarks.step_lumina import LUMINA  # noqa: E402
-from benchmarks.step_parts import Clock, Settings, make_step  # noqa: E402
+from benchmarks.step_parts import Clock, Settings, make_step, taking_part  # noqa: E402
 from library.core.errors import UserError  # noqa: E402
 from library.nn.kernels import use_fused_kernels  # noqa: E402
 from library.nn.products import product_dtype  # noqa: E402
@@ -50,7 +51,8 @@ def measure_time(settings: Settings, reps: int, *, triton: bool) -> list[Result]
     """Print medians of interleaved steps; return them against each rival."""
     family, clock = settings.family, Clock(settings.device)
     work = family.work(settings)
-    turns = {name: make_step(make(settings), work) for name, make in family.contestants.items()}
+    turns = {name: make_step(make(settings), work) for name, make in taking_part(family).items()}
+    rivals = list(turns)[1:] or ["ours"]
     turns["control"] = turns["ours"]
     if triton:
         turns["ours, --fused_kernels triton"] = _by_triton(turns["ours"], settings.device)
@@ -73,7 +75,7 @@ def measure_time(settings: Settings, reps: int, *, triton: bool) -> list[Result]
         share = family.useful_flops(settings) / rate / middle
         print(f"| {name} | {middle * 1e3:.0f} | {family.tokens(settings) / middle:.0f} | {share:.3f} |")
     results = []
-    for rival in list(family.contestants)[1:]:
+    for rival in rivals:
         title = f"Step against {rival}: {settings}"
         results.append(summarise(title, times, rival, rate / 1e9, f"{clock.kind} seconds"))
         show(results[-1], "step")
@@ -118,7 +120,7 @@ def _status_bytes(key: str) -> int:
 def measure_memory(settings: Settings, arguments: list[str]) -> dict[str, float]:
     """Return MB of each implementation, measured in a child process (Linux only on the CPU)."""
     peaks = {}
-    for name in settings.family.contestants:
+    for name in taking_part(settings.family):
         command = [sys.executable, __file__, *arguments, "--memory_of", name]
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(result.stdout.splitlines()[-1])
@@ -167,7 +169,8 @@ def main(arguments: list[str]) -> None:
         peaks = measure_memory(settings, arguments)
         title = f"Peak memory of a step above what was there before: {settings}"
         figures = {name: [peak] for name, peak in peaks.items()}
-        results.append(summarise(title, figures, "diffusers", matmul_gflops(), "MB"))
+        rival = next(iter([*figures][1:]), "ours")
+        results.append(summarise(title, figures, rival, matmul_gflops(), "MB"))
         show(results[-1], "step")
     write(results, args.json)
 

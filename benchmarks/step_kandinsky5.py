@@ -6,16 +6,17 @@ and the feed-forward, in text and visual blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.step_parts import RANK, Family, Settings, disturb
+from benchmarks.step_parts import RANK, Family, Settings, disturb, draw_weights, fill
 from library.core.device import keep_freed_memory
 from library.models.kandinsky5_dit import Kandinsky5DiT
 from library.models.kandinsky5_format import Kandinsky5Params, parameter_shapes, quantisable_layers
-from library.options.compute import ComputeOptions
 from networks.lora import LoRANetwork, LoRASize
 
 
@@ -37,6 +38,7 @@ def _params(dim: int, text_blocks: int, visual_blocks: int, head_dim: int, text_
 
 
 SIZES = {
+    "tiny": Size(_params(64, 2, 50, 16, 64), latent=8, text=4),
     "nano": Size(_params(192, 1, 4, 32, 192), latent=32),
     "mid": Size(_params(768, 2, 8, 64, 768), latent=64),
     "full": Size(Kandinsky5Params(), latent=128),
@@ -72,16 +74,9 @@ def make_work(settings: Settings) -> Work:
     return Work(latents, target, times, tokens, pooled)
 
 
-def make_weights(params: Kandinsky5Params) -> dict[str, Tensor]:
-    """Draw weights of sane size; nothing is zero."""
-    draw, weights = torch.Generator().manual_seed(0), {}
-    for name, shape in parameter_shapes(params):
-        noise = torch.randn(shape, generator=draw)
-        if len(shape) == 2:
-            weights[name] = noise / shape[1] ** 0.5
-        else:
-            weights[name] = 0.1 * noise + ("norm.weight" in name)
-    return weights
+def make_weights(params: Kandinsky5Params, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Draw weights, by name."""
+    return draw_weights(parameter_shapes(params), device, norm=lambda name: "norm.weight" in name)
 
 
 def our_model(settings: Settings) -> Kandinsky5DiT:
@@ -89,13 +84,13 @@ def our_model(settings: Settings) -> Kandinsky5DiT:
     keep_freed_memory()  # as `load_kandinsky5` does
     with torch.device("meta"):
         model = Kandinsky5DiT(settings.params)
-    weights = make_weights(settings.params)
-    for name in list(weights):
-        dtype = torch.float32 if name.startswith("time_embeddings.") else settings.dtype
-        weights[name] = weights[name].to(settings.device, dtype)
-    model.load_state_dict(weights, assign=True)
-    model.runner.keep(ComputeOptions(gradient_checkpointing=settings.checkpointing).keeps)
-    return model
+    return fill(
+        model,
+        make_weights(settings.params, settings.device),
+        settings,
+        quantisable=quantisable_layers(settings.params),
+        in_fp32="time_embeddings.",
+    )
 
 
 def their_model(settings: Settings) -> nn.Module:
@@ -109,7 +104,7 @@ def their_model(settings: Settings) -> nn.Module:
             in_text_dim2=p.pooled_dim, time_dim=p.time_dim, model_dim=p.model_dim, ff_dim=p.ff_dim,
             num_text_blocks=p.n_text_blocks, num_visual_blocks=p.n_visual_blocks, axes_dims=p.axes_dims,
         )  # fmt: skip
-    model.load_state_dict(make_weights(p))
+    model.load_state_dict(dict(make_weights(p, settings.device)))
     for name, weight in model.named_parameters():
         if "modulation" not in name and "time_embeddings" not in name:
             weight.data = weight.data.to(settings.dtype)
@@ -146,6 +141,8 @@ def their_loss(model: nn.Module, work: Work, dtype: torch.dtype) -> Tensor:
 class Ours:
     """This project."""
 
+    packages: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, settings: Settings) -> None:
         self.model = our_model(settings).requires_grad_(False)
         targets = quantisable_layers(settings.params)
@@ -161,6 +158,8 @@ class Ours:
 
 class Rival:
     """diffusers + peft, as diffusers' own LoRA scripts use them: fp32 adapters under autocast."""
+
+    packages: ClassVar[tuple[str, ...]] = ("diffusers", "peft")
 
     def __init__(self, settings: Settings) -> None:
         from peft import LoraConfig

@@ -6,17 +6,23 @@ itself. All train LoRA on attention and feed-forward.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.reference_model import ReferenceModel
-from benchmarks.step_parts import RANK, Family, Settings, disturb
+from benchmarks.step_parts import RANK, Family, Settings, disturb, draw_weights, fill
 from library.core.device import keep_freed_memory
-from library.models.lumina2_format import NextDiTParams, diffusers_names, parameter_shapes
+from library.models.lumina2_format import (
+    NextDiTParams,
+    diffusers_names,
+    parameter_shapes,
+    quantisable_layers,
+)
 from library.models.nextdit import NextDiT
-from library.options.compute import ComputeOptions
 from networks.lora import LoRANetwork, LoRASize, linear_layers
 
 
@@ -41,6 +47,7 @@ def _params(
 
 
 SIZES = {
+    "tiny": Size(_params(64, 4, 2, 26, 2, (4, 6, 6)), latent=8, caption=4),
     "nano": Size(_params(192, 4, 2, 4, 1, (16, 16, 16)), latent=32),
     "mid": Size(_params(768, 12, 4, 8, 2, (24, 20, 20)), latent=64),
     "full": Size(_params(2304, 24, 8, 26, 2, (32, 32, 32)), latent=128),
@@ -59,7 +66,7 @@ class Work:
 
 def make_work(settings: Settings) -> Work:
     """Draw a batch; captions of a batch differ in length."""
-    size, draw = SIZES[settings.size], torch.Generator().manual_seed(1)
+    size, draw = settings.family.sizes[settings.size], torch.Generator().manual_seed(1)
     shape = (settings.batch, settings.params.in_channels, size.latent, size.latent)
     latents, target = (torch.randn(shape, generator=draw).to(settings.device) for _ in range(2))
     lengths = [size.caption - 7 * (index % 3) for index in range(settings.batch)]
@@ -68,13 +75,9 @@ def make_work(settings: Settings) -> Work:
     return Work(latents, target, torch.linspace(0.2, 0.8, settings.batch).to(settings.device), captions)
 
 
-def make_weights(params: NextDiTParams) -> dict[str, Tensor]:
-    """Draw weights of sane size, by original name; nothing is zero."""
-    draw, weights = torch.Generator().manual_seed(0), {}
-    for name, shape in parameter_shapes(params):
-        noise = torch.randn(shape, generator=draw)
-        weights[name] = noise / shape[1] ** 0.5 if len(shape) == 2 else 1 + 0.1 * noise
-    return weights
+def make_weights(params: NextDiTParams, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Draw weights, by original name."""
+    return draw_weights(parameter_shapes(params), device, norm=lambda name: True)
 
 
 def our_model(settings: Settings) -> NextDiT:
@@ -82,13 +85,13 @@ def our_model(settings: Settings) -> NextDiT:
     keep_freed_memory()  # as `load_nextdit` does
     with torch.device("meta"):
         model = NextDiT(settings.params)
-    weights = make_weights(settings.params)
-    for name in list(weights):
-        dtype = torch.float32 if name.startswith("t_embedder.") else settings.dtype
-        weights[name] = weights[name].to(settings.device, dtype)
-    model.load_state_dict(weights, assign=True)
-    model.runner.keep(ComputeOptions(gradient_checkpointing=settings.checkpointing).keeps)
-    return model
+    return fill(
+        model,
+        make_weights(settings.params, settings.device),
+        settings,
+        quantisable=quantisable_layers(settings.params),
+        in_fp32="t_embedder.",
+    )
 
 
 def their_model(settings: Settings) -> nn.Module:
@@ -102,7 +105,7 @@ def their_model(settings: Settings) -> nn.Module:
             num_layers=p.n_layers, num_refiner_layers=p.n_noise_refiners, num_attention_heads=p.n_heads,
             num_kv_heads=p.n_kv_heads, axes_dim_rope=p.axes_dims, cap_feat_dim=p.cap_feat_dim,
         )  # fmt: skip
-    model.load_state_dict(_for_diffusers(make_weights(p), p))
+    model.load_state_dict(_for_diffusers(dict(make_weights(p, settings.device)), p))
     if settings.checkpointing:
         model.enable_gradient_checkpointing()
     return model.to(settings.dtype)
@@ -128,6 +131,8 @@ def their_loss(model: nn.Module, work: Work, dtype: torch.dtype) -> Tensor:
 class Ours:
     """This project."""
 
+    packages: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, settings: Settings) -> None:
         self.model = our_model(settings).requires_grad_(False)
         targets = (p for p in linear_layers(self.model) if ".attention." in p or ".feed_forward." in p)
@@ -143,6 +148,8 @@ class Ours:
 
 class Rival:
     """diffusers + peft, as diffusers' own LoRA scripts use them: fp32 adapters under autocast."""
+
+    packages: ClassVar[tuple[str, ...]] = ("diffusers", "peft")
 
     def __init__(self, settings: Settings) -> None:
         from peft import LoraConfig
@@ -164,9 +171,13 @@ class Rival:
 class Reference:
     """The reference tool's arithmetic; its captions are padded to 256 tokens."""
 
+    packages: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, settings: Settings) -> None:
         self.dtype, self.device = settings.dtype, settings.device
-        model = ReferenceModel(settings.params, make_weights(settings.params))
+        weights = dict(make_weights(settings.params, settings.device))
+        with torch.device("meta"):
+            model = ReferenceModel(settings.params, weights)
         self.model = model.to(settings.device, settings.dtype).requires_grad_(False)
         self.model.checkpointing = settings.checkpointing
         self.trained = [weight.requires_grad_() for weight in self.model.add_loras(RANK)]
@@ -191,7 +202,7 @@ def _for_diffusers(weights: dict[str, Tensor], params: NextDiTParams) -> dict[st
 
 def useful_flops(settings: Settings) -> float:
     """Floating-point operations of the products that a step needs, see benchmarks/step.py."""
-    p, size = settings.params, SIZES[settings.size]
+    p, size = settings.params, settings.family.sizes[settings.size]
     matrices = p.dim * (p.qkv_dim + p.n_heads * p.head_dim + 3 * p.ffn_dim)
     image = (size.latent // p.patch_size) ** 2
     total = 0.0
@@ -212,7 +223,7 @@ def useful_flops(settings: Settings) -> float:
 
 def tokens(settings: Settings) -> int:
     """Tokens of a batch."""
-    size = SIZES[settings.size]
+    size = settings.family.sizes[settings.size]
     captions = sum(size.caption - 7 * (index % 3) for index in range(settings.batch))
     return settings.batch * (size.latent // settings.params.patch_size) ** 2 + captions
 

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from benchmarks.report import missing_packages
+from library.nn.block_swap import chosen_blocks, device_of_weights, make_ring
+from library.nn.eight_bit import check_device
+from library.nn.quant import multiply_in_8_bits, quant_layers, use_quant_layers
+from library.nn.transformer import Transformer
+from library.options.compute import ComputeOptions
+from library.options.quant import QuantOptions
+from library.options.swap import SwapOptions
+
 RANK = 16
+WHOLE, NO_SWAP = QuantOptions(), SwapOptions()
+Model = TypeVar("Model", bound=Transformer)
 
 
 class Contestant(Protocol):
-    """An implementation with its trainable weights."""
+    """An implementation with its trainable weights. `packages`: what it needs beside this project's own."""
 
+    packages: ClassVar[tuple[str, ...]]
     trained: list[torch.nn.Parameter]
 
     def loss(self, work: Any) -> Tensor:
@@ -40,7 +54,7 @@ class Family:
 
     name: str
     sizes: Mapping[str, Size]
-    contestants: Mapping[str, Callable[[Settings], Contestant]]
+    contestants: Mapping[str, type[Contestant]]
     work: Callable[[Settings], Any]
     useful_flops: Callable[[Settings], float]
     tokens: Callable[[Settings], int]
@@ -48,7 +62,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """What is measured. `quant` and `swap` are about ours alone."""
 
     family: Family
     size: str
@@ -56,6 +70,8 @@ class Settings:
     batch: int
     device: torch.device
     checkpointing: bool
+    quant: QuantOptions = WHOLE
+    swap: SwapOptions = NO_SWAP
 
     def __str__(self) -> str:
         more = ", checkpointing" if self.checkpointing else ""
@@ -89,9 +105,69 @@ class Clock:
         return read() - begin
 
 
-def make_step(contestant: Contestant, work: object) -> Callable[[], None]:
+def taking_part(family: Family) -> dict[str, type[Contestant]]:
+    """Return the contestants of a family whose packages are installed; tell of each other in a sentence."""
+    found = {}
+    for name, contestant in family.contestants.items():
+        missing = missing_packages(*contestant.packages)
+        if missing:
+            print(f"{name} does not take part: {missing} not installed.", file=sys.stderr)
+        else:
+            found[name] = contestant
+    return found
+
+
+def draw_weights(
+    shapes: Iterable[tuple[str, tuple[int, ...]]], device: torch.device, *, norm: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights of sane size by name, none of them zero, drawn on the device.
+
+    They are fp32 numbers that bf16 holds, as released models are. `norm`: whether one is around 1.
+    """
+    draw = torch.Generator(device).manual_seed(0)
+    for name, shape in shapes:
+        noise = torch.randn(shape, generator=draw, device=device)
+        weight = noise / shape[1] ** 0.5 if len(shape) == 2 else 0.1 * noise + norm(name)
+        yield name, weight.bfloat16().float()
+
+
+def fill(
+    model: Model,
+    weights: Iterable[tuple[str, Tensor]],
+    settings: Settings,
+    *,
+    quantisable: Sequence[str],
+    in_fp32: str,
+) -> Model:
+    """Give a model on the meta device weights, in the way that `load_transformer` does from a file."""
+    scheme = settings.quant.transformer
+    if scheme is not None:
+        use_quant_layers(model, quantisable, scheme)
+    if settings.quant.quant_matmul:
+        check_device(scheme, settings.device)
+    swapped = chosen_blocks(model.runner.blocks, settings.swap)
+    place, quantised, whole = device_of_weights(model, swapped, settings.device), quant_layers(model), {}
+    for name, weight in weights:
+        weight = weight.to(torch.float32 if name.startswith(in_fp32) else settings.dtype)
+        if name in quantised:
+            quantised[name].quantise(weight, place(name))
+        else:
+            whole[name] = weight.to(place(name))
+    loaded = model.load_state_dict(whole, strict=False, assign=True)
+    assert not loaded.unexpected_keys, loaded.unexpected_keys
+    assert not any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
+    if settings.quant.quant_matmul:
+        multiply_in_8_bits(model)
+    if swapped:
+        model.requires_grad_(False)  # weights that are trained later are swapped in another way
+        model.runner.ring = make_ring(swapped, settings.device, settings.swap)
+    model.runner.keep(ComputeOptions(gradient_checkpointing=settings.checkpointing).keeps)
+    return model
+
+
+def make_step(contestant: Contestant, work: object, lr: float = 1e-4) -> Callable[[], None]:
     """Return one optimizer step as a function."""
-    optimizer = torch.optim.AdamW(contestant.trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(contestant.trained, lr=lr)
 
     def step() -> None:
         contestant.loss(work).backward()

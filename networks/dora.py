@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.nn.compiling import unshared
 from library.nn.products import product_dtype
 from library.nn.quant import restore
 
@@ -111,7 +112,7 @@ class DoRALinearOp(torch.autograd.Function):
         ctx.save_for_backward(x_NI, down_RI, up_OR, h_NR, scale, plain_NO, *stored)
         ctx.scheme = scheme
         ctx.factor, ctx.dtype, ctx.x_dtype, ctx.lora_dtype = factor, dtype, x_NI.dtype, down.dtype
-        return y_NO.to(x_NI.dtype)
+        return unshared(y_NO.to(x_NI.dtype))
 
     @staticmethod
     @once_differentiable

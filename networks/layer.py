@@ -3,10 +3,7 @@
     y = W x + b + multiplier * alpha / rank * up (down x)
 
 Notable facts:
-- One autograd operation a layer. The low-rank part is accumulated into the base layer's output in place, both
-  ways, so no second full-width tensor is ever made; only x and the rank-wide `down x` are kept for backward.
-- `low_rank` and plain `F.linear` are the reference implementation; tests hold the fast one against it.
-- LoRA weights are fp32 and are cast to the activations' dtype inside the operation.
+- One autograd operation a layer, or for all layers that read the same input: see `networks.lora_op`.
 - The kinds of LoRA differ in how they make the two factors that the operation multiplies (`LoRA.factors`);
   each is saved as a plain LoRA of the same effect. A DoRA (networks/dora.py) has one more tensor in its file.
 - A LoRA that starts from a part of the weight itself (PiSSA, OLoRA) acts by what it has learnt since then:
@@ -28,69 +25,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.core.seeds import generator
 from library.nn.products import Linear, layer_dtype
-from library.nn.quant import product, product_back, restore, stored_form
+from library.nn.quant import restore, stored_form
+from library.nn.together import Joinable
 from networks.dora import DoRALinearOp, Magnitude, scaled_linear
+from networks.lora_op import LoRAOperand, linear_with_loras, low_rank
 from networks.names import ALPHA, DORA, DOWN, UP, is_anchored
 from networks.start import start_weights
-
-
-class _LoRALinearOp(torch.autograd.Function):
-    """`F.linear(x, weight, bias) + low_rank(x, down, up, factor)`, multiplied in `dtype`.
-
-    The base layer is constant: weight and bias get no gradient. Its weight comes in stored form, and is
-    used in the same way in backward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x_NI: Tensor,
-        bias_O: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        factor: float | Tensor,
-        dtype: torch.dtype,
-        way: str | None,
-        *stored: Tensor,
-    ) -> Tensor:
-        down_RI, up_OR, wide_NI = down.to(dtype), up.to(dtype), x_NI.to(dtype)
-        h_NR = torch.mm(wide_NI, down_RI.t()).mul_(factor)
-        y_NO = product(wide_NI, way, stored, bias_O, dtype)
-        y_NO.addmm_(h_NR, up_OR.t())
-        ctx.save_for_backward(x_NI, down_RI, up_OR, h_NR, *stored)
-        ctx.factor, ctx.dtype, ctx.lora_dtype, ctx.way = factor, dtype, down.dtype, way
-        return y_NO.to(x_NI.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, down_RI, up_OR, h_NR, *stored = ctx.saved_tensors
-        need_x, _, need_down, need_up = ctx.needs_input_grad[:4]
-        grad_x = grad_down = grad_up = None
-        grad_NO = grad_NO.to(ctx.dtype)
-        grad_h_NR = torch.mm(grad_NO, up_OR).mul_(ctx.factor)
-        if need_down:
-            grad_down = torch.mm(grad_h_NR.t(), x_NI.to(ctx.dtype)).to(ctx.lora_dtype)
-        if need_up:  # this order of factors is the faster one: the wide matrix is not transposed
-            grad_up = torch.mm(h_NR.t(), grad_NO).t().to(ctx.lora_dtype)
-        if need_x:
-            grad_x = product_back(grad_NO, ctx.way, stored, ctx.dtype)
-            grad_x = grad_x.addmm_(grad_h_NR, down_RI).to(x_NI.dtype)
-        return grad_x, None, grad_down, grad_up, None, None, None, *(None for _ in stored)
-
-
-def low_rank(x_NI: Tensor, down: Tensor, up: Tensor, factor: float | Tensor) -> Tensor:
-    """Return what a LoRA adds to a linear layer's output (N, O), in plain operations.
-
-    Args:
-        down: (R, I). up: (O, R). Both are cast to the dtype of x.
-        factor: multiplied into `down x`: a number, or (N, R), or (1, R).
-    """
-    return F.linear(F.linear(x_NI, down.to(x_NI.dtype)) * factor, up.to(x_NI.dtype))
 
 
 @dataclass(frozen=True)
@@ -222,6 +165,10 @@ class LoRA(nn.Module):
         compiling = torch.compiler.is_compiling()
         return p > 0 and self.training and not compiling and bool(torch.rand(()) < p)
 
+    def is_plain(self) -> bool:
+        """Whether it acts in every call, and on nothing but the layer's output."""
+        return self.magnitude is None and self.scale != 0 and self.dropouts.module == 0
+
     def action(self, x: Tensor, layer: nn.Linear) -> Action:
         """Return what the LoRA does to input x of a layer."""
         down, up = self.factors()
@@ -347,7 +294,7 @@ class SplitLoRA(LoRA):
         return f"{super().extra_repr()}, parts={list(self.widths)}"
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Joinable):
     """A linear layer with one or more LoRAs on it; stands in the model where the layer stood.
 
     Other kinds of networks (networks/lycoris/layer.py) can be among the LoRAs: they add to the output too.
@@ -364,21 +311,45 @@ class LoRALinear(nn.Module):
         acting = [lora for lora in self.loras if not lora.skips_call()]
         if not acting:
             return base(x)
-        x_NI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        dtype = layer_dtype(x) if isinstance(base, Linear) else x.dtype  # as the base layer itself multiplies
+        x_NI = _rows(x)
+        dtype = self._multiplies_in(x)
         actions = [lora.action(x, base) for lora in acting if isinstance(lora, LoRA)]
         y_NO = self._with_loras(x_NI, actions, dtype) if actions else base(x_NI)
         for other in acting:
             if not isinstance(other, LoRA):
                 y_NO = y_NO + other(x_NI, base, dtype)
-        return y_NO if x.dim() == 2 else y_NO.view(*x.shape[:-1], -1)
+        return _like(y_NO, x)
+
+    def with_others(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """Return the outputs of this layer and others, (..., out) each."""
+        layers, dtype = (self, *others), self._multiplies_in(x)
+        for layer in layers:
+            joins = isinstance(layer, LoRALinear) and layer._has_one_plain_lora()
+            if not joins or layer._multiplies_in(x) != dtype:
+                return tuple(layer(x) for layer in layers)
+        operands = [layer._operand(x) for layer in layers]
+        outputs_NO = linear_with_loras(_rows(x), operands, dtype)
+        return tuple(_like(y_NO, x) for y_NO in outputs_NO)
+
+    def _has_one_plain_lora(self) -> bool:
+        return len(self.loras) == 1 and isinstance(self.loras[0], LoRA) and self.loras[0].is_plain()
+
+    def _operand(self, x: Tensor) -> LoRAOperand:
+        (lora,) = self.loras
+        down, up, factor, *_ = lora.action(x, self.base)
+        return LoRAOperand(self.base.bias, down, up, factor, *stored_form(self.base))
+
+    def _multiplies_in(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the base layer itself multiplies x."""
+        return layer_dtype(x) if isinstance(self.base, Linear) else x.dtype
 
     def _with_loras(self, x_NI: Tensor, actions: Sequence[Action], dtype: torch.dtype) -> Tensor:
         """Return the layer's output with what LoRAs do to it."""
         bias, (way, stored) = self.base.bias, stored_form(self.base)
         (down, up, factor, scale, on_output), *more = actions
         if scale is None:
-            y_NO = _LoRALinearOp.apply(x_NI, bias, down, up, factor, dtype, way, *stored)
+            operand = LoRAOperand(bias, down, up, factor, way, stored)
+            (y_NO,) = linear_with_loras(x_NI, [operand], dtype)
         else:
             y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, way, *stored)
         for down, up, factor, scale, on_output in more:
@@ -388,6 +359,15 @@ class LoRALinear(nn.Module):
                     x_NI, restore(way, stored, x_NI.dtype), None, scale - 1, on_output
                 )
         return y_NO
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _like(y_NO: Tensor, x: Tensor) -> Tensor:
+    """Return rows of outputs in the shape of the input."""
+    return y_NO if x.dim() == 2 else y_NO.view(*x.shape[:-1], -1)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -1,6 +1,6 @@
 """LoRA networks: a frozen model plus a trainable product of two thin matrices for each of some linear layers.
 
-The arithmetic is in `networks/layer.py`. Notable facts:
+The arithmetic is in `networks/lora_op.py`, the layers in `networks/layer.py`. Notable facts:
 - The network owns the LoRA weights, the model only borrows them: `model.to`, `model.parameters`,
   `model.state_dict` and `model.train` see nothing but the frozen model.
 - Files follow kohya's names: `lora_unet_` + module path with dots as underscores + `.lora_down.weight`

@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Property tests measure behaviour, not a shared machine's speed; in CI they try the same examples every time.
 settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("house")
-# Of every script: one thread, no network, no warning.
+# Of every script: one thread, no network, no warning, and no GPU, where not all is the same bit for bit.
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET |= {"CUDA_VISIBLE_DEVICES": ""}
+os.environ["ACCELERATE_USE_CPU"] = "true"  # and of runs within a test; tests of a GPU name it
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class StandIn:
     url: str = ""
     refuse: bool = False  # takes nothing, as a hub that is out of order
     gate: threading.Event = field(default_factory=threading.Event)  # uploads wait until it is set
+    waiting: threading.Event = field(default_factory=threading.Event)  # set when one has come to the gate
 
 
 @contextmanager
@@ -85,6 +86,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def _wait(self) -> None:
+        self.hub.waiting.set()
+        self.hub.gate.wait(30)
+
     def _refused(self) -> bool:
         allowed = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         if allowed and not (self.hub.refuse and self.command == "POST"):
@@ -107,6 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._answer({"files": files})
         elif path.endswith("/info/lfs/objects/batch"):
+            self._wait()  # the file has been hashed, and is not opened yet to be sent
             objects = [
                 {**wanted, "actions": {"upload": {"href": f"{self.hub.url}/blob/{wanted['oid']}"}}}
                 for wanted in json.loads(body)["objects"]
@@ -129,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(url)
 
     def _commit(self, repository: str, lines: list[dict[str, dict[str, str]]]) -> None:
-        self.hub.gate.wait(30)
+        self._wait()
         added = {}
         for line in lines:
             value = line["value"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class StrictCopier:
         self.marks = self.done = self.late = self.most_alive = 0
         self.returning: list[Returning] = []
         self._read: list[list[Tensor]] = []  # what the sources were when their copies were asked for
+        self._lock = threading.Lock()
 
     def room(self, size: int) -> Tensor:
         self.rooms.append(torch.full((size,), POISON, dtype=torch.uint8))
@@ -56,15 +58,27 @@ class StrictCopier:
 
     def copy_back(self, pairs: Iterable[tuple[Tensor, Tensor]], after: int) -> Back:
         assert after == self.marks, "what is computed after this mark may not be there yet"
+        with self._lock:
+            self._send_back(pairs)
+        return Back(len(self.returning))
+
+    def _send_back(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         for target, source in pairs:
             pending = (other.target.data_ptr() for other in self.returning if not other.landed)
             assert target.data_ptr() not in pending, "memory is used again that a copy goes to"
             self.returning.append(Returning(target, source))
         alive = {id(s): s.nbytes for other in self.returning if (s := other.source()) is not None}
         self.most_alive = max(self.most_alive, sum(alive.values()))
-        return Back(len(self.returning))
 
     def await_copies(self, copied: int | Back) -> None:
+        with self._lock:
+            self._await(copied)
+
+    def finish(self, copied: int | Back) -> None:
+        with self._lock:
+            self._finish(copied)
+
+    def _await(self, copied: int | Back) -> None:
         if isinstance(copied, Back):
             for returning in self.returning[: copied.number]:
                 returning.leave()
@@ -72,7 +86,7 @@ class StrictCopier:
         self.late += copied > self.done and self.asked[copied - 1][1] == self.marks
         self._arrive(copied)
 
-    def finish(self, copied: int | Back) -> None:
+    def _finish(self, copied: int | Back) -> None:
         if isinstance(copied, Back):
             for returning in self.returning[: copied.number]:
                 returning.land()

@@ -193,7 +193,7 @@ def draw_with_diffusers(nano: Nano, prompt: str, negative: str) -> np.ndarray:
 
     dit = Lumina2Transformer2DModel.from_pretrained(nano.dit)
     vae = AutoencoderKL.from_pretrained(nano.ae)
-    gemma2 = Gemma2Model.from_pretrained(nano.gemma2).eval()
+    gemma2 = Gemma2Model.from_pretrained(nano.gemma2, attn_implementation="eager").eval()
     tokenizer = load_gemma2_tokenizer(nano.gemma2, nano.tokenizer)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=6.0)
     scheduler.set_timesteps(3)

@@ -40,6 +40,8 @@ def best_device() -> torch.device:
 def device_named(name: str | None) -> torch.device:
     """Return the device that a flag names, None being the best one; prove that something can be put there.
 
+    A GPU that is named by its number becomes the current one of this thread.
+
     Raises:
         ConfigError: there is no such device.
     """
@@ -51,6 +53,10 @@ def device_named(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without CUDA
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"--device {name} cannot be used: {reason}.") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(
+            device
+        )  # kernels of other packages run on the current one, wherever tensors are
     return device
 
 
@@ -73,6 +79,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let the peak of a GPU's memory count from now on. That of the computer's cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def keep_freed_memory() -> None:

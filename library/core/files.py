@@ -7,6 +7,7 @@ process leaves can be told from what a living one is about to finish:
     .folder-tmp-<computer>-<process>          a folder that is being written
     .folder-aside-<computer>-<process>/NAME   a folder that is being replaced, until the new one is in place
     .folder-trash-<computer>-<process>        a folder that is being deleted
+    .folder-held-<computer>-<process>-<random>/NAME   a further name of what is still being read
 """
 
 from __future__ import annotations
@@ -123,6 +124,43 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def hold(path: Path) -> Path:
+    """Give a file, or a folder with all that is in it, a further name, under which it stays as it is now.
+
+    A hard link: it takes no room, and what the functions above put in place of `path`, or remove there, is
+    another file. A copy where the file system has none. To be ended by `let_go`.
+
+    Raises:
+        OSError: it is not there, or cannot be read, or there is no room for a copy.
+    """
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_hidden_folder('held')}-"))
+    try:
+        _link(path, folder / path.name)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder / path.name
+
+
+def let_go(held: Path) -> None:
+    """Remove the name that `hold` gave."""
+    shutil.rmtree(held.parent, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir()
+        for entry in source.iterdir():
+            _link(entry, target / entry.name)
+        return
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # no hard links here, or not of files of others
+        shutil.copyfile(source, target)
 
 
 def sweep_leftovers(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """TOML and JSON configuration files: the one place that reads and writes them.
 
 Read with the standard library, because the `toml` package takes broken files for valid ones (`count = [` is
-a table to it); written with `toml`, because the standard library cannot write.
+a table to it); written with `toml`, because the standard library cannot write. It is imported where it
+writes, so that whatever only reads does without it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ import json
 import tomllib
 from pathlib import Path
 
-import toml
-
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, MissingPackageError
 from library.core.files import read_text
 
 
@@ -40,16 +39,18 @@ def read_content(path: Path, what: str) -> object:
 
 
 def dump_toml(content: dict[str, object]) -> str:
-    """Return `content` as TOML text; None values are left out, since TOML has no null."""
-    return toml.dumps({k: v for k, v in content.items() if v is not None}, _Encoder())
+    """Return `content` as TOML text; None values are left out, since TOML has no null.
 
-
-class _Encoder(toml.TomlEncoder):
-    """The package's encoder with strings of its own: the original turns a backslash before x into nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dump_funcs[str] = _quoted
+    Raises:
+        MissingPackageError: the package that writes TOML is not installed.
+    """
+    try:
+        import toml
+    except ModuleNotFoundError as error:
+        raise MissingPackageError("toml", "Writing a TOML file") from error
+    encoder = toml.TomlEncoder()
+    encoder.dump_funcs[str] = _quoted  # the package's own turns a backslash before x into nothing
+    return toml.dumps({k: v for k, v in content.items() if v is not None}, encoder)
 
 
 def _quoted(text: str) -> str:

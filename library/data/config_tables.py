@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
-
+from library.core.errors import MissingPackageError
 from library.core.suggest import did_you_mean
 from library.data.config_report import Place, Report
 from library.options.dataset import INTERPOLATIONS, size
+
+try:
+    from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+    from pydantic_core import ErrorDetails
+except ModuleNotFoundError as error:
+    raise MissingPackageError("pydantic", "Checking what a dataset is configured as") from error
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]

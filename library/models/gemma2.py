@@ -13,10 +13,12 @@ B batch, L tokens, D features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Model, Gemma2RotaryEmbedding
 
@@ -59,14 +61,15 @@ class Gemma2Encoder(nn.Module):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether layers keep only their input for backward, and are computed again there."""
-        return self.model.is_activation_checkpointing
+        return any(layer.gradient_checkpointing for layer in self.model.layers)
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
-        if value:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.activation_checkpointing_disable()
+        # transformers' switch for the whole model has another name in every other version, and it asks for a
+        # gradient of the embeddings too, which only reentrant checkpoints need
+        for layer in self.model.layers:
+            layer.gradient_checkpointing = value
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.train(value)  # transformers checkpoints in training mode only; Gemma2 has no dropout to wake up
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -48,6 +48,7 @@ from library.nn.recompute import costly, slight
 from library.nn.rope import ApartRopeTables
 from library.nn.routing import Routing, run_blocks
 from library.nn.runner import BlockRunner
+from library.nn.together import together
 from library.nn.transformer import Transformer
 
 _THETA = 10000.0
@@ -109,25 +110,29 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(params.head_dim, _QK_EPS)
         self.out_layer = Linear(params.model_dim, params.model_dim)
 
-    def queries(self, x_TD: Tensor, rope_TP2: Tensor | None = None) -> Tensor:
-        """(T, D) -> (T, H, F)."""
-        return self._normed(costly(self.to_query, x_TD), self.query_norm, rope_TP2)
+    def project(self, x_TD: Tensor, rope_TP2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) -> queries, keys and values of attention to itself, (T, H, F) each."""
+        q_TD, k_TD, v_TD = costly(together, x_TD, self.to_query, self.to_key, self.to_value)
+        queries = self._normed(q_TD, self.query_norm, rope_TP2)
+        return queries, self._normed(k_TD, self.key_norm, rope_TP2), self._heads(v_TD)
 
-    def keys(self, x_TD: Tensor, rope_TP2: Tensor | None = None) -> Tensor:
-        """(T, D) -> (T, H, F)."""
-        return self._normed(costly(self.to_key, x_TD), self.key_norm, rope_TP2)
-
-    def values(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, H, F)."""
-        return costly(self.to_value, x_TD).unflatten(1, (-1, self.head_dim))
+    def project_to(self, x_TD: Tensor, others_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D), (S, D) -> queries (T, H, F), and keys and values (S, H, F) of what is attended to."""
+        q_TD = costly(self.to_query, x_TD)
+        k_SD, v_SD = costly(together, others_SD, self.to_key, self.to_value)
+        queries = self._normed(q_TD, self.query_norm, None)
+        return queries, self._normed(k_SD, self.key_norm, None), self._heads(v_SD)
 
     def attend(self, qkv: Sequence[Tensor], packing: Packing, keys: Packing | None = None) -> Tensor:
         """Let the tokens of each sample attend to its keys, (T, D)."""
         attended = partial(attention, packing=packing, kernel=self.kernel, keys=keys)
         return attended(*qkv) if keys is None else slight(attended, *qkv)
 
+    def _heads(self, x_TD: Tensor) -> Tensor:
+        return x_TD.unflatten(1, (-1, self.head_dim))
+
     def _normed(self, x_TD: Tensor, norm: RMSNorm, rope_TP2: Tensor | None) -> Tensor:
-        x_THF = x_TD.unflatten(1, (-1, self.head_dim))
+        x_THF = self._heads(x_TD)
         gain_HF = norm.gain().expand(x_THF.shape[1], -1)
         function = official_norm_and_rotate if self.round_rotated else norm_and_rotate
         return function(x_THF, gain_HF, rope_TP2, norm.eps)
@@ -219,8 +224,7 @@ class VisualBlock(nn.Module):
         gate_BD, shift_BD, scale_BD = others
         x_TD = gated_residual(x_TD, costly(self.self_attention.out_layer, mixed_TD), gate_BD, packing)
         inner_TD = modulated_layer_norm(x_TD, 1 + scale_BD, shift_BD, packing, _LN_EPS)
-        cross = self.cross_attention
-        return x_TD, (cross.queries(inner_TD), cross.keys(text_SD), cross.values(text_SD))
+        return x_TD, self.cross_attention.project_to(inner_TD, text_SD)
 
     def after_attentions(
         self, x_TD: Tensor, mixed_TD: Tensor, others: Sequence[Tensor], packing: Packing
@@ -236,7 +240,7 @@ def _self_attention(
 ) -> tuple[Tensor, ...]:
     """Return queries, keys and values of the normalised stream."""
     inner_TD = modulated_layer_norm(x_TD, 1 + scale_BD, shift_BD, packing, _LN_EPS)
-    return layers.queries(inner_TD, rope_TP2), layers.keys(inner_TD, rope_TP2), layers.values(inner_TD)
+    return layers.project(inner_TD, rope_TP2)
 
 
 def _plus_feed_forward(

@@ -48,6 +48,7 @@ from library.nn.recompute import costly
 from library.nn.rope import RopeTables
 from library.nn.routing import Routing, run_blocks
 from library.nn.runner import BlockRunner
+from library.nn.together import together
 from library.nn.transformer import Transformer
 
 
@@ -89,7 +90,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.w2(swiglu(costly(self.w1, x_TD, wide=True), costly(self.w3, x_TD, wide=True)))
+        return self.w2(swiglu(*costly(together, x_TD, self.w1, self.w3, wide=True)))
 
 
 class Block(nn.Module):

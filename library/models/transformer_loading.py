@@ -118,7 +118,7 @@ def load_transformer(
         device=options.weights_on or device_of_weights(model, swapped, device),
         dtype=dtype_of,
         mmap=options.mmap,
-        quantise_on=quant.quantise_on,
+        quantise_on=quant.quantise_on or device,  # faster there, also for blocks that wait elsewhere
     )
     if quant.quant_matmul:
         _multiply_in_8_bits(model, tell=device.type != "meta")

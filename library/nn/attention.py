@@ -17,7 +17,9 @@ head.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 
 import torch
@@ -178,7 +180,15 @@ def _varlen(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, packing: Packing, keys:
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = q_THD.shape[1] != k_SKD.shape[1]
-    return varlen_attn(q_THD, k_SKD, v_SKD, *_places(packing, keys), enable_gqa=grouped)
+    named = {"enable_gqa": True} if grouped and _must_be_told_of_groups(varlen_attn) else {}
+    return varlen_attn(q_THD, k_SKD, v_SKD, *_places(packing, keys), **named)
+
+
+@functools.cache
+def _must_be_told_of_groups(varlen_attn: Callable[..., Tensor]) -> bool:
+    """Whether torch asks to be told that there are fewer heads of keys than of queries. Its kernels take them
+    in any case: 2.11 passes them on without a word, and 2.13 refuses them unless told."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _flash(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, packing: Packing, keys: Packing) -> Tensor:

@@ -16,6 +16,7 @@ Notable facts:
 
 Whoever reads or changes weights outside of the blocks (an optimizer, an average, a file that is written)
 calls `bring_home` first. Then all weights are their master copies, and the next `hold` copies them anew.
+Who has changed them calls `fetch_ahead`, if that takes a while yet, and `bring_home` before the next change.
 Changes go into the memory that is there: a weight that is given other memory is found out by `hold`.
 """
 
@@ -131,12 +132,13 @@ class BlockSwap:
             self._start()
         self._held = None  # until all went well: a copy may fail for want of memory
         self._forecast.note(number)
-        coming = self._forecast.next(self._ahead)
+        coming = self._forecast.next(self._ahead, but=number)
         wanted = [number, *(next_number for next_number in coming if next_number not in self._changed)]
         computed = self.copier.mark()
         for next_number in wanted:
             self._fetch(next_number, wanted, computed)
         room = self._room_of(number)
+        assert room.versions == self._weights[number].versions(), "a weight was changed after it was copied"
         self.copier.await_copies(room.copied)
         self._weights[number].point_into(room.memory)
         self._held = number
@@ -159,19 +161,28 @@ class BlockSwap:
         self._held = None
         self._changed.clear()
 
-    def take_home(self, weight: nn.Parameter) -> None:
-        """Give a block the master copy of one of its weights, which may then be changed.
+    def fetch_ahead(self) -> None:
+        """Start copying the blocks that will probably be held first from now on.
 
-        For a weight that nothing will read any more, while others of its block are still in use: what is in
-        the room stays as it is for them. The block may be held again only after `bring_home`.
+        They have their master copies until then. The first time nothing is known of them.
         """
-        number = next(n for n, tensors in enumerate(self._tensors()) if any(t is weight for t in tensors))
-        for room in self._rooms:
-            if room.block == number:
-                self.copier.finish(room.copied)
-        if self._weights:
-            self._weights[number].take_home(weight)
+        if not self._rooms:
+            return
+        wanted = self._forecast.next(len(self._rooms))
+        computed = self.copier.mark()
+        for number in wanted:
+            self._fetch(number, wanted, computed)
+
+    def take_home(self, weight: nn.Parameter) -> list[object]:
+        """Give a block the master copy of one of its weights.
+
+        It may be changed when the copies whose ends are returned are done: they may read it yet. For a weight
+        that nothing will compute with any more, while others of its block are still in use: what is in the
+        room stays as it is for them. The block may be held again only after `bring_home`.
+        """
+        number = next(n for n, weights in enumerate(self._weights) if weights.take_home(weight))
         self._changed.add(number)
+        return [room.copied for room in self._rooms if room.block == number]
 
     def release(self) -> None:
         """Give the ring's memory back, until the next `hold`. The blocks have their master copies again."""
@@ -247,16 +258,17 @@ class BlockSwap:
         weights = self._weights[number]
         assert weights.are_home(), "a swapped weight was given other memory, which would not be copied"
         room.copied = self.copier.copy(weights.copies_into(room.memory), computed)
-        room.block = number
+        room.block, room.versions = number, weights.versions()
 
 
 @dataclass
 class _Room:
-    """Memory of the device, and whose weights are in it, or will be once `copied`."""
+    """Memory of the device, and whose weights are in it, or will be once `copied`; `versions` of them."""
 
     memory: Tensor
     block: int | None = None
     copied: object = None
+    versions: object = None
 
 
 @dataclass(frozen=True)
@@ -289,13 +301,13 @@ class _Forecast:
         self._after[self._last] = number
         self._last = (self._last[1], number)
 
-    def next(self, count: int) -> list[int]:
-        """Return up to `count` blocks, each once and without the present one, that will probably come."""
+    def next(self, count: int, *, but: int | None = None) -> list[int]:
+        """Return up to `count` blocks, each once and without one that is there, that will probably come."""
         found: list[int] = []
         for number in self._walk():
             if len(found) == count:
                 break
-            if number not in (self._last[1], *found):
+            if number not in (but, *found):
                 found.append(number)
         return found
 

@@ -85,6 +85,16 @@ def part_compiler(options: ComputeOptions) -> Callable[[Callable[P, R]], Callabl
     return compiled
 
 
+def unshared(result: Tensor) -> Tensor:
+    """Return a result of an autograd function's `forward` as a tensor that only the last operation has made.
+
+    If it is one that an operation in place has filled, or that `to` has left as it was, torch 2.11 compiles
+    it wrongly and says nothing: no gradient comes through. So it is copied for the compiler, and inductor
+    takes the copy out again.
+    """
+    return result.clone() if torch.compiler.is_compiling() else result
+
+
 def cache_folder() -> Path:
     """Return where compiled code is kept, once `part_compiler` was called."""
     return Path(os.environ[_CACHE])

@@ -88,8 +88,8 @@ class CudaCopier:
         """`page_locked`: all memory of the computer that is copied from or to is page-locked."""
         self._device = device
         self._stream, self._stream_back = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._thread = None if page_locked else ThreadPoolExecutor(1, thread_name_prefix="copies")
-        self._thread_back = None if page_locked else ThreadPoolExecutor(1, thread_name_prefix="copies-back")
+        self._thread = None if page_locked else _thread("copies", self._stream.device)
+        self._thread_back = None if page_locked else _thread("copies-back", self._stream.device)
 
     def room(self, size: int) -> Tensor:
         """Return memory of the device that the stream of copies may use."""
@@ -116,6 +116,13 @@ class CudaCopier:
     def finish(self, copied: Future[torch.cuda.Event]) -> None:
         """Wait for the copies."""
         copied.result().synchronize()
+
+
+def _thread(name: str, device: torch.device) -> ThreadPoolExecutor:
+    """Return a thread of a device. Left on the first GPU, where each begins, it would take memory there."""
+    return ThreadPoolExecutor(
+        1, thread_name_prefix=name, initializer=torch.cuda.set_device, initargs=(device,)
+    )
 
 
 def _by(

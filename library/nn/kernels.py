@@ -11,7 +11,10 @@ the compiler writes such kernels itself.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -67,8 +70,38 @@ def _check_triton(device: torch.device) -> None:
             f"{flag} needs a GPU of the Ampere generation or a later one, and "
             f"{torch.cuda.get_device_name(device)} is older; leave it out."
         )
-    if shutil.which("gcc") is None and shutil.which("clang") is None:
+    if not _has_compiler():
         raise ConfigError(
             f"{flag} needs a C compiler (gcc or clang), with which Triton builds its launchers, and there is "
             "none; install one or leave the flag out."
         )
+    from triton import TritonError
+
+    # Of a missing compiler, header or driver library, of a folder for compiled code that cannot be written
+    # and of a GPU that this Triton does not know, it tells in as many ways, at the first launch.
+    causes = (RuntimeError, AssertionError, ImportError, OSError, subprocess.SubprocessError, TritonError)
+    try:
+        _run_a_kernel(device)
+    except causes as error:
+        raise ConfigError(
+            f"{flag}: Triton cannot build or run a kernel on {torch.cuda.get_device_name(device)} "
+            f"({_first_line(error)}); it needs a C compiler, Python's header files (python3-dev) and a "
+            "folder that it can write to (TRITON_CACHE_DIR); mend that or leave the flag out."
+        ) from error
+
+
+def _has_compiler() -> bool:
+    """Whether Triton would find a compiler as it looks for one; its builds for Windows bring their own."""
+    named = bool(os.environ.get("CC")) or sys.platform == "win32"
+    return named or any(shutil.which(name) is not None for name in ("gcc", "clang"))
+
+
+def _run_a_kernel(device: torch.device) -> None:
+    from library.nn.triton_layers import swiglu
+
+    ones = torch.ones(16, device=device)
+    swiglu(ones, ones)[0].item()  # waits, so that errors of the device show here
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), repr(error))

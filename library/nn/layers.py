@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.kernels import fused
-from library.nn.packing import Packing, spread
+from library.nn.packing import Packing, by_sample, spread
 from library.nn.recompute import cheap, run_again_in_backward
 from library.nn.rope import rotate
 from library.nn.stand_in import device_kind, rms_norm
@@ -45,7 +45,10 @@ class RMSNorm(nn.Module):
 
     def gain(self, factor_BD: Tensor | None = None) -> Tensor:
         """Return weight * factor in fp32, (B, D); (1, D) without a factor."""
-        weight_D = self.weight.to(wide(self.weight))
+        weight_D = self.weight
+        if factor_BD is not None and factor_BD.dtype == wide(factor_BD):
+            return weight_D * factor_BD  # the product is as wide as the wider of them: no cast of its own
+        weight_D = weight_D.to(wide(weight_D))
         return weight_D.unsqueeze(0) if factor_BD is None else weight_D * factor_BD
 
     def extra_repr(self) -> str:
@@ -90,8 +93,8 @@ def plain_scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: 
         return normed_TD * gain_BD
     if torch.compiler.is_compiling():
         return normed_TD * spread(gain_BD, packing, len(x_TD))
-    parts = normed_TD.split(list(packing.lengths))
-    return torch.cat([part_TD * gain_D for part_TD, gain_D in zip(parts, gain_BD, strict=True)])
+    parts = [x * gain for gain, x in by_sample(packing.lengths, [gain_BD], [normed_TD])]
+    return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat(parts)
 
 
 def scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float) -> Tensor:
@@ -107,6 +110,8 @@ def scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float)
 def _scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float) -> Tensor:
     if device_kind(x_TD) == "cpu" and not torch.compiler.is_compiling():
         return _ScaledRMSNorm.apply(x_TD, gain_BD, None, packing.lengths, eps)
+    if _has_one_kernel(x_TD, gain_BD):
+        return rms_norm(x_TD, eps, gain_BD.to(x_TD.dtype).squeeze(0))
     plain = functools.partial(plain_scaled_rms_norm, packing=packing, eps=eps)
     return _run_again_for_gain(plain, x_TD, gain_BD)
 
@@ -128,8 +133,15 @@ def _normed_residual(
 ) -> Tensor:
     if device_kind(x_TD) == "cpu" and not torch.compiler.is_compiling():
         return _ScaledRMSNorm.apply(x_TD, gain_BD, stream_TD, packing.lengths, eps)
+    if _has_one_kernel(x_TD, gain_BD):
+        return rms_norm(x_TD, eps, gain_BD.to(x_TD.dtype).squeeze(0)).add_(stream_TD)
     plain = functools.partial(plain_normed_residual, packing=packing, eps=eps)
     return _run_again_for_gain(plain, stream_TD, x_TD, gain_BD)
+
+
+def _has_one_kernel(x_TD: Tensor, gain_BD: Tensor) -> bool:
+    """Whether torch has a kernel for it all: for GPUs, with one row for all. It keeps x, the row, 1 / rms."""
+    return len(gain_BD) == 1 and device_kind(x_TD) == "cuda" and not torch.compiler.is_compiling()
 
 
 class _ScaledRMSNorm(torch.autograd.Function):
@@ -211,6 +223,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, a_TF: Tensor, b_TF: Tensor) -> Tensor:
         ctx.save_for_backward(a_TF, b_TF)
+        if device_kind(a_TF) != "cpu":
+            return F.silu(a_TF).mul_(b_TF)
         y_TF = torch.empty_like(a_TF)
         for rows in _blocks(a_TF):
             torch.mul(F.silu(a_TF[rows]), b_TF[rows], out=y_TF[rows])
@@ -220,6 +234,9 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_TF: Tensor) -> tuple[Tensor | None, ...]:
         a_TF, b_TF = ctx.saved_tensors
+        if device_kind(a_TF) != "cpu":
+            grad_b_TF, grad_a_TF = F.silu(a_TF).mul_(grad_TF), grad_TF * b_TF
+            return torch.ops.aten.silu_backward.grad_input(grad_a_TF, a_TF, grad_input=grad_a_TF), grad_b_TF
         grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
         for rows in _blocks(a_TF):
             a, grad, grad_a, grad_b = (x[rows] for x in (a_TF, grad_TF, grad_a_TF, grad_b_TF))
@@ -250,8 +267,7 @@ def norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor | None, ep
     """
     if torch.compiler.is_compiling():
         return plain_norm_and_rotate(x_THF, gain_HF, table_TP2, eps)
-    by_hand = device_kind(x_THF) in ("cpu", "cuda")
-    function = _NormAndRotate.apply if by_hand else plain_norm_and_rotate
+    function = _BY_HAND.get(device_kind(x_THF), plain_norm_and_rotate)
     return cheap(fused("norm_and_rotate", function), x_THF, gain_HF, table_TP2, eps)
 
 
@@ -268,7 +284,7 @@ def official_norm_and_rotate(x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor |
 
 
 class _NormAndRotate(torch.autograd.Function):
-    """rotate(x / rms(x) * gain). A pair is turned as one complex number, which is a single operation."""
+    """rotate(x / rms(x) * gain) on the CPU. A pair is turned as one complex number, a single operation."""
 
     @staticmethod
     def forward(
@@ -311,6 +327,62 @@ class _NormAndRotate(torch.autograd.Function):
         return grad_x_THF, grad_gain_HF, None, None
 
 
+class _NormAndRotateOnGPU(torch.autograd.Function):
+    """The same in few kernels with little traffic: they widen what they read and round what they write, so
+    that little is cast beforehand.
+
+    It keeps x, the gain times sqrt(F), and the length h of each x, where h^2 is |x|^2 + F eps: x / rms(x) is
+    sqrt(F) x / h.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x_THF: Tensor, gain_HF: Tensor, table_TP2: Tensor | None, eps: float
+    ) -> Tensor:
+        dtype, features = wide(x_THF), x_THF.shape[-1]
+        gain_HF = gain_HF * math.sqrt(features)
+        length_TH1 = torch.linalg.vector_norm(x_THF, dim=-1, keepdim=True, dtype=dtype)
+        length_TH1.hypot_(_constant(math.sqrt(features * eps), dtype, x_THF.device))
+        ctx.save_for_backward(x_THF, gain_HF, table_TP2, length_TH1)
+        y_THF = torch.empty_like(x_THF, memory_format=torch.contiguous_format)
+        if table_TP2 is None:
+            return torch.mul(x_THF / length_TH1, gain_HF, out=y_THF)
+        wide_THF = y_THF if y_THF.dtype == dtype else torch.empty_like(y_THF, dtype=dtype)
+        torch.div(x_THF, length_TH1, out=wide_THF).mul_(gain_HF)
+        _pairs(wide_THF).mul_(_turns(table_TP2, dtype))
+        return y_THF if wide_THF is y_THF else y_THF.copy_(wide_THF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_THF: Tensor) -> tuple[Tensor | None, ...]:
+        x_THF, gain_HF, table_TP2, length_TH1 = ctx.saved_tensors
+        need_x, need_gain, _, _ = ctx.needs_input_grad
+        dtype = length_TH1.dtype
+        if table_TP2 is not None:
+            grad_THF = grad_THF.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            _pairs(grad_THF).mul_(_turns(table_TP2, dtype, back=True))
+        grad_gain_HF = None
+        if need_gain:
+            normed_THF = (x_THF / length_TH1).mul_(math.sqrt(x_THF.shape[-1]))
+            grad_gain_HF = normed_THF.mul_(grad_THF).sum(0)
+        if not need_x:
+            return None, grad_gain_HF, None, None
+        # with g = grad gain sqrt(F): (g - x (g x) / h^2) / h
+        inner_THF = grad_THF * gain_HF
+        along_TH1 = (inner_THF * x_THF).sum(-1, keepdim=True).div_(length_TH1).div_(length_TH1)
+        inner_THF.addcmul_(x_THF, along_TH1, value=-1)
+        grad_x_THF = torch.empty_like(x_THF, memory_format=torch.contiguous_format)
+        return torch.div(inner_THF, length_TH1, out=grad_x_THF), grad_gain_HF, None, None
+
+
+@functools.cache  # a GPU would fill it each time, by a kernel of its own
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+_BY_HAND = {"cpu": _NormAndRotate.apply, "cuda": _NormAndRotateOnGPU.apply}  # by kind of device
+
+
 def _turns(table_TP2: Tensor | None, dtype: torch.dtype, *, back: bool = False) -> Tensor | None:
     """What complex pairs of all heads are multiplied by to turn them, or to turn them back."""
     if table_TP2 is None:
@@ -336,7 +408,7 @@ def _run_again_for_gain(plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor
 
 def wide(x: Tensor) -> torch.dtype:
     """Return the dtype in which norms are computed: fp32, or that of x where it is wider still."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @contextmanager
@@ -358,8 +430,5 @@ def row_blocks(lengths: tuple[int, ...], width: int) -> Iterator[tuple[slice, in
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
-    """Blocks of rows on the CPU; elsewhere all rows at once, because each operation is a kernel to launch."""
-    if device_kind(x) != "cpu":
-        yield slice(None)
-    else:
-        yield from (rows for rows, _ in row_blocks((len(x),), x[0].numel() if len(x) else 1))
+    """Cut rows into blocks."""
+    return (rows for rows, _ in row_blocks((len(x),), x[0].numel() if len(x) else 1))

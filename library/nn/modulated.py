@@ -12,7 +12,7 @@ Shape legend: T packed tokens of all samples, B samples, D features, F of the fe
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.kernels import fused
 from library.nn.layers import row_blocks, wide
-from library.nn.packing import Packing, spread
+from library.nn.packing import Packing, by_sample, spread
 from library.nn.products import Fp32Linear
 from library.nn.recompute import cheap, run_again_in_backward
 from library.nn.stand_in import device_kind
-
-_Rows = Iterator[tuple[slice, int]]
 
 
 class LayerNorm(nn.Module):
@@ -92,14 +90,16 @@ def _modulated_layer_norm(
 ) -> Tensor:
     if torch.compiler.is_compiling():
         return plain_modulated_layer_norm(x_TD, gain_BD, shift_BD, packing, eps)
-    if device_kind(x_TD) in ("cpu", "cuda"):
-        return _ModulatedLayerNorm.apply(x_TD, gain_BD, shift_BD, packing.lengths, eps)
+    by_hand = _BY_HAND.get(device_kind(x_TD))
+    if by_hand is not None:
+        return by_hand(x_TD, gain_BD, shift_BD, packing.lengths, eps)
     plain = functools.partial(plain_modulated_layer_norm, packing=packing, eps=eps)
     return run_again_in_backward(plain, x_TD, gain_BD, shift_BD)
 
 
 class _ModulatedLayerNorm(torch.autograd.Function):
-    """Torch's kernel with a weight and bias for each sample. Keeps x, gain, shift and two numbers a row."""
+    """On the CPU: torch's kernel with a weight and bias for each sample. It takes half precision beside fp32
+    rows. Keeps x, gain, shift and two numbers a row."""
 
     @staticmethod
     def forward(
@@ -113,8 +113,7 @@ class _ModulatedLayerNorm(torch.autograd.Function):
         lengths = _lengths(x_TD, gain_BD, lengths)
         parts = []
         for x, gain, shift in zip(x_TD.split(lengths), gain_BD, shift_BD, strict=True):
-            y, mean, rstd = torch.native_layer_norm(_kernel_input(x), x.shape[-1:], gain, shift, eps)
-            parts.append((y.to(x.dtype), mean, rstd))
+            parts.append(torch.native_layer_norm(x, x.shape[-1:], gain, shift, eps))
         y_TD, mean_T1, rstd_T1 = (_joined(tensors) for tensors in zip(*parts, strict=True))
         ctx.save_for_backward(x_TD, gain_BD, shift_BD, mean_T1, rstd_T1)
         ctx.lengths = lengths
@@ -128,10 +127,7 @@ class _ModulatedLayerNorm(torch.autograd.Function):
         parts = []
         packed = (t.split(ctx.lengths) for t in (grad_TD, x_TD, *statistics))
         for grad, x, mean, rstd, gain, shift in zip(*packed, gain_BD, shift_BD, strict=True):
-            grads = torch.ops.aten.native_layer_norm_backward(
-                _kernel_input(grad), _kernel_input(x), x.shape[-1:], mean, rstd, gain, shift, wanted
-            )
-            parts.append((grads[0] if grads[0] is None else grads[0].to(x.dtype), *grads[1:]))
+            parts.append(_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, gain, shift, wanted))
         grads_x, grads_gain, grads_shift = zip(*parts, strict=True)
         return (
             _joined(grads_x) if wanted[0] else None,
@@ -142,9 +138,57 @@ class _ModulatedLayerNorm(torch.autograd.Function):
         )
 
 
-def _kernel_input(x: Tensor) -> Tensor:
-    """x as the kernel takes it beside an fp32 weight: of half precision on the CPU alone."""
-    return x if device_kind(x) == "cpu" else x.to(wide(x))
+class _ModulatedLayerNormOnGPU(torch.autograd.Function):
+    """On GPUs: torch's kernel without weight and bias, one for all samples, in fp32, then gain and shift in
+    another one, which rounds. Keeps the same."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x_TD: Tensor,
+        gain_BD: Tensor,
+        shift_BD: Tensor,
+        lengths: tuple[int, ...],
+        eps: float,
+    ) -> Tensor:
+        wide_TD = x_TD.to(wide(x_TD))
+        normed_TD, mean_T1, rstd_T1 = torch.native_layer_norm(wide_TD, x_TD.shape[-1:], None, None, eps)
+        y_TD = torch.empty_like(x_TD)
+        for gain, shift, normed, y in by_sample(lengths, (gain_BD, shift_BD), (normed_TD, y_TD)):
+            torch.addcmul(shift, normed, gain, out=y)
+        ctx.save_for_backward(x_TD, gain_BD, shift_BD, mean_T1, rstd_T1)
+        ctx.lengths = lengths
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, gain_BD, shift_BD, *statistics = ctx.saved_tensors
+        need_x, need_gain, need_shift, _, _ = ctx.needs_input_grad
+        wide_TD, width = x_TD.to(wide(x_TD)), x_TD.shape[-1:]
+        grad_x_TD = grad_gain_BD = grad_shift_BD = None
+        if need_x:
+            inner_TD = torch.empty_like(wide_TD)
+            for gain, grad, inner in by_sample(ctx.lengths, (gain_BD,), (grad_TD, inner_TD)):
+                torch.mul(grad, gain, out=inner)
+            without = (None, None, [True, False, False])
+            grad_x_TD, _, _ = _layer_norm_backward(inner_TD, wide_TD, width, *statistics, *without)
+            grad_x_TD = grad_x_TD.to(x_TD.dtype)
+        if need_gain or need_shift:
+            lengths, wanted = _lengths(x_TD, gain_BD, ctx.lengths), [False, need_gain, need_shift]
+            packed = (t.split(lengths) for t in (grad_TD.to(wide_TD.dtype), wide_TD, *statistics))
+            parts = [
+                _layer_norm_backward(grad, x, width, mean, rstd, gain, shift, wanted)
+                for grad, x, mean, rstd, gain, shift in zip(*packed, gain_BD, shift_BD, strict=True)
+            ]
+            _, grads_gain, grads_shift = zip(*parts, strict=True)
+            grad_gain_BD = torch.stack(grads_gain) if need_gain else None
+            grad_shift_BD = torch.stack(grads_shift) if need_shift else None
+        return grad_x_TD, grad_gain_BD, grad_shift_BD, None, None
+
+
+_BY_HAND = {"cpu": _ModulatedLayerNorm.apply, "cuda": _ModulatedLayerNormOnGPU.apply}  # by kind of device
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
 # ---- the gate before the sum with the residual stream ----
@@ -175,12 +219,11 @@ class _GatedResidual(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, stream_TD: Tensor, x_TD: Tensor, gate_BD: Tensor, packing: Packing
     ) -> Tensor:
-        lengths = _lengths(x_TD, gate_BD, packing.lengths)
         y_TD = torch.empty_like(stream_TD)
-        for rows, sample in _pieces(x_TD, lengths):
-            torch.addcmul(stream_TD[rows], x_TD[rows], gate_BD[sample], out=y_TD[rows])
+        for gate, stream, x, y in _pieces(packing.lengths, gate_BD, stream_TD, x_TD, y_TD):
+            torch.addcmul(stream, x, gate, out=y)
         ctx.save_for_backward(x_TD if ctx.needs_input_grad[2] else None, gate_BD)
-        ctx.lengths = lengths
+        ctx.lengths = packing.lengths
         return y_TD
 
     @staticmethod
@@ -188,12 +231,14 @@ class _GatedResidual(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gate_BD = ctx.saved_tensors
         need_stream, need_x, need_gate, _ = ctx.needs_input_grad
-        grad_x_TD = torch.empty_like(grad_TD) if need_x else None
-        grad_gate_BD = torch.zeros_like(gate_BD) if need_gate else None
-        for rows, sample in _pieces(grad_TD, ctx.lengths):
-            if need_x:
-                torch.mul(grad_TD[rows], gate_BD[sample], out=grad_x_TD[rows])
-            if need_gate:
+        grad_x_TD = grad_gate_BD = None
+        if need_x:
+            grad_x_TD = torch.empty_like(grad_TD)
+            for gate, grad, grad_x in _pieces(ctx.lengths, gate_BD, grad_TD, grad_x_TD):
+                torch.mul(grad, gate, out=grad_x)
+        if need_gate:
+            grad_gate_BD = torch.zeros_like(gate_BD)
+            for rows, sample in _blocks_of_samples(_lengths(x_TD, gate_BD, ctx.lengths), x_TD):
                 grad_gate_BD[sample] += (grad_TD[rows].to(gate_BD.dtype) * x_TD[rows]).sum(0)
         return grad_TD if need_stream else None, grad_x_TD, grad_gate_BD, None
 
@@ -222,12 +267,15 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _pieces(x_TD: Tensor, lengths: tuple[int, ...]) -> _Rows:
+def _blocks_of_samples(lengths: tuple[int, ...], x_TD: Tensor) -> Iterator[tuple[slice, int]]:
     """Cut tokens where samples end, and on the CPU more finely: temporaries stay in its cache."""
-    if device_kind(x_TD) == "cpu":
-        yield from row_blocks(lengths, x_TD.shape[-1])
-        return
-    start = 0
-    for sample, length in enumerate(lengths):
-        yield slice(start, start + length), sample
-        start += length
+    return row_blocks(lengths, x_TD.shape[-1] if device_kind(x_TD) == "cpu" else 1)
+
+
+def _pieces(lengths: tuple[int, ...], rows_BD: Tensor, *packed: Tensor) -> Iterable[Sequence[Tensor]]:
+    """Return what is to be computed at once: a row, then the tokens that it is for. On the CPU those are few,
+    see `_blocks_of_samples`."""
+    if device_kind(rows_BD) != "cpu":
+        return by_sample(lengths, (rows_BD,), packed)
+    blocks = _blocks_of_samples(_lengths(packed[0], rows_BD, lengths), packed[0])
+    return ((rows_BD[sample], *(x_TD[rows] for x_TD in packed)) for rows, sample in blocks)

@@ -58,6 +58,28 @@ def spread(rows_BD: Tensor, packing: Packing, tokens: int) -> Tensor:
     return _Spread.apply(rows_BD, torch.bucketize(index_T, packing.ends[1:], right=True))
 
 
+def by_sample(
+    lengths: tuple[int, ...], rows: Sequence[Tensor], packed: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """Return what is to be computed at once: rows that broadcast, then the tokens that they are for.
+
+    That is all tokens, if there is one row for all or if samples are equally long (B, L, D), and else each
+    sample for itself. Tokens are views.
+
+    Args:
+        rows: (B, D) each, or (1, D). packed: (T, D) each.
+    """
+    samples = len(rows[0])
+    if samples == 1:
+        return [[*rows, *packed]]
+    if len(set(lengths)) == 1:
+        together = [tokens_TD.unflatten(0, (samples, lengths[0])) for tokens_TD in packed]
+        return [[*(rows_BD.unsqueeze(1) for rows_BD in rows), *together]]
+    return [
+        list(each) for each in zip(*rows, *(tokens_TD.split(lengths) for tokens_TD in packed), strict=True)
+    ]
+
+
 class _Spread(torch.autograd.Function):
     """rows[sample]. Backward is a product, because adding up by index is not deterministic on a GPU."""
 

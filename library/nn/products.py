@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.nn.compiling import unshared
 from library.nn.stand_in import device_kind
 
 _CPU = dict(torch.cpu.get_capabilities())  # read here, where torch.compile takes it for the constant it is
@@ -79,7 +80,7 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(x if need_weight else None, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         wide_bias = None if bias is None else bias.float()
-        return F.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+        return unshared(F.linear(x.float(), weight.float(), wide_bias).to(x.dtype))
 
     @staticmethod
     @once_differentiable

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.core.device import sent
 from library.nn import eight_bit
 from library.nn.products import Linear, layer_dtype
 from library.options.quant import GROUP, STORED, check_width
@@ -116,7 +117,7 @@ class Nf4:
     def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
         packed, scale_OG1 = stored
-        table = torch.tensor(_NF4, dtype=dtype, device=packed.device)
+        table = _on_device(torch.tensor(_NF4, dtype=dtype), packed.device)
         numbers_OGS = table[_one_a_byte(packed).int()].unflatten(1, (scale_OG1.shape[1], -1))
         return (numbers_OGS * scale_OG1.to(dtype)).flatten(1)
 
@@ -146,6 +147,15 @@ def product_back(grad_NO: Tensor, way: str | None, stored: Sequence[Tensor], dty
     if _in_8_bits(way, grad_NO, stored):
         return eight_bit.multiply_back(grad_NO, *stored).to(dtype)
     return torch.mm(grad_NO.to(dtype), restore(way, stored, dtype))
+
+
+def add_product_back(total_NI: Tensor, grad_NO: Tensor, way: str | None, stored: Sequence[Tensor]) -> None:
+    """Add what `product_back` returns to `total_NI`, in whose dtype it is multiplied."""
+    dtype = total_NI.dtype
+    if _in_8_bits(way, grad_NO, stored):
+        total_NI.add_(product_back(grad_NO, way, stored, dtype))
+    else:
+        total_NI.addmm_(grad_NO.to(dtype), restore(way, stored, dtype))
 
 
 def _in_8_bits(way: str | None, rows: Tensor, stored: Sequence[Tensor]) -> bool:
@@ -301,6 +311,12 @@ def stored_names(model: nn.Module) -> list[str]:
     """Return the names of the tensors that stand for weights in a model."""
     layers = ((path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear))
     return [f"{path}.{name}" for path, layer in layers for name in STORED[layer.scheme]]
+
+
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """Return a copy there. Each product needs one, and a program that waits for it waits for all that a GPU
+    has been told before. Compiled code has it among its constants."""
+    return table.to(device) if torch.compiler.is_compiling() else sent(table, device)
 
 
 def _largest_of_rows(weight_OI: Tensor) -> Tensor:

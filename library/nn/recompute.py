@@ -7,8 +7,9 @@ only how it was made:
         y = cheap(function, *inputs)  # if autograd wants to keep y, it keeps `function` and `inputs`
 
 Outside of `Remaking`, `cheap(f, *inputs)` is `f(*inputs)`. A function must not change its inputs, and what it
-returns must be a new tensor. Values come out the same bit for bit, because the same operations run again on
-the same inputs; the graph itself is not built again, which is what makes this cheaper than a checkpoint.
+returns must be a new tensor, or a tuple of new tensors. Values come out the same bit for bit, because the
+same operations run again on the same inputs; the graph itself is not built again, which is what makes this
+cheaper than a checkpoint.
 
 Inputs are kept as autograd would have kept them: hooks for saved tensors that were set outside see them
 still.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,8 +31,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
 
-def cheap(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+
+def cheap(function: Callable[..., Result], *inputs: object) -> Result:
     """Return function(*inputs), for a function that costs little beside a product of matrices.
 
     It must be deterministic.
@@ -40,8 +44,8 @@ def cheap(function: Callable[..., Tensor], *inputs: object) -> Tensor:
     return result if remaking is None else remaking.note(result, function, inputs)
 
 
-def costly(function: Callable[..., Tensor], *inputs: object, wide: bool = False) -> Tensor:
-    """Return function(*inputs), for a product that takes one product of a square matrix for each width.
+def costly(function: Callable[..., Result], *inputs: object, wide: bool = False) -> Result:
+    """Return function(*inputs), for products that take one product of a square matrix for each width.
 
     That is as little as a product can take. One whose result is narrower than what it is made from (the last
     of a feed-forward) takes more to make again, and is not marked. The function may draw random numbers from
@@ -109,7 +113,7 @@ class Remaking:
         each of these runs again."""
         self.products = products
         self.prepare = prepare
-        self._made: dict[int, _Made] = {}
+        self._made: dict[int, tuple[_Made, int]] = {}
         self._alive: list[weakref.ref[torch.UntypedStorage]] = []
         self._exits = ExitStack()
         self._outer_pack: Callable[[Tensor], object] = _unchanged
@@ -130,43 +134,50 @@ class Remaking:
         self._made.clear()
         self._alive.clear()
 
-    def note(self, result: Tensor, function: Callable[..., Tensor], inputs: tuple[object, ...]) -> Tensor:
+    def note(self, result: Result, function: Callable[..., Result], inputs: tuple[object, ...]) -> Result:
         """Remember how `result` was made; return it."""
-        storage, made = result.untyped_storage(), self._made
-        place = storage._cdata
-        made[place] = _Made(self, function, inputs)
-        # Once it is gone, something else may get its address.
-        self._alive.append(weakref.ref(storage, lambda _: made.pop(place, None)))
+        made = _Made(self, function, inputs)
+        for number, tensor in enumerate(_all(result)):
+            self._note(tensor, made, number)
         return result
+
+    def _note(self, tensor: Tensor, made: _Made, number: int) -> None:
+        storage, notes = tensor.untyped_storage(), self._made
+        place = storage._cdata
+        notes[place] = (made, number)
+        # Once it is gone, something else may get its address.
+        self._alive.append(weakref.ref(storage, lambda _: notes.pop(place, None)))
 
     def pack(self, tensor: Tensor) -> object:
         """Return what is kept of a tensor: where it can be made again, a view of something to be made."""
-        made = self._made.get(tensor.untyped_storage()._cdata)
-        if made is None:
+        noted = self._made.get(tensor.untyped_storage()._cdata)
+        if noted is None:
             return self._outer_pack(tensor)
-        return _View(made.reserve(), tensor.size(), tensor.stride(), tensor.storage_offset())
+        made, number = noted
+        return _View(made.reserve(), number, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(self, packed: object) -> Tensor:
         """Return the tensor."""
         if not isinstance(packed, _View):
             return self._outer_unpack(packed)
-        return packed.made.take().as_strided(packed.size, packed.stride, packed.offset)
+        result = packed.made.take()[packed.number]
+        return result.as_strided(packed.size, packed.stride, packed.offset)
 
 
 _current: ContextVar[Remaking | None] = ContextVar("remaking", default=None)
 
 
 class _Made:
-    """A result with its recipe. It is made once for all that wait for it, and forgotten after the last."""
+    """Results with their recipe: made once for all that wait for them, and forgotten after the last."""
 
     def __init__(
-        self, remaking: Remaking, function: Callable[..., Tensor], inputs: tuple[object, ...]
+        self, remaking: Remaking, function: Callable[..., Result], inputs: tuple[object, ...]
     ) -> None:
         self._remaking, self._function = remaking, function
         self._inputs = inputs
         self._waiting = 0
         self._packed = False
-        self._value: Tensor | None = None
+        self._value: tuple[Tensor, ...] | None = None
 
     def reserve(self) -> _Made:
         """Count one more who will take it."""
@@ -176,12 +187,12 @@ class _Made:
         self._waiting += 1
         return self
 
-    def take(self) -> Tensor:
-        """Return the result, made again if it is not there."""
+    def take(self) -> tuple[Tensor, ...]:
+        """Return the results, made again if they are not there."""
         value = self._value
         if value is None:
             with torch.no_grad():
-                value = self._function(*(self._unpack(x) for x in self._inputs))
+                value = _all(self._function(*(self._unpack(x) for x in self._inputs)))
         self._waiting -= 1
         self._value = value if self._waiting > 0 else None
         return value
@@ -202,9 +213,10 @@ class _Input:
 
 @dataclass(frozen=True)
 class _View:
-    """Where in a result a kept tensor lies."""
+    """Where in which of the results a kept tensor lies."""
 
     made: _Made
+    number: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -236,15 +248,19 @@ class _RandomState:
 class _Replay:
     """A function as it was called once: with the same random numbers, if it drew any."""
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
     prepare: Callable[[], None] | None
     drawn_from: _RandomState | None
 
-    def __call__(self, *inputs: object) -> Tensor:
+    def __call__(self, *inputs: object) -> Tensor | tuple[Tensor, ...]:
         if self.prepare is not None:
             self.prepare()
         with nullcontext() if self.drawn_from is None else self.drawn_from.again():
             return self.function(*inputs)
+
+
+def _all(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def _unchanged(x: object) -> object:

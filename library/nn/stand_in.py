@@ -33,23 +33,27 @@ def meta_standing_for(kind: str) -> Iterator[None]:
         _stands_for.reset(token)
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Return x / rms(x) over the last dimension, in whatever way torch has for the device."""
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """Return x / rms(x) over the last dimension (* weight), in whatever way torch has for the device.
+
+    The weight has the dtype of x: otherwise torch does without its kernel.
+    """
     if x.is_meta and device_kind(x) == "cuda":
-        return _RMSNormOnGPU.apply(x)  # torch would do without the kernel, and keep more
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
+        return _RMSNormOnGPU.apply(x, weight)  # torch would do without the kernel, and keep more
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 class _RMSNormOnGPU(torch.autograd.Function):
     """What torch's kernel for GPUs makes and keeps, without content: the result, and one number a row."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        x, _ = ctx.saved_tensors
-        return torch.empty_like(x)
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad
+        return torch.empty_like(x) if need_x else None, torch.empty_like(weight) if need_weight else None

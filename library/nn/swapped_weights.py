@@ -70,11 +70,17 @@ class SwappedWeights:
         """Let the block have its master copies, as whoever looks at its weights expects."""
         self._point_to(self._masters)
 
-    def take_home(self, wanted: nn.Parameter) -> None:
-        """Let the block have the master copy of one of its weights."""
+    def take_home(self, wanted: nn.Parameter) -> bool:
+        """Let the block have the master copy of one of its weights; return whether it is the block's."""
         for tensor, master in zip(self._tensors, self._masters, strict=True):
             if tensor is wanted:
                 tensor.data = master
+                return True
+        return False
+
+    def versions(self) -> list[int]:
+        """Return what torch counts up for each weight when it is changed, but for ways past autograd."""
+        return [tensor._version for tensor in self._tensors]
 
     def are_home(self) -> bool:
         """Return whether all weights are their master copies: nobody has given them other memory."""

@@ -194,6 +194,8 @@ def _map_into(file: FileIO, stored: torch.dtype, target_N: Tensor) -> None:
 
 def _convert(target_N: Tensor, source_N: Tensor) -> None:
     """Copy from one dtype or device to another; between CPU tensors by this thread alone."""
+    if target_N.device.type == "cuda" and target_N.dtype != source_N.dtype:
+        source_N = source_N.to(target_N.device)  # where it is converted; here a team of threads would do it
     if target_N.device.type != "cpu":
         target_N.copy_(source_N)
         return

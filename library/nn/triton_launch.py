@@ -13,6 +13,8 @@ Shape legend: T packed tokens, B samples, D features, N tiles.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *inputs: object, *
         kernel[grid](*inputs, enable_fp_fusion=True, **constants)  # Triton is about to change the default
 
 
+@functools.cache  # a launch takes tens of microseconds, and Triton's own arithmetic is slow when called
 def row_shape(width: int) -> dict[str, int]:
     """Return the constants of a kernel that takes a row at once: WIDTH, BLOCK and how many warps do it."""
     block = triton.next_power_of_2(width)
@@ -40,7 +43,12 @@ def row_shape(width: int) -> dict[str, int]:
 
 def tiles(packing: Packing, rows: int) -> tuple[int, int]:
     """Return the grid of a kernel whose programs take `rows` rows of a sample each."""
-    return triton.cdiv(max(packing.lengths, default=0), rows), len(packing.lengths)
+    return parts(max(packing.lengths, default=0), rows), len(packing.lengths)
+
+
+def parts(count: int, size: int) -> int:
+    """Return how many parts of this size are needed for so many; the last one may be smaller."""
+    return -(-count // size)
 
 
 def sums_of_tiles(grid: tuple[int, int], rows_BD: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Shape legend: as there.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from library.nn.packing import Packing
 from library.nn.triton_launch import (
     added_up,
     launch,
+    parts,
     row_shape,
     rows_apart,
     rows_of_program,
@@ -227,7 +230,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _elements(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), _ELEMENTS),)
+    return (parts(x.numel(), _ELEMENTS),)
 
 
 # ---- queries and keys: a norm a head, then the rotary embedding ----
@@ -245,7 +248,7 @@ def _turned(x, cos, sin, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, BLOCK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # or a batch of 16 n tokens would be a reason to compile again
 def _rotate_forward(
     x_ptr,
     gain_ptr,
@@ -285,7 +288,7 @@ def _rotate_forward(
         tl.store(y_ptr + row[:, None] * WIDTH + feature[None, :], y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # or a batch of 16 n tokens would be a reason to compile again
 def _rotate_backward(
     grad_ptr,
     x_ptr,
@@ -352,7 +355,7 @@ class _NormAndRotate(torch.autograd.Function):
             _head_tiles(x_THF),
             *(x_THF, gain_HF, table_TP2, y_THF, rstd_TH, tokens, heads),
             *(x_THF.stride(0), x_THF.stride(1), gain_HF.stride(0), eps),
-            **_head_shape(x_THF),
+            **_head_shape(x_THF.shape[2]),
         )
         ctx.save_for_backward(x_THF, gain_HF, table_TP2, rstd_TH)
         return y_THF
@@ -372,16 +375,16 @@ class _NormAndRotate(torch.autograd.Function):
             grid,
             *(grad_THF, x_THF, gain_HF, table_TP2, rstd_TH, grad_x_THF, sums_NHF, tokens, heads),
             *(grad_THF.stride(0), grad_THF.stride(1), x_THF.stride(0), x_THF.stride(1), gain_HF.stride(0)),
-            **_head_shape(x_THF),
+            **_head_shape(x_THF.shape[2]),
         )
         return grad_x_THF, sums_NHF.sum(0) if need_gain else None, None, None
 
 
 def _head_tiles(x_THF: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x_THF.shape[0], _TOKENS), triton.cdiv(x_THF.shape[1], _HEADS)
+    return parts(x_THF.shape[0], _TOKENS), parts(x_THF.shape[1], _HEADS)
 
 
-def _head_shape(x_THF: Tensor) -> dict[str, int]:
-    width = x_THF.shape[2]
+@functools.cache
+def _head_shape(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"WIDTH": width, "BLOCK": block, "TOKENS": _TOKENS, "HEADS": _HEADS, "num_warps": 4}

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from library.core.ahead import Behind, map_ahead
-from library.core.device import peak_memory_bytes
+from library.core.device import forget_peak_memory, peak_memory_bytes
 from library.core.errors import NonFiniteError
 from library.core.log import logger
 from library.core.stopwatch import Stopwatch
@@ -103,8 +103,7 @@ def fill(
     counts = Counts(len(jobs) - len(missing), len(missing))
     try:
         if missing:
-            if run.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(run.device)
+            forget_peak_memory(run.device)
             bar = tqdm(total=len(missing), desc=f"encoding {what}", disable=run.rank != 0)
             with bar, counts.watch.time("all"):
                 _keep(outputs(missing, counts.watch), entries, run, (bar, counts.watch))

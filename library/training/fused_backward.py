@@ -10,6 +10,8 @@
 Notable facts:
 - So the gradients of a whole model are never in memory: on the device there is one, of those weights whose
   backward runs just now, and with block swap those on their way to the computer's memory.
+- Where the model is on a GPU, the CPU steps weights of swapped blocks in a thread of its own, so that
+  backward goes on queueing work for the GPU. All are done at the end of `collect`.
 - A weight's turn comes when all parts of its gradient have been added up, however often it was used. What
   backward still computes then, or computes again for a checkpoint, is what came before the weight in the
   forward pass, which does not hang on it.
@@ -32,7 +34,8 @@ from library.core.dist import Processes
 from library.nn.block_swap import BlockSwap
 from library.nn.gradient_return import GradientReturn
 from library.training.gradients import Gradients
-from library.training.optim.one_by_one import OneByOne
+from library.training.optim.one_by_one import OneByOne, Workspace
+from library.training.watch.gauges import norms_of
 
 _TINY = 1e-6  # as torch's own clipping has it
 
@@ -47,6 +50,7 @@ class FusedBackward(Gradients):
         *,
         max_grad_norm: float = 0.0,
         ring: BlockSwap | None = None,
+        beside: bool | None = None,
     ) -> None:
         """Watch the optimizer's weights from here on.
 
@@ -54,11 +58,13 @@ class FusedBackward(Gradients):
             device: the main one, on which norms come together.
             max_grad_norm: each gradient is scaled down to it; 0 for never.
             ring: what swaps blocks of the model. Their weights are stepped where they lie, on the CPU.
+            beside: step these in a thread beside backward; see `GradientReturn`.
         """
         self._optimizer, self._device = optimizer, device
         self._max_grad_norm = max_grad_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._returned = None if ring is None else GradientReturn(ring, arrived=self._take)
+        self._returned = ring and GradientReturn(ring, arrived=self._step_at_home, beside=beside)
+        self._workspace = Workspace() if self._returned and self._returned.beside else None
         swapped = set() if self._returned is None else set(self._returned.parameters)
         here = [parameter for parameter in self._parameters if parameter not in swapped]
         self._handles = [p.register_post_accumulate_grad_hook(self._take) for p in here]
@@ -79,8 +85,9 @@ class FusedBackward(Gradients):
 
     def norm(self) -> Tensor:
         """Return the norm of all gradients of the step, before they were limited."""
-        home = [norm for norm in self._norms.values() if norm.device.type == "cpu"]
-        away = [norm for norm in self._norms.values() if norm.device.type != "cpu"]
+        norms = [self._norms[parameter] for parameter in self._parameters if parameter in self._norms]
+        home = [norm for norm in norms if norm.device.type == "cpu"]
+        away = [norm for norm in norms if norm.device.type != "cpu"]
         parts = ([sent(torch.stack(home), self._device)] if home else []) + away
         return torch.linalg.vector_norm(torch.cat([*(part.view(-1) for part in parts), self._no_norm()]))
 
@@ -104,16 +111,23 @@ class FusedBackward(Gradients):
         if self._returned is not None:
             self._returned.close()
 
-    @torch.no_grad()
     def _take(self, parameter: nn.Parameter) -> None:
-        """Step a weight whose gradient is complete, and drop the gradient."""
+        """Step a weight on the device, whose gradient is complete, and drop the gradient."""
+        gradient, parameter.grad = parameter.grad, None
+        self._step(parameter, gradient)
+
+    def _step_at_home(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Step a weight of a swapped block, which is at home, and so is its gradient."""
+        self._step(parameter, gradient, self._workspace)
+
+    @torch.no_grad()
+    def _step(self, parameter: nn.Parameter, gradient: Tensor, workspace: Workspace | None = None) -> None:
+        """Step a weight; the gradient is used up. Two threads come here, with different weights."""
         assert parameter not in self._norms, "a weight has a second gradient in this step, and has moved"
-        gradient = parameter.grad
-        norm = self._norms[parameter] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        norm = self._norms[parameter] = norms_of([gradient])[0]
         if norm.device.type != "cpu" or norm.isfinite():
             self._limit(gradient, norm)
-            self._optimizer.step_of(parameter)
-        parameter.grad = None
+            self._optimizer.step_of(parameter, gradient, workspace)
 
     def _limit(self, gradient: Tensor, norm: Tensor) -> None:
         """Scale a gradient down to the longest that is allowed; make zeros of one that is not finite."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -15,8 +17,14 @@ from library.options.train import TrainOptions
 
 ADVICE_AT_ONCE = 3
 
-# How torch words it when it does not raise OutOfMemoryError: the CPU's allocator, the driver, cuBLAS.
-_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# How torch words it when it does not raise OutOfMemoryError: the CPU's allocator, the driver, NVIDIA's
+# libraries. cuBLAS is not initialized when it is first used, and finds no memory for itself.
+_OUT_OF_MEMORY = (
+    *("not enough memory", "can't allocate memory", "out of memory"),
+    *("_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+)
+# What torch has of a GPU and cannot use, in pieces too small for what was asked for. Less is told in MiB.
+_IN_PIECES = re.compile(r"([\d.]+ GiB) is reserved by PyTorch but unallocated")
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -46,7 +54,7 @@ def memory_explained(doing: str, device: torch.device, advice: list[str]) -> Ite
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        helps = "; ".join(advice[:ADVICE_AT_ONCE]) or "a larger device"
+        helps = "; ".join([*_joining_advice(error), *advice][:ADVICE_AT_ONCE]) or "a larger device"
         raise ResourceError(
             f"Out of memory while {doing}: {_usage(device)}. What helps most here: {helps}."
         ) from error
@@ -81,10 +89,10 @@ def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
     return advice
 
 
-def upkeep_advice(options: TrainOptions) -> list[str]:
+def upkeep_advice(options: TrainOptions, *, swapping: bool = True) -> list[str]:
     """Return what makes training of a model's own weights smaller, beside activations; the mildest first.
 
-    Nothing for a network: what is kept of it is small.
+    Nothing for a network: what is kept of it is small. `swapping`: whether block swap may be among it.
     """
     if options.trainee.freezes_dit:
         return []
@@ -93,7 +101,8 @@ def upkeep_advice(options: TrainOptions) -> list[str]:
         accumulation = options.training.gradient_accumulation_steps
         without = " without --gradient_accumulation_steps" if accumulation > 1 else ""
         advice.append(f"--fused_backward_pass{without}, which drops each gradient as soon as it is used")
-    advice += _swap_advice(options)
+    if swapping:
+        advice += _swap_advice(options)
     name = options.optimizer.optimizer_name
     if "8bit" not in name and name != "Adafactor":
         advice.append(
@@ -148,6 +157,17 @@ def _rest_advice(options: TrainOptions) -> list[str]:
 def _swap_advice(options: TrainOptions) -> list[str]:
     more = f"above {options.swap.count}" if options.swap.count else "8 or more"
     return [f"--blocks_to_swap {more}, which keeps the weights of so many blocks in the computer's memory"]
+
+
+def _joining_advice(error: BaseException) -> list[str]:
+    """Return how torch can be made to join its pieces of memory, if it has many; Windows cannot."""
+    pieces = _IN_PIECES.search(str(error))
+    if pieces is None or sys.platform == "win32":
+        return []
+    return [
+        f"the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True, as {pieces[1]} lie unused in "
+        f"pieces that are too small"
+    ]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

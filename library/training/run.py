@@ -7,7 +7,7 @@ from contextlib import closing, nullcontext
 from itertools import groupby
 from pathlib import Path
 
-from library.core.device import peak_memory_bytes
+from library.core.device import forget_peak_memory, peak_memory_bytes
 from library.core.errors import NonFiniteError, Stopped, StorageError
 from library.core.files import sweep_leftovers, write_text
 from library.core.log import logger
@@ -60,6 +60,7 @@ class TrainingRun:
         with memory_explained("encoding the dataset", device, caching_advice(options)):
             context.inputs.fill_caches(context.prepared.manifest)
             encode_sample_prompts(context)
+        forget_peak_memory(device)  # what is told from here on is what training takes
         with memory_explained("loading the model", device, loading_advice(options)):
             self.parts = assemble(context, self.stop)
         try:
@@ -158,6 +159,7 @@ class TrainingRun:
     def _run_events(self, due: Sequence[Event], moment: Moment) -> None:
         """Run events: shared ones on all processes, the others on the main one, while the rest wait."""
         processes = self.context.processes
+        self.parts.learner.settle()  # what evaluates may put other weights in place
         with evaluating(self.parts.learner.optimizer):
             for event in due:
                 self.parts.trainee.multiplier = 1.0  # not what the last batch's dataset said

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.hashing import HashLedger
+from library.models import transformer_loading
 from library.models.gemma2 import load_gemma2
 from library.models.lumina2 import load_nextdit
 from library.models.lumina2_files import check_models
@@ -129,6 +130,31 @@ def test_quantised_and_swapped(nano):
     swap = SwapOptions(blocks_to_swap=4)
     moves = _step(_load(nano, torch.bfloat16, "nf4", swap=swap))
     assert all(torch.equal(a, b) for a, b in zip(stays, moves, strict=True))
+
+
+@pytest.mark.parametrize(("flag", "place"), [("cuda", "cuda"), ("cpu", "cpu")])
+def test_weights_that_wait_elsewhere_are_quantised_by_the_gpu_too(nano, monkeypatch, flag, place):
+    class Loading(Exception):
+        """What would be loaded, and where."""
+
+    def load(*_, device, quantise_on, **__):
+        raise Loading(
+            {device(f"layers.{number}.attention.qkv.weight").type for number in range(4)}, quantise_on
+        )
+
+    monkeypatch.setattr(transformer_loading, "load_module", load)
+    quant = QuantOptions(base_quant="nf4", quantize_device=flag)
+    with pytest.raises(Loading) as found:
+        load_nextdit(
+            nano.dit,
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+            attention="torch",
+            quant=quant,
+            swap=SwapOptions(blocks_to_swap=4),
+        )
+    weights_on, quantised_on = found.value.args
+    assert weights_on == {"cpu", "cuda"} and torch.device(quantised_on).type == place
 
 
 def test_merging_quantises_anew_and_can_be_undone(nano):

@@ -19,9 +19,10 @@ from library.options.network import NetworkOptions
 from networks.dora import DoRALinearOp, Magnitude, scaled_linear
 from networks.files import inspect_lora, save_network
 from networks.from_file import create_network_from_file
-from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA, low_rank
+from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA
 from networks.lora import LoRANetwork, merge
 from networks.lora_lumina import create_network
+from networks.lora_op import low_rank
 from networks.module import install_network
 from networks.request import NetworkRequest
 

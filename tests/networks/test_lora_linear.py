@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.nn.products import Linear
-from networks.layer import Dropouts, LoRA, LoRALinear, _LoRALinearOp, low_rank
+from library.nn.together import together
+from networks.layer import Dropouts, LoRA, LoRALinear
+from networks.lora_op import LoRAOperand, linear_with_loras, low_rank
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -89,10 +91,15 @@ def test_gradients_are_the_derivatives(masked: bool) -> None:
 
     weight, bias = leaf(5, 4).detach(), leaf(5).detach()
     factor = (leaf(6, 2).detach() > 0).double() * 2 if masked else 0.7
-    assert torch.autograd.gradcheck(
-        lambda x, down, up: _LoRALinearOp.apply(x, bias, down, up, factor, torch.float64, None, weight),
-        (leaf(6, 4), leaf(2, 4), leaf(5, 2)),
-    )
+
+    def outputs(x: Tensor, *loras: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(loras[::2], loras[1::2], strict=True)
+        operands = [LoRAOperand(bias, down, up, factor, None, (weight,)) for down, up in pairs]
+        return linear_with_loras(x, operands, torch.float64)
+
+    for count in (1, 3):
+        loras = [leaf(*shape) for _ in range(count) for shape in ((2, 4), (5, 2))]
+        assert torch.autograd.gradcheck(outputs, (leaf(6, 4), *loras))
 
 
 @settings(max_examples=25, deadline=None)
@@ -103,6 +110,60 @@ def test_any_size_agrees_with_plain_operations(rows: int, features: tuple[int, i
     layer, _ = make_layer(*features, rank, dtype=torch.float64)
     x = torch.randn(rows, features[0], dtype=torch.float64)
     assert torch.allclose(layer(x), plainly(layer, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropouts", [Dropouts(), Dropouts(neuron=0.4), Dropouts(rank=0.3)])
+def test_layers_with_one_input_are_computed_together(dtype: torch.dtype, dropouts: Dropouts) -> None:
+    torch.manual_seed(0)
+    layers, weights = [], []
+    for number, (width, rank) in enumerate([(64, 4), (48, 8), (48, 2)]):
+        layers.append(LoRALinear(Linear(32, width, bias=number != 1, dtype=dtype)))
+        lora = LoRA(32, width, rank, alpha=2.0)
+        lora.reset(seed=number, name="layer")
+        nn.init.normal_(lora.up)
+        lora.dropouts = dropouts
+        layers[-1].loras = (lora,)
+        weights += [lora.down, lora.up]
+    x = torch.randn(2, 40, 32, dtype=dtype, requires_grad=True)
+    targets = [torch.randn(2, 40, width, dtype=dtype) for width in (64, 48, 48)]
+    results = []
+    for forward in (together, lambda x, *layers: tuple(layer(x) for layer in layers)):
+        torch.manual_seed(5)  # dropout
+        outputs = forward(x, *layers)
+        loss = sum((y * target).sum() for y, target in zip(outputs, targets, strict=True))
+        results.append((*outputs, *torch.autograd.grad(loss, (x, *weights))))
+    assert len({y.grad_fn.next_functions[0][0] for y in results[0][:3]}) == 1
+    for fast, plain in zip(*results, strict=True):
+        assert fast.dtype == plain.dtype and fast.shape == plain.shape
+        assert relative(fast, plain) < TOLERANCE[dtype]
+
+
+def test_layers_that_cannot_be_joined_are_computed_one_by_one() -> None:
+    layer, lora = make_layer()
+    other, dropped = make_layer()
+    x = torch.randn(7, 12)
+    expected = (layer(x), layer(x))
+
+    def one_by_one() -> bool:
+        outputs = together(x, layer, other)
+        assert torch.allclose(outputs[0], expected[0], atol=1e-6)
+        return outputs[0].grad_fn is not outputs[1].grad_fn
+
+    assert not one_by_one()
+    dropped.dropouts = Dropouts(module=0.5)
+    assert one_by_one()
+    dropped.dropouts = Dropouts()
+    dropped.set_strength(0.0)
+    assert one_by_one()
+    dropped.set_strength(1.0)
+    other.loras = (lora, dropped)
+    assert one_by_one()
+    other.loras = ()
+    assert one_by_one()
+    bare = nn.Linear(12, 3)
+    assert torch.equal(together(x, layer, bare)[1], bare(x))
+    assert torch.equal(together(x, bare, layer)[1], layer(x))
 
 
 def test_agrees_with_peft() -> None:

@@ -17,6 +17,7 @@ from library.nn.block_swap import BlockSwap, chosen_blocks, device_of_weights, s
 from library.nn.quant import QuantLinear
 from library.options.swap import SwapOptions
 from tests.strict_copier import POISON, StrictCopier
+from tests.warm_gpu import warm_gpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CPU, WIDTH = torch.device("cpu"), 12
@@ -385,23 +386,25 @@ def test_swapping_changes_no_bit_on_a_gpu(mode, pinned):
 
 @needs_gpu
 def test_the_gpu_holds_the_ring_only():
-    blocks = [nn.Linear(2048, 2048).requires_grad_(False) for _ in range(8)]
-    size = 4 * (2048 * 2048 + 2048)
-    ring = BlockSwap(blocks, torch.device("cuda"))
-    x = torch.randn(64, 2048, device="cuda", requires_grad=True)
+    gpu = warm_gpu()
+    blocks = [nn.Linear(4096, 4096).requires_grad_(False) for _ in range(8)]
+    size = 4 * (4096 * 4096 + 4096)
+    ring = BlockSwap(blocks, gpu)
+    x = torch.randn(64, 4096, device=gpu, requires_grad=True)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     y = x
     for block in blocks:
         y = run_plain(ring, block, y)
     y.sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < 2.5 * size
+    assert torch.cuda.max_memory_allocated() - before < 3.5 * size  # two of them, activations, workspaces
 
 
 @needs_gpu
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_model_that_leaves_the_gpu_leaves_nothing_there(pinned):
-    gpu, same = torch.device("cuda"), make_blocks(6, torch.device("cuda"))
+    gpu = warm_gpu()
+    same = make_blocks(6, gpu)
     before = torch.cuda.memory_allocated()
     model = nn.ModuleList(make_blocks(6))
     for block in model[::2]:

@@ -11,7 +11,11 @@ from library.nn import compiling
 from library.nn.block_swap import BlockSwap
 from library.nn.compiling import check_compiler, part_compiler
 from library.nn.layers import swiglu
+from library.nn.products import Fp32Linear, Linear
+from library.nn.quant import QuantLinear
 from library.options.compute import ComputeOptions
+from networks.dora import Magnitude
+from networks.layer import LoRA, LoRALinear
 from tests.models.lumina2_pairs import make_inputs
 from tests.nn.test_runner import make_model, train
 
@@ -132,6 +136,38 @@ def test_inductor_agrees_and_what_it_compiled_is_kept(monkeypatch, tmp_path):
         found = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
         assert (found > 0) == bool(hits)
     assert any(tmp_path.rglob("*.so"))
+
+
+def layer_of(kind):
+    """A layer 16 -> 32 with an operation of its own, and those of its weights that are trained."""
+    if kind == "Fp32Linear":
+        layer = Fp32Linear(16, 32, dtype=torch.bfloat16)
+        return layer, list(layer.parameters())
+    if kind.startswith("int8"):
+        layer = QuantLinear(16, 32, False, "int8")
+        layer.quantise(torch.randn(32, 16), CPU)
+        layer.multiplies_in_8_bits = kind != "int8"
+        return layer, []
+    layer = LoRALinear(Linear(16, 32))
+    turned = kind.startswith("DoRA")
+    magnitude = Magnitude(layer.base.weight, on_output=kind != "DoRA") if turned else None
+    lora = LoRA(16, 32, 4, alpha=2.0, magnitude=magnitude)
+    lora.reset(seed=1, name="layer")
+    torch.nn.init.normal_(lora.up)
+    layer.loras = (lora,)
+    return layer, list(lora.parameters())
+
+
+@pytest.mark.parametrize("kind", ["Fp32Linear", "int8", "int8 products", "LoRA", "DoRA", "DoRA on output"])
+def test_gradients_come_through_every_operation(kind):
+    """Of operations that the compiler looks into: it has lost gradients of those that work in place."""
+    layer, trained = layer_of(kind)
+    x = torch.randn(40, 16, requires_grad=True)
+    compiled = part_compiler(ComputeOptions(torch_compile=True, dynamo_backend="aot_eager"))(layer)
+    plain, ours = (torch.autograd.grad(f(x).square().sum(), [x, *trained]) for f in (layer, compiled))
+    for one, other in zip(ours, plain, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
 
 
 def test_the_memory_budget_reaches_the_compiler():

@@ -1,11 +1,13 @@
 """The fast layers against their plain references: values, gradients, and what is kept for backward."""
 
+import functools
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.nn import layers
+from library.nn import layers, modulated
 from library.nn.layers import (
     RMSNorm,
     TimestepEmbedder,
@@ -19,8 +21,9 @@ from library.nn.layers import (
     scaled_rms_norm,
     swiglu,
 )
-from library.nn.packing import Packing
+from library.nn.packing import Packing, by_sample
 from library.nn.recompute import run_again_in_backward
+from library.nn.stand_in import meta_standing_for
 
 LENGTHS = (5, 1, 7)
 TOKENS = sum(LENGTHS)
@@ -28,9 +31,14 @@ PACKING = Packing.of(LENGTHS, torch.device("cpu"))
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(autouse=True, params=[40, 1 << 18], ids=["many blocks", "one block"])
-def block_elements(request, monkeypatch):
-    monkeypatch.setattr(layers, "_BLOCK_ELEMENTS", request.param)
+@pytest.fixture(autouse=True, params=["many blocks", "one block", "as on a GPU"])
+def ways(request, monkeypatch):
+    """The ways to compute: two sizes of the CPU's blocks, and what is done on a GPU."""
+    monkeypatch.setattr(layers, "_BLOCK_ELEMENTS", 40 if request.param == "many blocks" else 1 << 18)
+    if request.param == "as on a GPU":
+        for module in (layers, modulated):
+            monkeypatch.setattr(module, "device_kind", lambda x: "cuda")
+    return request.param
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -146,11 +154,39 @@ def kept(function):
     return sum(sizes.values())
 
 
+def noted(found, tensor):
+    found.append(tensor.nbytes)
+    return tensor
+
+
 def test_only_inputs_and_a_number_a_row_are_kept():
     x, gain = draw(TOKENS, 16), draw(1, 16)
-    assert kept(lambda: scaled_rms_norm(x, gain, PACKING, 1e-5)) == x.numel() + gain.numel() + TOKENS
+    heads, gains, table = draw(TOKENS, 3, 8), draw(3, 8), draw(TOKENS, 4, 2).detach()
+    if layers.device_kind(x) == "cpu":  # a GPU's kernel is not there; see the next test
+        assert kept(lambda: scaled_rms_norm(x, gain, PACKING, 1e-5)) == x.numel() + gain.numel() + TOKENS
     assert kept(lambda: swiglu(x, x * 2)) == 2 * x.numel()
     assert kept(lambda: plain_swiglu(x, x * 2)) > 2 * x.numel()
+    assert kept(lambda: norm_and_rotate(heads, gains, table, 1e-6)) == (
+        heads.numel() + gains.numel() + table.numel() + 3 * TOKENS
+    )
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_norms_keep_on_a_gpu(trained):
+    """Of x and the stream only x, and that in its own dtype, whether or not the gain is trained."""
+    x, stream = (
+        torch.empty(TOKENS, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in "ab"
+    )
+    gain = torch.empty(1, 16, device="meta", requires_grad=trained)
+    with meta_standing_for("cuda"):
+        for call, inputs in ((scaled_rms_norm, [x]), (normed_residual, [stream, x])):
+            found = []
+            with saved_tensors_hooks(functools.partial(noted, found), lambda tensor: tensor):
+                y = call(*inputs, gain, PACKING, 1e-5)
+            assert sorted(found) == [2 * 16, 4 * TOKENS, 2 * x.numel()]
+            wanted = [*inputs, gain] if trained else inputs
+            grads = torch.autograd.grad(y, wanted, torch.empty_like(y))
+            assert [(g.shape, g.dtype) for g in grads] == [(w.shape, w.dtype) for w in wanted]
 
 
 def test_run_again_in_backward():
@@ -167,13 +203,50 @@ def test_run_again_in_backward():
 
 
 def test_half_precision_norms_are_computed_in_fp32():
-    """The result is the exact one, rounded once; torch's own bf16 norm followed by a product rounds twice."""
+    """The result is the exact one, rounded once; torch's own bf16 norm followed by a product rounds twice. On
+    a GPU the gain is rounded beforehand."""
     x, gain = draw(64, 32, dtype=torch.bfloat16).detach(), draw(1, 32).detach()
     packing = Packing.of((64,), torch.device("cpu"))
-    exact = plain_scaled_rms_norm(x.double(), gain.double(), packing, 1e-5)
+    exact_gain = gain.double() if layers.device_kind(x) == "cpu" else gain.bfloat16().double()
+    exact = plain_scaled_rms_norm(x.double(), exact_gain, packing, 1e-5)
     differing = scaled_rms_norm(x, gain, packing, 1e-5) != exact.float().bfloat16()
     assert differing.float().mean() < 0.005
     assert (plain_scaled_rms_norm(x, gain, packing, 1e-5) != exact.float().bfloat16()).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_heads_are_rounded_once(dtype):
+    x, gain, table = draw(64, 3, 32, dtype=dtype).detach(), draw(3, 32).detach(), draw(64, 16, 2).detach()
+    for turns in (None, table):
+        exact = plain_norm_and_rotate(x.float(), gain, turns, 1e-6).to(dtype)
+        assert (norm_and_rotate(x, gain, turns, 1e-6) != exact).float().mean() < 0.005
+
+
+@pytest.mark.parametrize("lengths", [(13,), (4, 4, 4), (5, 1, 7)], ids=str)
+def test_rows_broadcast_over_the_tokens_that_they_are_for(lengths):
+    tokens, rows = draw(sum(lengths), 6), draw(len(lengths), 6)
+    parts = by_sample(lengths, [rows, 2 * rows], [tokens])
+    assert len(parts) == (1 if len(set(lengths)) == 1 else len(lengths))
+    ours = torch.cat([(x * row + twice).reshape(-1, 6) for row, twice, x in parts])
+    of_each = rows.repeat_interleave(torch.tensor(lengths), dim=0)
+    assert torch.equal(ours, tokens * of_each + 2 * of_each)
+    assert all(x.untyped_storage().data_ptr() == tokens.untyped_storage().data_ptr() for *_, x in parts)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_samples_of_equal_length(dtype):
+    packing = Packing.of((4, 4, 4), torch.device("cpu"))
+
+    def call(function):
+        return lambda x, gain: function(x, gain, packing, 1e-5)
+
+    inputs = draw(12, 16, dtype=dtype), draw(3, 16)
+    assert_agree(call(scaled_rms_norm), call(plain_scaled_rms_norm), inputs)
+    alone = [
+        plain_scaled_rms_norm(x, row[None], packing, 1e-5)
+        for x, row in zip(inputs[0].split(4), inputs[1], strict=True)
+    ]
+    assert torch.equal(plain_scaled_rms_norm(*inputs, packing, 1e-5), torch.cat(alone))
 
 
 def test_gain_joins_weight_and_factor_in_fp32():

@@ -17,9 +17,9 @@ from library.nn.modulated import (
 from library.nn.packing import Packing
 from library.nn.recompute import Remaking
 from library.nn.stand_in import meta_standing_for
-from tests.nn.test_layers import LENGTHS, PACKING, TOKENS, assert_agree, block_elements, draw, kept
+from tests.nn.test_layers import LENGTHS, PACKING, TOKENS, assert_agree, draw, kept, ways
 
-__all__ = ["block_elements"]  # a fixture
+__all__ = ["ways"]  # a fixture
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,6 +40,22 @@ class TestAgreement:
 
         inputs = draw(TOKENS, 16, dtype=dtype, seed=1), draw(TOKENS, 16, dtype=dtype), draw(rows, 16)
         assert_agree(call(gated_residual), call(plain_gated_residual), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_samples_of_equal_length(dtype):
+    packing = Packing.of((4, 4, 4), torch.device("cpu"))
+    x, stream, gain, shift = (
+        draw(12, 16, dtype=dtype),
+        draw(12, 16, dtype=dtype, seed=1),
+        draw(3, 16),
+        draw(3, 16, seed=1),
+    )
+    for fast, plain, inputs, more in (
+        (modulated_layer_norm, plain_modulated_layer_norm, (x, gain, shift), (EPS,)),
+        (gated_residual, plain_gated_residual, (stream, x, gain), ()),
+    ):
+        assert_agree(lambda *i: fast(*i, packing, *more), lambda *i: plain(*i, packing, *more), inputs)  # noqa: B023
 
 
 def test_gradients_are_derivatives():

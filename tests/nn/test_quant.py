@@ -7,6 +7,7 @@ import torch
 
 from library.core.errors import ConfigError
 from library.nn.quant import SCHEMES, QuantLinear, use_quant_layers
+from tests.pretended_device import PretendedDevice
 
 # The mean square error of a normal distribution's weights, relative: measured bounds with a little room.
 LIMITS = {"fp8": 0.03, "int8": 0.01, "int4": 0.09, "nf4": 0.10}
@@ -106,3 +107,14 @@ def test_layers_are_replaced_empty() -> None:
     use_quant_layers(model, ["2"], "int8")
     assert isinstance(model[2], QuantLinear) and not isinstance(model[0], QuantLinear)
     assert {tensor.device.type for tensor in model[2].stored} == {"meta"}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_product_waits_for_no_gpu(name: str) -> None:
+    layer = QuantLinear(192, 128, True, name)
+    layer.quantise(_weight(), torch.device("cpu"))
+    x = torch.randn(20, 192, requires_grad=True)
+    with PretendedDevice([x, *layer.stored]) as device:
+        layer(x).sum().backward()
+        SCHEMES[name].unpack(layer.stored, torch.bfloat16)
+    assert device.waits == []

@@ -1,5 +1,7 @@
 """Values that are made again in backward: the same numbers, less kept, and hooks outside still at work."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -124,6 +126,28 @@ def test_wide_results_alone_can_be_made_again():
         result = result + costly(drop, leaf(4, 4)).square().sum()
     result.backward()
     assert CALLS == ["double", "drop", "double"]
+
+
+@pytest.mark.parametrize("context", [Remaking, nullcontext])
+def test_several_results_are_made_at_once_and_only_those_in_use_are_held(context):
+    def halves(x):
+        CALLS.append("halves")
+        return x[:2] * 2.0, x[2:] * 3.0
+
+    def inside():
+        with context():
+            first, second = cheap(halves, x)
+            return (first * second.exp()).sum() + (second * second).sum()
+
+    x = leaf(4, 4)
+    count, result = kept(inside)
+    (found,) = torch.autograd.grad(result, x)
+    first, second = halves(x)
+    expected = torch.autograd.grad((first * second.exp()).sum() + (second * second).sum(), x)
+    assert torch.equal(found, expected[0])
+    if context is Remaking:
+        assert count == 16 + 8  # x, and the exponentials
+        assert CALLS == ["halves"] * 3
 
 
 def test_slight_functions_are_made_again_with_all_that_they_keep():

@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from library.nn.packing import Packing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"
+}  # fmt: skip
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
@@ -51,21 +55,21 @@ def launches(monkeypatch):
     return found
 
 
-def run_all(dtype, width, head_dim, device="meta"):
-    """Call every function, forward and backward; return each result with its inputs and their gradients."""
+def run_all(dtype, width, head_dim, device="meta", learnt=True):
+    """Call every function, forward and backward; return each result with its inputs and their gradients.
+
+    Gains get gradients if they are `learnt`.
+    """
     from library.nn import triton_layers, triton_modulated
 
-    def leaf(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    def leaf(*shape, dtype=torch.float32, wanted=True):
+        return torch.empty(shape, dtype=dtype, device=device, requires_grad=wanted)
 
     packing = Packing.of((300, 212), torch.device(device))
     x, stream = (leaf(512, width, dtype=dtype) for _ in range(2))
-    gain, shift = (leaf(2, width) for _ in range(2))
-    heads, head_gain, table = (
-        leaf(512, 30, head_dim, dtype=dtype),
-        leaf(24, head_dim),
-        leaf(512, head_dim // 2, 2),
-    )
+    gain, shift = (leaf(2, width, wanted=learnt) for _ in range(2))
+    heads, table = leaf(512, 30, head_dim, dtype=dtype), leaf(512, head_dim // 2, 2)
+    head_gain = leaf(24, head_dim, wanted=learnt)
     calls = [
         (triton_layers.scaled_rms_norm, (x, gain), (packing, 1e-5)),
         (triton_layers.normed_residual, (stream, x, gain), (packing, 1e-5)),
@@ -76,7 +80,8 @@ def run_all(dtype, width, head_dim, device="meta"):
     ]
     for function, inputs, others in calls:
         output = function(*inputs, *others)
-        yield output, inputs, torch.autograd.grad(output, inputs, torch.empty_like(output))
+        wanted = [x for x in inputs if x.requires_grad]
+        yield output, wanted, torch.autograd.grad(output, wanted, torch.empty_like(output))
 
 
 @with_triton
@@ -90,29 +95,47 @@ def test_on_the_meta_device(dtype):
 
 @with_triton
 @pytest.mark.parametrize(
-    ("capability", "dtype", "width", "head_dim"),
-    [(80, torch.bfloat16, 2304, 96), (89, torch.float32, 192, 48), (90, torch.bfloat16, 2560, 128)],
+    ("capability", "dtype", "width", "head_dim", "learnt"),
+    [
+        (80, torch.bfloat16, 2304, 96, True),
+        (89, torch.float32, 192, 48, False),
+        (90, torch.bfloat16, 2560, 128, True),
+        (120, torch.float16, 4096, 128, False),
+    ],
 )
-def test_they_compile_for_gpus(launches, monkeypatch, tmp_path, capability, dtype, width, head_dim):
+def test_they_compile_for_gpus(launches, monkeypatch, tmp_path, capability, dtype, width, head_dim, learnt):
     """Down to machine code, without a GPU, as they are launched for the models' widths."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    list(run_all(dtype, width, head_dim))
+    list(run_all(dtype, width, head_dim, learnt=learnt))
     compiled = {}
     for kernel, inputs, constants in launches:
-        if kernel.__name__ not in compiled:
+        what = (kernel.__name__, *(x is None for x in inputs))
+        if what not in compiled:
             options = {"num_warps": constants.get("num_warps", 4), "enable_fp_fusion": True}
             source, target = as_source(kernel, inputs, constants), GPUTarget("cuda", capability, 32)
-            compiled[kernel.__name__] = triton.compile(source, target=target, options=options)
-    assert len(compiled) == 10
-    for name, binary in compiled.items():
-        assert f".target sm_{capability}" in binary.asm["ptx"] and binary.asm["cubin"], name
+            compiled[what] = triton.compile(source, target=target, options=options)
+    assert len({name for name, *_ in compiled}) == 10 and len(compiled) == 11  # with a stream and without
+    for what, binary in compiled.items():
+        assert f".target sm_{capability}" in binary.asm["ptx"] and binary.asm["cubin"], what
         assert "ld.global.v" in binary.asm["ptx"] or ".v4.b32" in binary.asm["ptx"], (
-            f"{name} reads one by one"
+            f"{what} reads one by one"
         )
-        assert binary.metadata.shared <= 48 * 1024, name
+        assert binary.metadata.shared <= 48 * 1024, what
+        assert spilled(binary.asm["cubin"], tmp_path) == 0, what
+
+
+def spilled(machine_code, folder):
+    """How many bytes a thread keeps in memory for want of registers."""
+    from triton import knobs
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(machine_code)
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
 def as_source(kernel, inputs, constants):
@@ -137,16 +160,43 @@ def as_source(kernel, inputs, constants):
     return ASTSource(kernel, signature, values, attributes)
 
 
+@with_triton
+def test_a_launch_is_on_the_device_of_its_first_input(monkeypatch):
+    """Triton launches on the current one, which need not be that of the tensors."""
+    from library.nn import triton_launch
+
+    launched, current = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *inputs, **constants: launched.append((grid, list(current)))
+
+    @contextmanager
+    def device_of(x):
+        current.append(x)
+        yield
+        current.clear()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.ones(2)
+    triton_launch.launch(Kernel(), (3, 1), x, 5, WIDTH=2)
+    triton_launch.launch(Kernel(), (0, 1), x)  # nothing to do
+    triton_launch.launch(Kernel(), (3, 1), x.to("meta"))
+    assert len(launched) == 1 and launched[0][0] == (3, 1) and launched[0][1][0] is x
+
+
 # ---- the choice ----
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend to have a GPU of the Ampere generation, Triton and a compiler. No choice stays."""
+    """Pretend to have a compiler and a GPU of the Ampere generation that runs kernels. No choice stays."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Pretended GPU")
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(kernels, "_run_a_kernel", lambda _: None)
+    monkeypatch.delenv("CC", raising=False)
     yield monkeypatch
     use_fused_kernels("torch", CPU)
 
@@ -187,6 +237,38 @@ def test_refused_where_something_is_missing(gpu):
     gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ConfigError, match="Pretended GPU is older"):
         use_fused_kernels("triton", CUDA)
+    assert not kernels._replaced
+
+
+@with_triton
+def test_a_compiler_may_be_named(gpu):
+    gpu.setattr(shutil, "which", lambda _: None)
+    gpu.setenv("CC", "/opt/bin/cc")
+    use_fused_kernels("triton", CUDA)
+    assert kernels._replaced
+
+
+@with_triton
+@pytest.mark.parametrize(
+    "error",
+    [
+        subprocess.CalledProcessError(1, "gcc"),
+        AssertionError("libcuda.so cannot found!\nPossible files are located at"),
+        PermissionError(13, "Permission denied", "/root/.triton"),
+        ImportError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_refused_where_a_kernel_cannot_be_built(gpu, error):
+    """At the start, in one sentence, and not from the middle of the first step."""
+
+    def fail(_):
+        raise error
+
+    gpu.setattr(kernels, "_run_a_kernel", fail)
+    with pytest.raises(ConfigError, match="cannot build or run a kernel on Pretended GPU") as refused:
+        use_fused_kernels("triton", CUDA)
+    assert "\n" not in str(refused.value) and "python3-dev" in str(refused.value)
     assert not kernels._replaced
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
+import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from library.training.look.meter import Meter
 from tests.models.lumina2_pairs import make_inputs, make_params
 from tests.nn.test_block_swap import CPU, WIDTH, NoRing, run_checkpointed, run_plain
 from tests.strict_copier import StrictCopier
+from tests.warm_gpu import warm_gpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 RUNS = {"plain": run_plain, "checkpointed": run_checkpointed}
@@ -211,10 +215,42 @@ def test_the_double_shows(mistake):
 def test_the_double_shows_masters_that_change_while_they_are_copied():
     blocks, parameters, ring, _ = swapping(3)
     ring.hold(blocks[0])  # and the next is on its way
-    with torch.no_grad():
-        blocks[1].wide.weight += 1
+    blocks[1].wide.weight.data += 1  # which torch does not count
     with pytest.raises(AssertionError, match="while it was being copied"):
         ring.hold(blocks[1])
+
+
+@pytest.mark.parametrize("goes_home", [False, True])
+def test_weights_that_change_after_they_were_fetched_ahead(goes_home):
+    blocks, parameters, ring, _ = swapping(3)
+    returned = Rest(ring, parameters)
+    train(blocks, parameters, ring, returned, run_plain, steps=2)  # then it is known what comes first
+    returned.clear()
+    if goes_home:
+        ring.bring_home()
+    with torch.no_grad():
+        blocks[0].wide.weight += 1
+    if goes_home:
+        wanted = blocks[0].wide.weight.clone()
+        ring.hold(blocks[0])
+        assert torch.equal(blocks[0].wide.weight, wanted)
+    else:
+        with pytest.raises(AssertionError, match="changed after it was copied"):
+            ring.hold(blocks[0])
+
+
+def test_what_was_fetched_ahead_can_be_read():
+    blocks, parameters, ring, _ = swapping(3)
+    returned = Rest(ring, parameters)
+    before = [p.detach() for p in parameters]
+    train(blocks, parameters, ring, returned, run_plain, steps=2)
+    returned.clear()
+    assert [room.block for room in ring._rooms] == [0, 1]
+    assert [p.data_ptr() for p in parameters] == [p.data_ptr() for p in before]
+    ring.release()
+    assert not ring._rooms
+    ring.fetch_ahead()  # before the ring is made again it does nothing
+    assert not ring._rooms
 
 
 @pytest.mark.parametrize("ring_size", [1, 2, 3])
@@ -234,13 +270,14 @@ def test_what_was_copied_ahead_for_the_next_step_is_not_used(ring_size):
 
 
 @pytest.mark.parametrize("ring_size", [2, 3])
-def test_a_step_waits_for_its_first_block_alone(ring_size):
+def test_no_step_waits_for_a_copy_but_the_first(ring_size):
     blocks, parameters, ring, copier = swapping(7, ring_size=ring_size)
     returned = Rest(ring, parameters)
     train(blocks, parameters, ring, returned, run_plain, steps=3)
+    returned.clear()  # `train` looked at the weights
     late, asked = copier.late, len(copier.asked)
     train(blocks, parameters, ring, returned, run_plain, steps=4)
-    assert copier.late - late <= 4
+    assert copier.late == late
     # Forward each block once; back those that have no room at the turn. More would be copied in vain.
     assert len(copier.asked) - asked <= 4 * (7 + 7 - ring_size)
 
@@ -319,30 +356,32 @@ class Steps:
         self._optimizers = {p: torch.optim.AdamW([p], lr=0.05, foreach=False) for p in parameters}
         self.gradients = []
 
-    def __call__(self, parameter):
-        self.gradients.append((id(parameter), parameter.grad.clone()))
+    def __call__(self, parameter, gradient):
+        self.gradients.append((id(parameter), gradient.clone()))
+        parameter.grad = gradient
         self._optimizers[parameter].step()
-
-    def and_forget(self, parameter):
-        self(parameter)
         parameter.grad = None
 
+    def at_once(self, parameter):
+        self(parameter, parameter.grad)
 
-def train_fused(blocks, parameters, run, ring=None, device=CPU, steps=3):
+
+def train_fused(blocks, parameters, run, ring=None, device=CPU, steps=3, beside=None):
     stepping = Steps(parameters)
-    returned = GradientReturn(ring, arrived=stepping) if ring else None
+    returned = GradientReturn(ring, arrived=stepping, beside=beside) if ring else None
     swapped = set(returned.parameters) if returned else set()
     for parameter in parameters:
         if parameter not in swapped:
-            parameter.register_post_accumulate_grad_hook(stepping.and_forget)
+            parameter.register_post_accumulate_grad_hook(stepping.at_once)
     found = []
     for step in range(steps):
         loss = forward(ring or NoRing(), blocks, run, batch(step, 0, device)).square().mean()
         loss.backward()
         found.append(loss.detach())
-        assert all(p.grad is None for p in parameters)
         if returned:
             returned.collect()
+        assert all(p.grad is None for p in parameters)
+        if returned:
             returned.clear()
         found += [p.detach().clone() for p in parameters]
         found.append(look(ring or NoRing(), blocks, batch(step, 1, device)))
@@ -353,15 +392,115 @@ def train_fused(blocks, parameters, run, ring=None, device=CPU, steps=3):
     return [*found, *(stepping.gradients[n][1] for n in order)]
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("chosen", CHOSEN)
 @pytest.mark.parametrize("ring_size", [1, 2, 9])
 @pytest.mark.parametrize("mode", RUNS)
-def test_weights_that_are_stepped_in_backward(mode, ring_size, chosen):
+def test_weights_that_are_stepped_in_backward(mode, ring_size, chosen, beside):
     same = make_blocks(6)
     wanted = train_fused(same, unfreeze(same), RUNS[mode])
     blocks, parameters, ring, copier = swapping(chosen=chosen, ring_size=ring_size)
-    assert_alike(train_fused(blocks, parameters, RUNS[mode], ring), wanted)
+    assert_alike(train_fused(blocks, parameters, RUNS[mode], ring, beside=beside), wanted)
     assert all(each.landed for each in copier.returning)
+
+
+class Slowly(Steps):
+    """Steps that have hardly begun when backward goes on."""
+
+    def __call__(self, parameter, gradient):
+        time.sleep(0.002)
+        super().__call__(parameter, gradient)
+
+
+@pytest.mark.parametrize("mode", RUNS)
+def test_steps_that_are_slower_than_backward(mode, monkeypatch):
+    same = make_blocks(6)
+    wanted = train_fused(same, unfreeze(same), RUNS[mode])
+    flip_types(monkeypatch)
+    monkeypatch.setitem(globals(), "Steps", Slowly)
+    blocks, parameters, ring, _ = swapping(ring_size=9)
+    assert_alike(train_fused(blocks, parameters, RUNS[mode], ring, beside=True), wanted)
+
+
+def test_backward_goes_on_while_a_weight_is_stepped():
+    blocks, parameters, ring, _ = swapping(3)
+    gone_on, stepped, threads = threading.Event(), [], set()
+
+    def step(parameter, gradient):
+        assert gone_on.wait(timeout=60)
+        stepped.append(parameter)
+        threads.add(threading.get_ident())
+
+    blocks[0].narrow.requires_grad_(False)
+    blocks[0].twice.requires_grad_(False)
+    blocks[1].requires_grad_(False)
+    returned = GradientReturn(ring, arrived=step, beside=True)
+    assert len(returned.parameters) == 2
+    forward(ring, blocks, run_plain, batch(0, 0)).mean().backward()
+    assert not stepped
+    gone_on.set()
+    returned.collect()
+    assert len(stepped) == 2 and threading.get_ident() not in threads
+    returned.close()
+
+
+@pytest.mark.parametrize("number", [0, 5, -1])
+def test_an_error_of_a_step_comes_out_as_itself(number):
+    blocks, parameters, ring, _ = swapping(4)
+    called = []
+
+    def step(parameter, gradient):
+        called.append(parameter)
+        if len(called) == number % len(parameters) + 1:
+            raise LookupError("no memory, say")
+
+    returned = GradientReturn(ring, arrived=step, beside=True)
+    with pytest.raises(LookupError, match="no memory, say"):
+        forward(ring, blocks, run_plain, batch(0, 0)).mean().backward()
+        returned.collect()
+    returned.clear()
+    assert all(p.grad is None for p in parameters)
+    called += parameters  # now all goes well
+    forward(ring, blocks, run_plain, batch(0, 0)).mean().backward()
+    returned.collect()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_gradient_that_comes_while_its_block_is_copied(beside):
+    blocks, parameters, ring, _ = swapping(3)
+    returned = GradientReturn(ring, arrived=Steps(parameters), beside=beside)
+    weight = blocks[1].wide.weight
+    before = weight.detach().clone()
+    ring.hold(blocks[0])  # and the next is on its way
+    weight.sum().backward()
+    returned.collect()
+    assert not torch.equal(weight, before)
+
+
+def test_a_step_that_is_broken_off_leaves_whole_weights():
+    """Each is as it was or as it would have become, once the ring has its weights back."""
+    results = []
+    for breaks in (False, True):
+        blocks, parameters, ring, _ = swapping(6)
+        start = [p.detach().clone() for p in parameters]
+        returned = GradientReturn(ring, arrived=Slowly(parameters), beside=True)
+
+        def interrupt(gradient):
+            raise KeyboardInterrupt
+
+        loss = forward(ring, blocks, run_plain, batch(0, 0)).square().mean()
+        if breaks:
+            blocks[1].wide.weight.register_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) if breaks else nullcontext():
+            loss.backward()
+        returned.clear()
+        results.append([p.detach().clone() for p in parameters])
+        returned.close()  # which would wait for a step that goes on
+        assert_alike(parameters, results[-1])
+    moved = [not torch.equal(a, b) for a, b in zip(results[1], start, strict=True)]
+    assert any(moved) and not all(moved)
+    wanted = [done if m else was for m, done, was in zip(moved, results[0], start, strict=True)]
+    assert_alike(results[1], wanted)
 
 
 def test_a_block_that_is_needed_again_after_its_weights_were_stepped():
@@ -381,11 +520,11 @@ def gradient_bytes(block):
     return sum(p.nbytes for p in block.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("fused", "beside"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("mode", RUNS)
-def test_few_gradients_are_on_the_device(mode, fused):
+def test_few_gradients_are_on_the_device(mode, fused, beside):
     blocks, parameters, ring, copier = swapping(12)
-    returned = GradientReturn(ring, arrived=Steps(parameters) if fused else None)
+    returned = GradientReturn(ring, arrived=Steps(parameters) if fused else None, beside=beside)
     for step in range(2):
         forward(ring, blocks, RUNS[mode], batch(step, 0)).mean().backward()
         returned.collect()
@@ -404,7 +543,7 @@ def test_what_is_alive_on_the_device(fused):
     ring = BlockSwap(blocks, CPU, copier=PlainCopier(CPU))
     for block in blocks:
         block.requires_grad_(True)
-    returned = GradientReturn(ring, arrived=(lambda parameter: None) if fused else None)
+    returned = GradientReturn(ring, arrived=(lambda parameter, gradient: None) if fused else None)
     meter = Meter(kinds=("cpu",))
     for _ in range(2):
         with meter:
@@ -591,6 +730,7 @@ def test_on_a_gpu(mode, fused, pinned):
 @needs_gpu
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_gpu_holds_the_ring_and_few_gradients(pinned):
+    warm_gpu()
     blocks = [nn.Linear(2048, 2048).requires_grad_(False) for _ in range(10)]
     size = 4 * (2048 * 2048 + 2048)
     ring = BlockSwap(blocks, torch.device("cuda"), pinned=pinned)

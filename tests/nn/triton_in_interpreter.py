@@ -44,6 +44,21 @@ def exact_bf16(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
+@pytest.fixture(autouse=True)
+def scalars_are_indices(monkeypatch):
+    """Let a number of the interpreter, an array of one element, be a loop's bound.
+
+    Triton 3.6 passes such an array to `int`, which NumPy refuses from 2.4 on.
+    """
+    theirs = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        theirs(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
 def draw(*shape, dtype=torch.float32, seed=0, wanted=True):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=generator).to(dtype).requires_grad_(wanted)
@@ -120,7 +135,7 @@ def test_swiglu(dtype):
     assert_agree(triton_layers.swiglu, layers.swiglu, (a, b), wide=None)
 
 
-@pytest.mark.parametrize(("dtype", "width"), zip(DTYPES, (24, 10, 32), strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "width"), list(zip(DTYPES, (24, 10, 32), strict=True)), ids=str)
 def test_heads_within_a_wider_tensor(dtype, width):
     """11 heads of 13, more than a program takes; gains of all heads apart and as one that is expanded."""
     qkv, table = draw(21, 13, width, dtype=dtype), draw(21, width // 2, 2, wanted=False)
@@ -165,9 +180,58 @@ def test_views_and_gradients_that_are_not_contiguous():
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_is_done_for_no_tokens():
-    nothing = Packing.of((0,), torch.device("cpu"))
-    assert triton_layers.scaled_rms_norm(draw(0, 8), draw(1, 8), nothing, EPS).shape == (0, 8)
+def every_part(lengths, dtype=torch.float32):
+    """Each part with its inputs, for samples of these lengths."""
+    packing, tokens = Packing.of(lengths, torch.device("cpu")), sum(lengths)
+    x, stream = (draw(tokens, 24, dtype=dtype, seed=seed) for seed in (0, 1))
+    gain, shift = (draw(len(lengths), 24, seed=seed) for seed in (2, 3))
+    heads, table = draw(tokens, 2, 12, dtype=dtype), draw(tokens, 6, 2, wanted=False)
+    return [
+        (lambda *i: triton_layers.scaled_rms_norm(*i, packing, EPS), (x, gain)),
+        (lambda *i: triton_layers.normed_residual(*i, packing, EPS), (stream, x, gain)),
+        (triton_layers.swiglu, (x, stream)),
+        (lambda *i: triton_layers.norm_and_rotate(*i, table, EPS), (heads, draw(2, 12))),
+        (lambda *i: triton_modulated.modulated_layer_norm(*i, packing, EPS), (x, gain, shift)),
+        (lambda *i: triton_modulated.gated_residual(*i, packing), (stream, x, gain)),
+    ]
+
+
+def test_gradients_in_any_layout():
+    """Attention returns its gradients transposed, a sum one that is expanded, a slice one with gaps."""
+    for function, inputs in every_part((3, 2)):
+        output = function(*inputs)
+        grad = draw(*output.shape, seed=9, wanted=False)
+        gaps = torch.full((len(grad), 3, *grad.shape[1:]), torch.nan)
+        gaps[:, 1] = grad
+        last = grad.movedim(-1, 0).contiguous().movedim(0, -1)
+        other = grad.transpose(0, 1).contiguous().transpose(0, 1)
+        row = grad[:1].expand_as(grad)
+        for same, laid in ((grad, gaps[:, 1]), (grad, last), (grad, other), (row.contiguous(), row)):
+            assert torch.equal(same, laid)
+            expected = torch.autograd.grad(output, inputs, same, retain_graph=True)
+            found = torch.autograd.grad(output, inputs, laid, retain_graph=True)
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(0,), (0, 0), (3, 0, 2), (1,)], ids=str)
+def test_samples_of_no_tokens_and_of_one(lengths):
+    """A sample without tokens changes nothing, and its gains get zeros for gradients."""
+    for function, inputs in every_part(lengths):
+        output = function(*inputs)
+        grads = torch.autograd.grad(output.sum(), inputs)
+        assert output.shape == inputs[0].shape
+        for grad, x in zip(grads, inputs, strict=True):
+            assert grad.shape == x.shape and grad.isfinite().all()
+            if len(x) == len(lengths) != sum(lengths):
+                assert [bool(row.any()) for row in grad] == [length > 0 for length in lengths]
+
+
+def test_without_gradients_nothing_is_kept():
+    for function, inputs in every_part((3, 2), torch.bfloat16):
+        expected = function(*inputs)
+        with torch.no_grad():
+            found = function(*inputs)
+        assert torch.equal(found, expected) and not found.requires_grad
 
 
 # ---- whole models ----

@@ -145,6 +145,8 @@ def explained(error: BaseException) -> None:
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         MemoryError(),
     ],
 )
@@ -155,6 +157,35 @@ def test_out_of_memory_comes_with_numbers_and_three_pieces_of_advice(error: Base
     with pytest.raises(ResourceError, match=pattern):
         explained(error)
     assert ResourceError.exit_code == 71
+
+
+@pytest.mark.parametrize(
+    ("unused", "platform", "first"),
+    [
+        (
+            "2.50 GiB",
+            "linux",
+            "the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True, as 2.50 GiB",
+        ),
+        ("120.54 MiB", "linux", "first; second; third."),
+        ("2.50 GiB", "win32", "first; second; third."),
+    ],
+)
+def test_memory_in_pieces_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, unused: str, platform: str, first: str
+) -> None:
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr("library.training.guards.peak_memory_bytes", lambda device: 2**30)
+    told = (
+        "CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of 23.68 GiB of which "
+        "187.88 MiB is free. Including non-PyTorch memory, this process has 23.49 GiB memory in use. Of the "
+        f"allocated memory 20.44 GiB is allocated by PyTorch, and {unused} is reserved by PyTorch but "
+        "unallocated. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_"
+        "segments:True to avoid fragmentation."
+    )
+    with pytest.raises(ResourceError) as refused:
+        explained(torch.OutOfMemoryError(told))
+    assert str(refused.value).partition("What helps most here: ")[2].startswith(first)
 
 
 def test_other_errors_pass_unchanged() -> None:

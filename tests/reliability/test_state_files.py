@@ -65,6 +65,42 @@ def test_a_state_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [state.path.name]
 
 
+def refusal(path: Path, folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        find_resumed(StateOptions(resume=str(path)), saving(folder))
+    return str(caught.value)
+
+
+def test_what_is_no_state_is_told_with_what_to_resume(tmp_path: Path) -> None:
+    network = tmp_path / "kiwi [1]-step00000005.safetensors"
+    network.write_bytes(b"weights")
+    missing, empty = tmp_path / "gone", tmp_path / "empty"
+    empty.mkdir()
+    what = {
+        network: "is a file, and a state is a folder",
+        missing: "no such folder",
+        empty: "holds no state.json",
+    }
+    for path, reason in what.items():
+        said = refusal(path, tmp_path)
+        assert said.startswith(f"--resume {path}") and reason in said
+        assert f"There is no state of 'kiwi [1]' in {tmp_path}" in said and "--network_weights" in said
+    save(tmp_path, 5)
+    newest = save(tmp_path, 40)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"weights")
+    for path in (other, missing, empty):
+        assert refusal(path, tmp_path).endswith(
+            f"The newest state of 'kiwi [1]' in {tmp_path} is this: --resume {newest.path}"
+        )
+    own = step_state_path(saving(tmp_path), 5)
+    for path in (network, own / "network.safetensors", own / "state.json"):
+        assert refusal(path, tmp_path).endswith(f"Give the state that it belongs to: --resume {own}")
+    (empty / "random_states_0.pkl").write_bytes(b"")
+    said = refusal(empty, tmp_path)
+    assert "state of accelerate" in said and said.endswith(f"--resume {newest.path}")
+
+
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
     """1,000 bits anywhere in a state, its record with its numbers and flags included."""
     settings = {"learning_rate": 1e-05, "network_args": ["train_blocks=all"], "seed": None}

@@ -2,76 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
-from kandinsky5_train import Kandinsky5Finetuner
-from library.core.errors import ResourceError
-from library.options.group import parse_options
+from library.core.errors import ConfigError, ResourceError
+from library.nn.runner import MODES
 from library.options.swap import SwapOptions
-from library.options.train import LuminaFinetuneOptions, TrainOptions
-from library.options.train_kandinsky5 import Kandinsky5FinetuneOptions
-from library.training.context import RunContext
 from library.training.guards import loading_advice, training_advice
 from library.training.look import measure
 from library.training.look.memory_estimate import Manner, MemoryEstimate
 from library.training.look.meter import Speeds
-from library.training.look.planner import Plan, make_plan
-from library.training.look.simulate import weight_bytes
-from library.training.prepare import prepare
-from lumina_train import LuminaFinetuner
+from library.training.look.planner import Plan, make_plan, planned
+from tests.training.nano_runs import Runs, weight_bytes_of
 from tests.training.test_memory_estimate import allocated
-from tools.make_nano_models import make_nano_kandinsky5
 
 BF16, FUSED, FULL_BF16 = "--mixed_precision=bf16", "--fused_backward_pass", "--full_bf16"
 BLOCKS = 6  # of the nano models
 NONE = SwapOptions()
+FOR_GPUS = """
+import torch
 
+only = False
 
-class Runs:
-    """Decides runs of both families, on nano models and the same pictures."""
-
-    def __init__(self, lumina: object, folder: Path) -> None:
-        photos = folder / "1_thing"
-        photos.mkdir()
-        for name in ("red", "green"):
-            Image.new("RGB", (96, 96), name).save(photos / f"{name}.png")
-            (photos / f"{name}.txt").write_text(f"{name} picture")
-        kandinsky = make_nano_kandinsky5(folder / "kandinsky")
-        self.files = {
-            "lumina": [
-                *(f"--pretrained_model_name_or_path={lumina.dit}", f"--gemma2={lumina.gemma2}"),
-                *(f"--ae={lumina.ae}", "--gemma2_max_token_length=30"),
-            ],
-            "kandinsky": [
-                *(f"--dit={kandinsky.t2i}", f"--text_encoder_qwen={kandinsky.qwen}"),
-                *(f"--text_encoder_clip={kandinsky.clip}", f"--vae={kandinsky.vae}"),
-                "--qwen_max_token_length=30",
-            ],
-        }
-        self.words = [
-            *(f"--train_data_dir={folder}", "--caption_extension=.txt", "--resolution=96"),
-            *("--train_batch_size=2", "--max_train_steps=2", "--cache_latents", "--seed=1"),
-            *("--cache_text_encoder_outputs", "--output_name=it", f"--output_dir={folder / 'out'}"),
-        ]
-
-    def options(self, family: str, *more: str) -> TrainOptions:
-        """Return the options of a run."""
-        kind = LuminaFinetuneOptions if family == "lumina" else Kandinsky5FinetuneOptions
-        return parse_options(kind, [*self.files[family], *self.words, *more])
-
-    def context(self, family: str, *more: str) -> RunContext:
-        """Return a run that is decided."""
-        kind = LuminaFinetuner if family == "lumina" else Kandinsky5Finetuner
-        trainer = kind(self.options(family, *more))
-        return RunContext.decide(trainer, prepare(trainer))
+class ForGpus(torch.optim.SGD):
+    def step(self):
+        if only:
+            raise RuntimeError("there is no kernel for the CPU")
+        super().step()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +100,6 @@ def test_training_takes_what_was_foretold(
     found = there + allocated(two_steps)
     assert sum(device.values()) + sum(computer.values()) == pytest.approx(found, rel=0.05)
     assert kept == 0 or 0.01 * found < kept < found
-
-
-def weight_bytes_of(real: measure.RealSteps) -> int:
-    module = torch.nn.Module()
-    for number, tensor in enumerate(real.weights()):
-        module.register_buffer(str(number), tensor.detach())
-    return weight_bytes(module)
 
 
 def parts_of(estimate: MemoryEstimate, mode: str = "full", swapped: int = 0) -> dict[str, int]:
@@ -218,6 +177,44 @@ def test_the_computer_takes_its_time_for_weights_that_it_updates(estimated) -> N
     estimate = estimated("lumina", BF16)
     seconds = [estimate.update_seconds(None, SwapOptions(blocks_to_swap=count)) for count in (0, 3, BLOCKS)]
     assert seconds == sorted(seconds) and seconds[-1] > 10 * seconds[0] > 0
+
+
+@pytest.fixture
+def for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """An optimizer that, once `only` is set, cannot step on the CPU, which stands for a GPU before."""
+    (tmp_path / "for_gpus.py").write_text(FOR_GPUS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("for_gpus")
+    del sys.modules["for_gpus"]
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_no_block_is_swapped_whose_weights_nothing_could_step(
+    runs: Runs, for_gpus: ModuleType, only: bool
+) -> None:
+    words = (BF16, "--optimizer_type=for_gpus.ForGpus")
+    context = runs.context("lumina", *words)
+    estimate = MemoryEstimate(context.trainer, context, speeds=Speeds())
+    least = min(sum(parts_of(estimate, mode).values()) for mode in MODES)
+    for_gpus.only = only
+    if not only:
+        assert plan(runs, estimate, 0.9 * least, *words).chosen.swap.count > 0
+        return
+    assert plan(runs, estimate, least, *words).chosen.swap.count == 0
+    with pytest.raises(ResourceError, match="Block swap is not possible .* no kernel") as caught:
+        plan(runs, estimate, 0.9 * least, *words)
+    assert "--blocks_to_swap" not in str(caught.value) and "AdamW8bit" in str(caught.value)
+    with pytest.raises(ConfigError, match="Block swap is not possible .* no kernel"):
+        context.trainer.trainee_kind.check_swapping(context.options)
+    kept = plan(runs, estimate, 2**40, *words, "--blocks_to_swap=2")  # the run itself refuses what was given
+    assert {choice.swap.count for choice in kept.choices} == {2}
+
+
+def test_an_optimizer_that_cannot_step_at_all_is_told_as_such(runs: Runs, for_gpus: ModuleType) -> None:
+    for_gpus.only = True
+    context = runs.context("lumina", BF16, "--optimizer_type=for_gpus.ForGpus", "--vram_budget=1GB")
+    with pytest.raises(ConfigError, match="ForGpus cannot train on cpu: there is no kernel"):
+        planned(context)
 
 
 def test_what_cannot_fit_is_told_with_what_is_never_chosen(runs: Runs, estimated) -> None:

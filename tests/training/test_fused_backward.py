@@ -205,15 +205,17 @@ def transformer(mode: str) -> NextDiT:
     return model.requires_grad_(False)
 
 
-def train_transformer(mode: str, *, fused: bool, ring_size: int = 0) -> list[Tensor]:
+def train_transformer(
+    mode: str, *, fused: bool, ring_size: int = 0, beside: bool = False, stochastic: bool = False
+) -> list[Tensor]:
     """Return losses and weights of three steps."""
     model = transformer(mode)
     if ring_size:
         blocks = model.runner.blocks[1:]
         model.runner.ring = BlockSwap(blocks, CPU, ring_size=ring_size, copier=StrictCopier())
     model.requires_grad_(True)
-    optimizer = stepper(model)
-    gradients = FusedBackward(optimizer, CPU, ring=model.runner.ring) if fused else None
+    optimizer = stepper(model, stochastic=stochastic)
+    gradients = FusedBackward(optimizer, CPU, ring=model.runner.ring, beside=beside) if fused else None
     inputs, found = make_inputs(model.params, (9, 1), (8, 6)), []
     for step in range(3):
         loss = inputs.ours(model).float().square().mean()
@@ -233,6 +235,32 @@ def test_in_every_way_of_running_blocks(mode: str) -> None:
     assert found[2] < found[0]
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_swapped_blocks_are_stepped_at_home(mode: str) -> None:
-    assert_same(train_transformer(mode, fused=True, ring_size=2), train_transformer("none", fused=False))
+def test_swapped_blocks_are_stepped_at_home(mode: str, beside: bool) -> None:
+    found = train_transformer(mode, fused=True, ring_size=2, beside=beside)
+    assert_same(found, train_transformer("none", fused=False))
+
+
+def test_rounding_at_random_does_not_hang_on_who_rounds() -> None:
+    found = train_transformer("none", fused=True, ring_size=2, beside=True, stochastic=True)
+    assert_same(found, train_transformer("none", fused=False, stochastic=True))
+
+
+def test_a_swapped_gradient_that_is_not_finite_does_not_reach_its_weight() -> None:
+    found = []
+    for beside in (False, True):
+        model = transformer("none")
+        model.runner.ring = BlockSwap(model.runner.blocks, CPU, copier=StrictCopier())
+        model.requires_grad_(True)
+        optimizer = stepper(model)
+        gradients = FusedBackward(optimizer, CPU, max_grad_norm=1.0, ring=model.runner.ring, beside=beside)
+        weight = next(iter(model.runner.blocks[0].parameters()))
+        weight.register_hook(lambda gradient: gradient * torch.nan)
+        before = weight.detach().clone()
+        loss = make_inputs(model.params, (9, 1), (8, 6)).ours(model).float().square().mean()
+        assert not fused_step(gradients, optimizer, 0, loss) < float("inf")
+        assert torch.equal(weight, before) and weight not in optimizer.state
+        found.append(exact_weights(model, optimizer))
+        gradients.close()
+    assert_same(*found)

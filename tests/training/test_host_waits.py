@@ -67,8 +67,9 @@ def test_backward_stays_on_the_device() -> None:
         ["--ip_noise_gamma=0.1", "--loss_type=huber", "--scale_weight_norms=0.1", "--tread_routes=1:-2:0.5"],
         ["--scheduled_sampling_max_step_offset=3", "--scheduled_sampling_probability=0.8"],
         ["--noise_offset=0.1", "--adaptive_noise_scale=0.1", "--multires_noise_iterations=2", NOT_CACHED],
+        ["--base_quant=nf4", "--gradient_checkpointing", "--blocks_to_swap=2"],
     ],
-    ids=["bf16", "fp16", "norms", "walks", "noise"],
+    ids=["bf16", "fp16", "norms", "walks", "noise", "nf4"],
 )
 def test_a_step_waits_once(nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
     config = write_pictures(tmp_path / "pictures")

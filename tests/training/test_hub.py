@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +15,13 @@ import pytest
 from huggingface_hub import constants
 
 from library.core.errors import CheckpointError, ConfigError
+from library.core.files import hold, remove_directory, sweep_leftovers, write_bytes
 from library.options.hub import HubFolder, HubOptions
 from library.options.state import StateOptions
 from library.training.output.hub import Uploads, check_uploads, fetch_state
 from tests.hub_stand_in import StandIn, running_hub
 
+ROOT = Path(__file__).resolve().parents[2]
 REPO = "models/me/my-lora"
 
 
@@ -97,6 +103,91 @@ def test_a_slow_upload_does_not_hold_up_training_and_outlives_its_file(hub: Stan
     hub.gate.set()
     uploads.close()
     assert hub.repositories[REPO].files == {"lora.safetensors": b"weights"}
+
+
+@pytest.fixture(params=[True, False], ids=["links", "no links"])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File systems with hard links, and without."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not request.param:
+        monkeypatch.setattr(os, "link", refuse)
+
+
+LARGE = 3 * 2**20  # more than the buffers on the way
+
+
+def test_what_is_replaced_while_it_is_sent_arrives_as_it_was(
+    hub: StandIn, tmp_path: Path, links: None
+) -> None:
+    uploads = Uploads(options(async_upload=True), hub.url)
+    hub.gate.clear()
+    path = network(tmp_path / "out", content=b"1" * LARGE)
+    uploads.files([path])
+    assert hub.waiting.wait(10)
+    write_bytes(path, b"2" * LARGE)
+    uploads.files([path])
+    hub.gate.set()
+    uploads.close()
+    assert list(hub.blobs.values()) == [b"1" * LARGE, b"2" * LARGE]
+    assert hub.repositories[REPO].files == {path.name: b"2" * LARGE}
+    assert list((tmp_path / "out").iterdir()) == [path]
+
+
+def test_a_state_that_is_pruned_while_it_is_sent_arrives_whole(
+    hub: StandIn, tmp_path: Path, links: None
+) -> None:
+    uploads = Uploads(options(async_upload=True), hub.url)
+    hub.gate.clear()
+    uploads.files([network(tmp_path / "out")])
+    folder = state(tmp_path / "out" / "lora-state")
+    uploads.folder(folder)
+    remove_directory(folder)
+    hub.gate.set()
+    uploads.close()
+    assert hub.repositories[REPO].files == {
+        "lora.safetensors": b"weights",
+        "lora-state/network.safetensors": b"tensors",
+        "lora-state/state.json": b'{"step": 3}',
+    }
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora.safetensors"]
+
+
+UPLOADING = """
+import sys, tracemalloc
+from pathlib import Path
+from library.options.hub import HubOptions
+from library.training.output.hub import Uploads
+
+uploads = Uploads(HubOptions(huggingface_repo_id="me/my-lora", huggingface_token="hf_right"), sys.argv[1])
+uploads.files([Path(sys.argv[2])])  # with all that is imported for the first one
+tracemalloc.start()
+uploads.files([Path(sys.argv[3])])
+print(tracemalloc.get_traced_memory()[1])
+"""
+
+
+def test_a_large_file_is_not_read_into_memory(hub: StandIn, tmp_path: Path) -> None:
+    """In a process of its own: the stand-in keeps what it is sent."""
+    large = tmp_path / "large.safetensors"
+    with large.open("wb") as file:
+        file.truncate(2**26)
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", UPLOADING, hub.url, str(network(tmp_path)), str(large)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.repositories[REPO].files["large.safetensors"]) == 2**26
+    assert int(done.stdout) < 2**26 / 8
+
+
+def test_what_a_killed_run_was_uploading_is_swept_by_the_next(tmp_path: Path) -> None:
+    network(tmp_path / "out")
+    held = hold(tmp_path / "out" / "lora.safetensors")
+    assert held.read_bytes() == b"weights"
+    sweep_leftovers(tmp_path / "out")  # that of this process itself is not being read
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora.safetensors"]
 
 
 def test_nobody_waits_for_an_upload_in_a_hurry(hub: StandIn, tmp_path: Path) -> None:

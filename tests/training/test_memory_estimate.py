@@ -112,7 +112,8 @@ def test_each_mode_takes_less_memory_and_more_time_than_the_one_before(nano):
     assert [step.peak for step in steps] == sorted((step.peak for step in steps), reverse=True)
     times = [step.forward + step.backward for step in steps]
     assert times == sorted(times) and times[0] > 0
-    assert len({round(step.forward, 6) for step in steps[:-1]}) == 1  # what is done again is done in backward
+    forward = [step.forward for step in steps[:-1]]  # what is done again is done in backward
+    assert forward == pytest.approx([forward[0]] * len(forward), rel=0.01)  # the first makes constants
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])

@@ -53,7 +53,9 @@ def shares(step: int, micros: int) -> list[Share]:
     ]
 
 
-def trained(*, swaps: bool, dtype=torch.float32, fused=False, micros=2, bad=(), steps=4) -> list[Tensor]:
+def trained(
+    *, swaps: bool, dtype=torch.float32, fused=False, beside=False, micros=2, bad=(), steps=4
+) -> list[Tensor]:
     """Norms, losses, weights and averages of a short run with pictures of the average in between."""
     model = make_model(n_layers=2).to(dtype)
     model.t_embedder.float()
@@ -65,7 +67,7 @@ def trained(*, swaps: bool, dtype=torch.float32, fused=False, micros=2, bad=(), 
     if dtype == torch.bfloat16 or fused:
         optimizer = OneByOne(optimizer, model.named_parameters())
     if fused:
-        gradients = FusedBackward(optimizer, CPU, max_grad_norm=0.01, ring=ring)
+        gradients = FusedBackward(optimizer, CPU, max_grad_norm=0.01, ring=ring, beside=beside)
     elif ring:
         gradients = SwappedGradients(GradientReturn(ring), parameters, CPU)
     else:
@@ -102,6 +104,8 @@ def trained(*, swaps: bool, dtype=torch.float32, fused=False, micros=2, bad=(), 
         {"fused": True, "micros": 1},
         {"fused": True, "micros": 1, "dtype": torch.bfloat16},
         {"fused": True, "micros": 1, "bad": (1,)},
+        {"fused": True, "micros": 1, "bad": (1,), "beside": True},
+        {"fused": True, "micros": 1, "dtype": torch.bfloat16, "beside": True},
     ],
     ids=lambda options: " ".join(map(str, options)),
 )

@@ -1,6 +1,7 @@
 """What is kept of a model and of what is trained, on the device and where swapped blocks wait.
 
-Activations and gradients that come and go are the business of `simulate`.
+What a step makes and drops, and when, is found out by `simulate`. How much of it is on the device beside all
+this is told here, where it is known what becomes of gradients.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from library.nn.block_swap import spread
 from library.nn.swapped_weights import Layout, owned_by
 from library.options.swap import SwapOptions
 from library.training.look.meter import Meter, Speeds
-from library.training.look.simulate import GradientRules, trained_weights, weight_bytes
+from library.training.look.simulate import GradientRules, Step, trained_weights, weight_bytes
 from library.training.optim.optimizer import set_learning_rates
 from library.training.trainee.kind import Trainee
 
 Parts = dict[str, int]  # bytes of what is in memory at the same time
-GRADIENTS = "gradients"
+
+_ACTIVATIONS = "activations of the largest batch"
+_GRADIENTS = "gradients"
 
 _SAMPLE = 512  # rows and columns of the matrix that tells what an optimizer takes; constants hardly count
 
@@ -145,11 +148,17 @@ class Holdings:
         self._model = weight_bytes(model)
         self._beside = weight_bytes(model, trainee) - self._model  # a whole model is not beside itself
 
-    def on_device(self, swap: SwapOptions) -> Parts:
-        """Return what is on the device all the time, or at the end of a step."""
+    def in_steps(self, step: Step, swap: SwapOptions) -> Parts:
+        """Return what steps take of the device at most: what is there at the end, and what comes and goes."""
+        rules = self._rules(swap)
+        passing = step.peak_with(rules) - step.staying_with(rules)
         here, _ = self._places(swap)
-        weights = self._model - self.blocks.waiting(swap) + self.blocks.ring(swap)
-        return _filled({"transformer": weights, "network": self._beside, **self._kept(here)})
+        updating = 0 if self._in_backward else self._room(here)  # what it takes in backward, the rules know
+        return self._at_end(swap) | {_ACTIVATIONS: max(passing, updating)}
+
+    def between_steps(self, swap: SwapOptions) -> Parts:
+        """Return what is on the device all the time."""
+        return {name: size for name, size in self._at_end(swap).items() if name != _GRADIENTS}
 
     def in_computer(self, swap: SwapOptions) -> Parts:
         """Return what is in the computer's memory because blocks are swapped, at most."""
@@ -159,11 +168,6 @@ class Holdings:
         return _filled(
             parts | {"gradients on their way, work of the optimizer": arriving + self._room(there)}
         )
-
-    def update(self, swap: SwapOptions) -> int:
-        """Return what stepping the weights on the device takes of it, after backward."""
-        here, _ = self._places(swap)
-        return 0 if self._in_backward else self._room(here)
 
     def numbers(self, swap: SwapOptions) -> tuple[int, int]:
         """Return how many numbers are trained on the device, and how many in the computer's memory."""
@@ -182,7 +186,13 @@ class Holdings:
         )
         return here / speeds.memory + there / speeds.host
 
-    def rules(self, swap: SwapOptions) -> GradientRules:
+    def _at_end(self, swap: SwapOptions) -> Parts:
+        """Return what is on the device at the end of a step."""
+        here, _ = self._places(swap)
+        weights = self._model - self.blocks.waiting(swap) + self.blocks.ring(swap)
+        return _filled({"transformer": weights, "network": self._beside, **self._kept(here)})
+
+    def _rules(self, swap: SwapOptions) -> GradientRules:
         """Return what becomes of gradients."""
         swapped = self.blocks.swapped(swap)
         places = enumerate(self._trained)
@@ -204,7 +214,7 @@ class Holdings:
         upkeeps = [(weight.numel(), self._upkeep(weight.dtype)) for weight in weights]
         return {
             "what is kept of fp32 weights": round(sum(count * upkeep.rest for count, upkeep in upkeeps)),
-            GRADIENTS: 0 if self._in_backward else sum(weight.nbytes for weight in weights),
+            _GRADIENTS: 0 if self._in_backward else sum(weight.nbytes for weight in weights),
             "optimizer": round(sum(count * upkeep.state for count, upkeep in upkeeps)),
         }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from library.core.errors import ConfigError
 from library.data.images import drawn_source
 from library.data.items import Item
 from library.data.prompt import Prompt
@@ -21,7 +22,7 @@ from library.nn.transformer import Transformer
 from library.options.request import ImageRequest
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
-from library.training.look.holdings import GRADIENTS, BlockWeights, Holdings, Parts, Sample, Upkeep
+from library.training.look.holdings import BlockWeights, Holdings, Parts, Sample, Upkeep
 from library.training.look.meter import Speeds
 from library.training.look.simulate import (
     META,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from library.training.context import RunContext
     from library.training.trainer import NetworkTrainer
 
-_ACTIVATIONS = "activations of the largest batch"
 _AVERAGE = "running average (EMA)"
 _TEXT_ACTIVATIONS = "activations of the text encoder"
 
@@ -87,19 +87,12 @@ class MemoryEstimate:
 
     def training(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what training takes."""
-        parts = self.steps(manner, swap)
-        if self._trainer.options.ema.ema:
-            parts[_AVERAGE] = 4 * self.holdings(manner.quant).numbers(swap)[0]
-        return parts | self._encoders_in_training
+        averages, _ = self._averages(manner.quant, swap)
+        return self.steps(manner, swap) | averages | self._encoders_in_training
 
     def steps(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what bare steps take: the model, what is trained, and how."""
-        holdings = self.holdings(manner.quant)
-        step, rules = self.step(manner), holdings.rules(swap)
-        staying = step.staying_with(rules)
-        parts = holdings.on_device(swap)
-        parts[_ACTIVATIONS] = max(step.peak_with(rules) - staying, holdings.update(swap))
-        return parts
+        return self.holdings(manner.quant).in_steps(self.step(manner), swap)
 
     def other_phases(
         self, manner: Manner, swap: SwapOptions, *, texts: bool = True, latents: bool = True
@@ -121,9 +114,9 @@ class MemoryEstimate:
             }
         drawing = self._drawing(manner)
         if drawing:
-            training = self.training(manner, swap)
-            gone = (_ACTIVATIONS, _TEXT_ACTIVATIONS, GRADIENTS)
-            staying = {name: size for name, size in training.items() if name not in gone}
+            staying = self.holdings(manner.quant).between_steps(swap)
+            staying |= self._averages(manner.quant, swap)[0] | self._encoders_in_training
+            staying.pop(_TEXT_ACTIVATIONS, None)
             if self._trainer.options.ema.ema_sample != "raw":  # the average is put in place of the weights
                 staying["weights put aside"] = self.holdings(manner.quant).trained_bytes(swap)
             phases["drawing sample pictures"] = staying | {
@@ -134,10 +127,8 @@ class MemoryEstimate:
 
     def in_computer(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what training takes of the computer's memory for swapped blocks."""
-        holdings = self.holdings(manner.quant)
-        parts = holdings.in_computer(swap)
-        averages = 4 * holdings.numbers(swap)[1] if self._trainer.options.ema.ema else 0
-        return parts | {_AVERAGE: averages} if averages else parts
+        _, averages = self._averages(manner.quant, swap)
+        return self.holdings(manner.quant).in_computer(swap) | averages
 
     def swapped_bytes(self, quant: str | None, swap: SwapOptions) -> int:
         """Return what is copied to the device in a pass through the model."""
@@ -151,6 +142,15 @@ class MemoryEstimate:
     def blocks(self) -> int:
         """How many blocks the model has."""
         return len(self.simulation(self._given_quant).model.runner.blocks)
+
+    @cached_property
+    def no_swap_because(self) -> str | None:
+        """Why no block can be swapped; None if blocks can be."""
+        try:
+            self._trainer.trainee_kind.check_swapping(self._trainer.options)
+        except ConfigError as error:
+            return str(error)
+        return None
 
     @property
     def model(self) -> Transformer:
@@ -230,14 +230,22 @@ class MemoryEstimate:
         return parts
 
     def _upkeep(self, dtype: torch.dtype) -> Upkeep:
-        """Return what a trained weight of this dtype takes."""
+        """Return what a trained weight of this dtype takes. Raises ConfigError: nothing can step it."""
         context, trainer = self._context, self._trainer
+        trainer.trainee_kind.check_optimizer(trainer.options, context.device)
 
         def make(sample: Sample) -> torch.optim.Optimizer:
             return trainer.trainee_kind.optimizer(sample, trainer.options, seed=context.seed)
 
         with _unsaid(logging.WARNING):  # the run will say it
             return Upkeep.of(make, dtype, context.device)
+
+    def _averages(self, quant: str | None, swap: SwapOptions) -> tuple[Parts, Parts]:
+        """Return what averages take of the device, and of the computer's memory for swapped blocks."""
+        if not self._trainer.options.ema.ema:
+            return {}, {}
+        here, there = ({_AVERAGE: 4 * n} if n else {} for n in self.holdings(quant).numbers(swap))
+        return here, there
 
     def _kept_of_texts(self) -> int:
         self.simulation(self._given_quant)  # puts the network on the text encoder

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from library.nn.stand_in import device_kind
+
 aten = torch.ops.aten
 
 
@@ -131,12 +133,14 @@ class Meter(TorchDispatchMode):
         given: list[Tensor],
         made: list[Tensor],
     ) -> float:
+        moved = sum(_nbytes(tensor) for tensor in (*given, *made))
+        if not moved:  # nothing is launched: some versions of torch make empty tensors for a checkpoint
+            return 0.0
         count = _FLOPS.get(func._schema.name)
         products = 0 if count is None else count(*args, **kwargs, out_val=result)
-        both = [*given, *made]
-        crosses = len({tensor.device.type for tensor in both}) > 1
+        crosses = len({tensor.device.type for tensor in (*given, *made)}) > 1
         rate = speeds.link if crosses else speeds.memory
-        return max(products / speeds.products, sum(_nbytes(t) for t in both) / rate, speeds.launch)
+        return max(products / speeds.products, moved / rate, speeds.launch)
 
 
 def _tensors(*groups: Iterable[object]) -> Iterator[Tensor]:
@@ -153,6 +157,16 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 # ---- what is known of kernels ----
+
+
+def _flash_flops(q_BHTD: Tensor, k_BKSD: Tensor, *_: object, **__: object) -> int:
+    """Two products of every query with every key. Before 2.13 torch's formula refused fewer heads of keys."""
+    return 4 * q_BHTD.numel() * k_BKSD.shape[2]
+
+
+def _flash_backward_flops(grad_BHTD: Tensor, q_BHTD: Tensor, k_BKSD: Tensor, *_: object, **__: object) -> int:
+    """Five products where the way forward has two."""
+    return _flash_flops(q_BHTD, k_BKSD) * 5 // 2
 
 
 def _varlen_flops(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *others: object, **_: object) -> int:
@@ -177,6 +191,8 @@ def _counts() -> dict[str, Callable[..., int]]:
     return named | {
         "aten::addmm_": named["aten::addmm"],
         "aten::_int_mm": named["aten::mm"],
+        "aten::_scaled_dot_product_flash_attention": _flash_flops,
+        "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_flops,
         "torch_attn::_varlen_attn": _varlen_flops,
         "torch_attn::_varlen_attn_backward": _varlen_backward_flops,
     }
@@ -211,8 +227,17 @@ def _index_room(x: Tensor, indices: Sequence[Tensor | None]) -> int:
     return sum(8 * i.numel() for i in indices if i is not None and i.dtype == torch.int32)
 
 
+def _fp8_room(x_NK: Tensor, codes_KM: Tensor, *_: object) -> int:
+    """A CPU puts the codes in order, makes both factors fp32, scales them, and multiplies these."""
+    if device_kind(x_NK) != "cpu":
+        return 0
+    x, codes, product = x_NK.numel(), codes_KM.numel(), len(x_NK) * codes_KM.shape[1]
+    return codes + 4 * max(2 * x, x + 2 * codes, x + codes + product)
+
+
 _ROOMS: dict[str, Callable[..., int]] = {
     "aten::index": _index_room,
+    "aten::_scaled_mm": _fp8_room,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_room,
     "torch_attn::_varlen_attn_backward": _varlen_backward_room,
 }

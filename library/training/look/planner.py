@@ -8,7 +8,8 @@ choice costs
 
 with copies = bytes of the swapped blocks / speed of the link, which run beside the computation. The update
 of trained weights is made where they lie, for swapped blocks by the computer's processor while the device
-waits: so of a whole model that is trained, as few as can be are swapped.
+waits: so of a whole model that is trained, as few as can be are swapped, and none where the optimizer has no
+step for the processor.
 
 Precision is another matter: everything else gives the same numbers bit for bit. So a quantised model is
 weighed as if a step took longer (`RELUCTANCE`), and is chosen where nothing else fits, or all else is that
@@ -225,10 +226,11 @@ def make_plan(
         found += _mixtures(found, precision, allowed, options.compute, choice)
     if not _fits(found, allowed):
         smallest = min(found, key=lambda choice: choice.memory)
+        reason = _unswapped(estimate, options.swap)
         raise ResourceError(
             f"--vram_budget {options.budget.vram_budget} leaves {shown(allowed)} for tensors, and training "
             f"takes at least {summed(smallest.parts)}, with {smallest.flags()}. What helps: "
-            f"{_way_out(options)}, or a higher budget."
+            f"{_way_out(options)}, or a higher budget.{f' {reason}' if reason else ''}"
         )
     found.sort(key=lambda choice: (choice.cost, choice.memory))
     return Plan(allowed, tuple(found))
@@ -251,7 +253,7 @@ def planned(context: RunContext) -> RunContext:
     had = PRECISIONS if prepared.resumed is None else (prepared.settings["base_quant"],)
     had = had if options.trainee.freezes_dit else (None,)
     plan = make_plan(estimate, options, allowed, speeds, precisions=had)
-    plan = replace(plan, warnings=tuple(_warnings(estimate, plan, device)))
+    plan = replace(plan, warnings=tuple(_warnings(estimate, plan, options, device)))
     _log.info("--vram_budget %s\n%s", budget.vram_budget, "\n".join(f"  {line}" for line in plan.lines()))
     chosen = context.processes.agree(plan.chosen)
     assert isinstance(chosen, Choice)
@@ -275,7 +277,7 @@ def _way_out(options: TrainOptions) -> str:
     """Return what the user can do that is never chosen for him."""
     return ", ".join(
         [
-            *(advice.partition(", which")[0] for advice in upkeep_advice(options)),
+            *(advice.partition(", which")[0] for advice in upkeep_advice(options, swapping=False)),
             "a lower resolution or batch_size",
             "caches of what is not cached (--cache_latents_to_disk, --cache_text_encoder_outputs_to_disk)",
         ]
@@ -325,7 +327,8 @@ def _with_swap(
     calibration: Calibration,
 ) -> Choice:
     """Return a way of making steps with as few blocks swapped as make it fit, or with all of them."""
-    counts = range(estimate.blocks + 1) if given.blocks_to_swap is None else (given.count,)
+    most = 0 if _unswapped(estimate, given) else estimate.blocks
+    counts = range(most + 1) if given.blocks_to_swap is None else (given.count,)
     swap = given
     for count in counts:
         swap = replace(given, blocks_to_swap=count or given.blocks_to_swap)
@@ -348,8 +351,17 @@ def _with_swap(
     return Choice(manner, swap, parts, elsewhere, memory, seconds)
 
 
-def _warnings(estimate: MemoryEstimate, plan: Plan, device: torch.device) -> Iterator[str]:
+def _unswapped(estimate: MemoryEstimate, given: SwapOptions) -> str | None:
+    """Return why no block swap is chosen, unless that is not asked for, or nothing is in its way."""
+    return estimate.no_swap_because if given.blocks_to_swap is None else None
+
+
+def _warnings(
+    estimate: MemoryEstimate, plan: Plan, options: TrainOptions, device: torch.device
+) -> Iterator[str]:
     chosen = plan.chosen
+    if reason := _unswapped(estimate, options.swap):
+        yield reason
     if device.type != "cuda":
         yield f"this is a plan for a GPU: on '{device}' swapping blocks saves no memory"
     if (elsewhere := sum(chosen.elsewhere.values())) > (free := free_memory()):

@@ -6,13 +6,15 @@
     optimizer.step()          # or `step_of(parameter)` for each weight, and then `finish()`
 
 Notable facts:
-- The optimizer inside never sees more than one weight, in fp32, with its gradient in fp32: for that moment
-  `parameter.data` and `parameter.grad` are others. So there is never an fp32 copy of the model.
+- The optimizer inside never sees more than one weight: a stand-in for it, in fp32, with its gradient in
+  fp32. So there is never an fp32 copy of the model, and the weight itself changes in its memory alone.
+- Each step of a weight is made by a copy of the optimizer that has this one weight and what is remembered
+  of it. So two threads may step weights at the same time, those on the device and those at home.
 - What a bf16 weight cannot hold of it is kept beside it (`optim.rounding`): the weights are exact fp32 ones,
   and training is bit for bit that of fp32 weights with the same gradients. Or, if `stochastic`, it is rounded
   away at random, with noise that is a function of (seed, step, weight's name).
-- Some optimizers count steps in their groups. So a group's settings are put back before each of its weights
-  as they were before the step, and what the last one made of them stays.
+- Some optimizers count steps in their groups. So each weight is stepped with its group's settings as they
+  were before the step, and what the last one made of them stays.
 - Weights lie where they lie, each with its remainder and what the optimizer remembers of it: those of swapped
   blocks are stepped on the CPU.
 - It cannot work with optimizers that keep one record for all weights, as those that find the rate themselves
@@ -22,6 +24,8 @@ Notable facts:
 from __future__ import annotations
 
 import copy
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -31,6 +35,24 @@ from library.core.errors import CheckpointError
 from library.core.seeds import derive
 from library.core.suggest import shorten
 from library.training.optim.rounding import joined, round_randomly, split
+
+
+class Workspace:
+    """Memory of the CPU for the fp32 copies of one weight after the other, for the thread that steps them.
+
+    glibc keeps no freed piece above 64 MiB for threads but the main one: each step of a large weight would
+    get its copies from the system anew, page by page.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, Tensor] = {}
+
+    def piece(self, purpose: str, like: Tensor) -> Tensor:
+        """Return the piece for a purpose in the shape of a tensor, fp32; what was in it is lost."""
+        piece = self._pieces.get(purpose)
+        if piece is None or len(piece) < like.numel():
+            piece = self._pieces[purpose] = torch.empty(like.numel())
+        return piece[: like.numel()].view(like.shape)
 
 
 class OneByOne(torch.optim.Optimizer):
@@ -70,6 +92,7 @@ class OneByOne(torch.optim.Optimizer):
         self._widen_states()
         self._number: int | None = None  # of the step that comes or is being made
         self._settings: list[dict[str, object]] = []  # of the groups, before this step
+        self._reading = threading.Lock()  # of them
 
     @property
     def param_groups(self) -> list[dict[str, object]]:
@@ -98,29 +121,30 @@ class OneByOne(torch.optim.Optimizer):
         self.finish()
 
     @torch.no_grad()
-    def step_of(self, parameter: nn.Parameter) -> None:
-        """Step one weight, which has a gradient. It may happen during backward; `finish` ends the step."""
-        weight, gradient = parameter.data, parameter.grad
-        parameter.data, parameter.grad = self.exact(parameter), None
-        parameter.grad = gradient.float()
-        try:
-            self._step_inner(parameter)
-            exact = parameter.data
-        finally:
-            parameter.grad = None  # before the weight's type changes, and before rounding takes memory
-            parameter.data = weight
-            parameter.grad = gradient
-        self._take_over(parameter, exact)
+    def step_of(
+        self, parameter: nn.Parameter, gradient: Tensor | None = None, workspace: Workspace | None = None
+    ) -> None:
+        """Step one weight by a gradient, by default its own. It may happen during backward, and in several
+        threads, each with weights and a workspace of its own; `finish` ends the step.
+        """
+        gradient = parameter.grad if gradient is None else gradient
+        stand_in = nn.Parameter(self.exact(parameter, workspace))
+        stand_in.grad = _widened(gradient, "gradient", workspace)
+        self._step_inner(parameter, stand_in)
+        stand_in.grad = None  # before rounding takes memory
+        self._take_over(parameter, stand_in.data)
 
     def finish(self) -> None:
         """End a step after its last weight."""
         self._settings = []
         self._number = None
 
-    def exact(self, parameter: nn.Parameter) -> Tensor:
-        """Return a weight in fp32: a copy, unless it is fp32 itself."""
-        remainder = self._remainders.get(parameter)
-        return parameter.data.float() if remainder is None else joined(parameter.data, remainder)
+    def exact(self, parameter: nn.Parameter, workspace: Workspace | None = None) -> Tensor:
+        """Return a weight in fp32: a copy, in the workspace if there is one, unless it is fp32 itself."""
+        weight, remainder = parameter.data, self._remainders.get(parameter)
+        if remainder is None:
+            return _widened(weight, "weight", workspace)
+        return joined(weight, remainder, workspace and workspace.piece("weight", weight))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -135,22 +159,25 @@ class OneByOne(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
                     state[key] = value.float()
 
-    def _step_inner(self, parameter: nn.Parameter) -> None:
-        """Let the inner optimizer make its step as if it had this one weight."""
-        groups = self.inner.param_groups
-        if not self._settings:
-            self._settings = [_settings_of(group) for group in groups]
-        number = self._places[parameter]
-        group = groups[number]
-        parameters = group["params"]
-        group.clear()
-        group.update(copy.deepcopy(self._settings[number]), params=[parameter])
-        self.inner.param_groups = [group]
-        try:
-            self.inner.step()
-        finally:
-            group["params"] = parameters
-            self.inner.param_groups = groups
+    def _step_inner(self, parameter: nn.Parameter, stand_in: nn.Parameter) -> None:
+        """Let the inner optimizer make its step as if it had this one weight, with a stand-in for it."""
+        number, remembered = self._places[parameter], self.inner.state
+        group = self._settings_before(number) | {"params": [stand_in]}
+        state = defaultdict(dict, {stand_in: remembered[parameter]} if parameter in remembered else {})
+        alone = object.__new__(type(self.inner))  # `copy` would leave out what a subclass has
+        vars(alone).update(vars(self.inner), param_groups=[group], state=state)
+        alone.step()
+        if stand_in in state:
+            remembered[parameter] = state[stand_in]
+        del group["params"]
+        self.inner.param_groups[number].update(group)
+
+    def _settings_before(self, number: int) -> dict[str, object]:
+        """Return the settings of a group as they were before this step."""
+        with self._reading:
+            if not self._settings:
+                self._settings = [_settings_of(group) for group in self.inner.param_groups]
+            return copy.deepcopy(self._settings[number])
 
     def _take_over(self, parameter: nn.Parameter, exact: Tensor) -> None:
         """Write what a step made of a weight, in fp32, to where the weight is kept. `exact` is used up."""
@@ -207,6 +234,13 @@ class OneByOne(torch.optim.Optimizer):
             )
         for name, remainder in own.items():
             remainder.copy_(state[name])
+
+
+def _widened(tensor: Tensor, purpose: str, workspace: Workspace | None) -> Tensor:
+    """Return a tensor in fp32: a copy, unless it is fp32 itself."""
+    if workspace is None or tensor.dtype == torch.float32:
+        return tensor.float()
+    return workspace.piece(purpose, tensor).copy_(tensor)
 
 
 def _settings_of(group: Mapping[str, object]) -> dict[str, object]:

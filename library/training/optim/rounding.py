@@ -22,9 +22,12 @@ _PIECE = 2**18  # numbers, of a CPU's work
 _HALF = 2**15
 
 
-def joined(weight: Tensor, remainder: Tensor) -> Tensor:
-    """Return the fp32 numbers that bf16 `weight` and int16 `remainder` stand for, in memory of their own."""
-    exact = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+def joined(weight: Tensor, remainder: Tensor, exact: Tensor | None = None) -> Tensor:
+    """Return the fp32 numbers that bf16 `weight` and int16 `remainder` stand for, in `exact` if it is there,
+    else in memory of their own.
+    """
+    if exact is None:
+        exact = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for whole, upper, lower in _pieces(exact, weight, remainder):
         whole.copy_(upper)
         whole.view(torch.int32).add_(lower)

@@ -34,9 +34,8 @@ def check_one_by_one(options: OptimizerOptions, device: torch.device) -> None:
         movements = zip(together.movements(), apart.movements(), strict=True)
         shared = shared or any((a - b).abs().max() > _TOLERANCE * a.abs().max() for a, b in movements)
     except Exception as error:  # libraries raise what they like
-        swapped = " (where swapped blocks have them: --blocks_to_swap)" if device.type == "cpu" else ""
         raise ConfigError(
-            f"--optimizer_type {options.optimizer_name} cannot step weights that lie on {device}{swapped}: "
+            f"--optimizer_type {options.optimizer_name} cannot step weights one by one that lie on {device}: "
             f"{error}"
         ) from error
     if shared:

@@ -12,7 +12,7 @@ from glob import escape
 from pathlib import Path
 
 from library.core.errors import CheckpointError, ConfigError
-from library.core.files import explain
+from library.core.files import explain, hold, let_go
 from library.core.log import logger
 from library.options.hub import HubFolder, HubOptions
 from library.options.state import LATEST, StateOptions
@@ -54,42 +54,34 @@ class Uploads:
     def files(self, paths: Sequence[Path]) -> None:
         """Upload files into the folder of the repository."""
         for path in paths:
-            try:
-                content = path.read_bytes()  # now: until it is sent it may be removed as an older save
-            except OSError as error:
-                _log.warning("%s was not uploaded: %s", path, explain(error))
-                continue
-
-            def send(content: bytes = content, name: str = path.name) -> None:
-                self._make_repo()
-                self._api.upload_file(
-                    path_or_fileobj=content,
-                    path_in_repo=self._place(name),
-                    repo_id=self._repo_id,
-                    repo_type=self._options.huggingface_repo_type,
-                )
-                _log.info("uploaded %s to %s", name, self._repo_id)
-
-            self._do(f"{path} was not uploaded", send)
+            self._upload(path, lambda held, **where: self._api.upload_file(path_or_fileobj=held, **where))
 
     def folder(self, path: Path) -> None:
         """Upload a folder, in one commit: all of it arrives, or nothing."""
-
-        def send() -> None:
-            self._make_repo()
-            self._api.upload_folder(
-                folder_path=path,
-                path_in_repo=self._place(path.name),
-                repo_id=self._repo_id,
-                repo_type=self._options.huggingface_repo_type,
-            )
-            _log.info("uploaded %s to %s", path.name, self._repo_id)
-
-        self._do(f"{path} was not uploaded", send)
+        self._upload(path, lambda held, **where: self._api.upload_folder(folder_path=held, **where))
 
     def close(self) -> None:
         """Wait for what is still being uploaded."""
         self._thread.shutdown(wait=True)
+
+    def _upload(self, path: Path, send: Callable[..., object]) -> None:
+        """Let the thread `send` what is at `path` now, from the disk: a model's file is large."""
+        try:
+            held = hold(path)  # until it is sent it may be replaced, or removed as an older save
+        except OSError as error:
+            _log.warning("%s was not uploaded: %s", path, explain(error))
+            return
+
+        def upload() -> None:
+            try:
+                self._make_repo()
+                repository = {"repo_id": self._repo_id, "repo_type": self._options.huggingface_repo_type}
+                send(held, path_in_repo=self._place(path.name), **repository)
+            finally:
+                let_go(held)
+            _log.info("uploaded %s to %s", path.name, self._repo_id)
+
+        self._do(f"{path} was not uploaded", upload)
 
     def _make_repo(self) -> None:
         if not self._has_repo:

@@ -157,6 +157,8 @@ def find_resumed(options: StateOptions, saving: SavingOptions) -> SavedState | N
         return _latest(saving)
     path = Path(options.resume)
     put_back(path.parent)
+    if not (path / RECORD).is_file():
+        raise CheckpointError(f"--resume {_no_state(path)} {_what_to_resume(path, saving)}")
     state = read_state(path)
     verify_state(state)
     return state
@@ -303,13 +305,26 @@ def _remove(path: Path) -> None:
 
 def _no_state(path: Path) -> str:
     if not path.exists():
-        return (
-            f"--resume {path}: there is no such folder; name a state folder in --output_dir, or let --resume "
-            f"latest find the newest one of this run."
-        )
+        return f"{path}: there is no such folder."
+    if path.is_file():
+        return f"{path} is a file, and a state is a folder."
     if (path / "train_state.json").exists() or (path / "random_states_0.pkl").exists():
         return (
-            f"--resume {path} is a state of accelerate (sd-scripts). It holds pickled files and cannot be "
-            f"resumed here; start from the file that was saved with it: {FROM_FILE}."
+            f"{path} is a state of accelerate (sd-scripts), which holds pickled files: it cannot be resumed."
         )
-    return f"--resume {path} holds no {RECORD}, so it is not a state."
+    return f"{path} holds no {RECORD}, so it is not a state."
+
+
+def _what_to_resume(path: Path, saving: SavingOptions) -> str:
+    """Return what to give in place of `path`: the state that it is of, else the newest one, else no state."""
+    if path.is_file():
+        for folder in (path.parent, path.with_name(f"{path.stem}-state")):
+            if (folder / RECORD).is_file():
+                return f"Give the state that it belongs to: --resume {folder}"
+    states, where = saved_states(saving), f"of '{saving.output_name}' in {saving.output_dir}"
+    if states:
+        return f"The newest state {where} is this: --resume {states[-1].path}"
+    return (
+        f"There is no state {where}; with --save_state a run leaves folders whose names end in -state. What "
+        f"was saved in a file can be a start: {FROM_FILE}."
+    )

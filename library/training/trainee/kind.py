@@ -79,6 +79,18 @@ class TraineeKind(ABC):
         """Check what shows on the run's device, or with its processes. Raises UserError."""
 
     @abstractmethod
+    def check_optimizer(self, options: TrainOptions, device: torch.device) -> None:
+        """Let the optimizer step weights that lie on a device, in the way in which it will.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+
+    def check_swapping(self, options: TrainOptions) -> None:
+        """Check that blocks can be swapped, however many. Raises ConfigError with the reason if none can."""
+        return
+
+    @abstractmethod
     def make(
         self,
         options: TrainOptions,

@@ -45,9 +45,13 @@ class NetworkKind(TraineeKind):
 
     def check_device(self, context: RunContext) -> None:
         """Let the optimizer make a step."""
+        self.check_optimizer(context.options, context.device)
+
+    def check_optimizer(self, options: TrainOptions, device: torch.device) -> None:
+        """Let it step a matrix."""
         from library.training.optim.optimizer import check_optimizer
 
-        check_optimizer(context.options.optimizer, context.device)
+        check_optimizer(options.optimizer, device)
 
     def make(
         self,

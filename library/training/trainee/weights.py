@@ -67,11 +67,34 @@ class WeightsKind(TraineeKind):
                 )
 
     def check_device(self, context: RunContext) -> None:
-        """Let the optimizer make a step in the way in which it will."""
-        from library.training.trainee.weights_learner import check_weights_learner
-
-        check_weights_learner(context)
+        """Let the optimizer make a step wherever it will have weights; refuse FSDP."""
+        if context.processes.sharding is not None:
+            raise ConfigError(
+                "Full fine-tuning does not spread the model over processes with FSDP: start without it. To "
+                "save memory: --fused_backward_pass, --blocks_to_swap, --full_bf16."
+            )
+        self.check_optimizer(context.options, context.device)
+        if context.options.swap.count:
+            self.check_swapping(context.options)
         _log.info("all weights of the DiT are trained, %s", _precision(context.options))
+
+    def check_optimizer(self, options: TrainOptions, device: torch.device) -> None:
+        """Let it step matrices and vectors, together or one by one."""
+        from library.training.trainee.weights_learner import check_weights_optimizer
+
+        check_weights_optimizer(options, device)
+
+    def check_swapping(self, options: TrainOptions) -> None:
+        """Let the optimizer step where swapped blocks have their weights: in the computer's memory."""
+        import torch
+
+        try:
+            self.check_optimizer(options, torch.device("cpu"))
+        except ConfigError as error:
+            raise ConfigError(
+                f"Block swap is not possible with this optimizer, which would have to step the weights of "
+                f"swapped blocks in the computer's memory. {error}"
+            ) from error
 
     def make(
         self,

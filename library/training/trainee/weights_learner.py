@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 
 from library.core.device import keep_freed_memory
-from library.core.errors import ConfigError
 from library.nn.gradient_return import GradientReturn
 from library.options.train import TrainOptions
 from library.training.context import RunContext
@@ -29,22 +28,11 @@ from library.training.trainee.learner import Learner
 from library.training.trainee.whole_model import WholeModel
 
 
-def check_weights_learner(context: RunContext) -> None:
-    """Check the optimizer on every device that it will have weights on, and how processes share the model.
-
-    Raises:
-        ConfigError: the optimizer cannot make its step, or each process would have a part of the model only.
-    """
-    options, processes = context.options, context.processes
-    if processes.sharding is not None:
-        raise ConfigError(
-            "Full fine-tuning does not spread the model over processes with FSDP: start without it. To save "
-            "memory: --fused_backward_pass, --blocks_to_swap, --full_bf16."
-        )
-    for device in dict.fromkeys([context.device, *([torch.device("cpu")] if options.swap.count else [])]):
-        check_optimizer(options.optimizer, device, vectors=True)
-        if _one_by_one(options):
-            check_one_by_one(options.optimizer, device)
+def check_weights_optimizer(options: TrainOptions, device: torch.device) -> None:
+    """Let the optimizer make its step on weights that lie on a device. Raises ConfigError if it cannot."""
+    check_optimizer(options.optimizer, device, vectors=True)
+    if _one_by_one(options):
+        check_one_by_one(options.optimizer, device)
 
 
 def weights_optimizer(trainee: Trainee, options: TrainOptions, *, seed: int) -> torch.optim.Optimizer:

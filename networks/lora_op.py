@@ -1,0 +1,154 @@
+"""Linear layers that read one input, with a LoRA on each, as one autograd operation.
+
+    y = W x + b + factor * up (down x)      for each of the layers
+
+Notable facts:
+- The low-rank parts are accumulated into the base layers' outputs in place, and the input's gradient is
+  accumulated over all layers: no second tensor of either width is ever made. Kept for backward are only x and
+  the rank-wide `down x`.
+- All `down` are multiplied with x as one matrix, and their gradients come out of one product.
+- A factor that is a number is left to the products, which scale what they add up for nothing.
+- `low_rank` and plain `F.linear` are the reference implementation; tests hold the fast one against it.
+- LoRA weights are fp32 and are cast to the activations' dtype inside the operation.
+
+Shape legend: N rows (tokens, or samples), I in features, O out features, R rank, S ranks of all layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from library.nn.compiling import unshared
+from library.nn.quant import add_product_back, product, product_back
+
+
+class LoRAOperand(NamedTuple):
+    """One of the layers: the base layer, its weight in stored form (`quant.stored_form`), and its LoRA.
+
+    `factor` is a number, or (N, R), or (1, R).
+    """
+
+    bias_O: Tensor | None
+    down: Tensor
+    up: Tensor
+    factor: float | Tensor
+    way: str | None
+    stored: tuple[Tensor, ...]
+
+
+def linear_with_loras(x_NI: Tensor, layers: Sequence[LoRAOperand], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return `F.linear(x, weight, bias) + low_rank(x, down, up, factor)` of each layer, computed in `dtype`.
+
+    The base layers are constant: weights and biases get no gradient. Each weight is used in the same way
+    forward and backward.
+    """
+    ways = tuple((layer.way, len(layer.stored)) for layer in layers)
+    flat = [part for layer in layers for part in (*layer[:4], *layer.stored)]
+    return _LinearWithLoRAs.apply(x_NI, dtype, ways, *flat)
+
+
+def low_rank(x_NI: Tensor, down: Tensor, up: Tensor, factor: float | Tensor) -> Tensor:
+    """Return what a LoRA adds to a linear layer's output (N, O), in plain operations.
+
+    Args:
+        down: (R, I). up: (O, R). Both are cast to the dtype of x.
+        factor: multiplied into `down x`: a number, or (N, R), or (1, R).
+    """
+    return F.linear(F.linear(x_NI, down.to(x_NI.dtype)) * factor, up.to(x_NI.dtype))
+
+
+class _LinearWithLoRAs(torch.autograd.Function):
+    """See `linear_with_loras`; the layers come one after another, as autograd takes no nested tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x_NI: Tensor,
+        dtype: torch.dtype,
+        ways: tuple[tuple[str | None, int], ...],
+        *flat: Tensor | float | None,
+    ) -> tuple[Tensor, ...]:
+        layers = tuple(_operands(ways, flat))
+        wide_NI = x_NI.to(dtype)
+        down_SI = _joined([layer.down for layer in layers], dim=0).to(dtype)
+        h_NS = torch.mm(wide_NI, down_SI.t())
+        ups, outputs = [layer.up.to(dtype) for layer in layers], []
+        for layer, up_OR, h_NR in zip(layers, ups, _columns(h_NS, ups), strict=True):
+            if isinstance(layer.factor, Tensor):
+                h_NR.mul_(layer.factor)
+            y_NO = product(wide_NI, layer.way, layer.stored, layer.bias_O, dtype)
+            y_NO.addmm_(h_NR, up_OR.t(), alpha=_number(layer.factor))
+            outputs.append(unshared(y_NO.to(x_NI.dtype)))
+        stored = [tensor for layer in layers for tensor in layer.stored]
+        ctx.save_for_backward(x_NI, down_SI, h_NS, *ups, *stored)
+        ctx.dtype, ctx.ways, ctx.lora_dtype = dtype, ways, layers[0].down.dtype
+        ctx.factors = [layer.factor for layer in layers]
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, down_SI, h_NS, *others = ctx.saved_tensors
+        dtype, ways = ctx.dtype, ctx.ways
+        grads_NO = [grad.to(dtype) for grad in grads]
+        ups, stored = others[: len(ways)], iter(others[len(ways) :])
+        grads_h_NR = []
+        for grad_NO, up_OR, factor in zip(grads_NO, ups, ctx.factors, strict=True):
+            grad_h_NR = _scaled_mm(grad_NO, up_OR, _number(factor))
+            grads_h_NR.append(grad_h_NR.mul_(factor) if isinstance(factor, Tensor) else grad_h_NR)
+        grad_h_NS = _joined(grads_h_NR, dim=1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            for grad_NO, (way, count) in zip(grads_NO, ways, strict=True):
+                weight = tuple(itertools.islice(stored, count))
+                if grad_x is None:
+                    grad_x = product_back(grad_NO, way, weight, dtype)
+                else:
+                    add_product_back(grad_x, grad_NO, way, weight)
+            grad_x = grad_x.addmm_(grad_h_NS, down_SI).to(x_NI.dtype)
+        found = [grad_x, None, None]
+        if not any(ctx.needs_input_grad[1:]):
+            return *found, *(None for way, count in ways for _ in range(4 + count))
+        grad_downs = torch.mm(grad_h_NS.t(), x_NI.to(dtype)).to(ctx.lora_dtype)
+        grad_downs = grad_downs.split([up_OR.shape[1] for up_OR in ups])
+        layers = zip(grads_NO, _columns(h_NS, ups), ctx.factors, grad_downs, ways, strict=True)
+        for grad_NO, h_NR, factor, grad_down, (_, count) in layers:
+            # this order of factors is the faster one: the wide matrix is not transposed
+            grad_up = _scaled_mm(h_NR.t(), grad_NO, _number(factor)).t().to(ctx.lora_dtype)
+            found += [None, grad_down, grad_up, None, *[None] * count]
+        return tuple(found)
+
+
+def _operands(
+    ways: Sequence[tuple[str | None, int]], flat: Sequence[Tensor | float | None]
+) -> Iterator[LoRAOperand]:
+    """Put together again what `linear_with_loras` has laid out."""
+    parts = iter(flat)
+    for way, count in ways:
+        yield LoRAOperand(*itertools.islice(parts, 4), way, tuple(itertools.islice(parts, count)))
+
+
+def _number(factor: float | Tensor) -> float:
+    """Return the factor that products have to apply."""
+    return 1.0 if isinstance(factor, Tensor) else factor
+
+
+def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return scale * a b, from one kernel: what it would be added to counts nothing at beta=0."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
+def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
+
+
+def _columns(x_NS: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the columns of each layer's ranks, by the layers' `up`."""
+    return (x_NS,) if len(ups) == 1 else x_NS.split([up_OR.shape[1] for up_OR in ups], dim=1)

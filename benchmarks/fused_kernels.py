@@ -28,7 +28,7 @@ from library.core.device import dtype_named  # noqa: E402
 from library.core.errors import UserError  # noqa: E402
 from library.models.kandinsky5_format import Kandinsky5Params  # noqa: E402
 from library.models.lumina2_format import NextDiTParams  # noqa: E402
-from library.nn import layers, modulated  # noqa: E402
+from library.nn import activations, layers, modulated  # noqa: E402
 from library.nn.kernels import use_fused_kernels  # noqa: E402
 from library.nn.packing import Packing  # noqa: E402
 
@@ -75,7 +75,7 @@ def lumina2(tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[P
     )
     yield _heads(draw, (tokens, params.n_heads + params.n_kv_heads, params.head_dim), dtype)
     wide = (draw(tokens, params.ffn_dim, dtype), draw(tokens, params.ffn_dim, dtype))
-    yield Part("SwiGLU", layers.swiglu, wide)
+    yield Part("SwiGLU", activations.swiglu, wide)
 
 
 def kandinsky5(tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[Part]:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.core.seeds import generator
+from library.nn.activations import Activation
 from library.nn.products import Linear, layer_dtype
 from library.nn.quant import restore, stored_form
 from library.nn.together import Joinable
@@ -328,8 +329,18 @@ class LoRALinear(Joinable):
             if not joins or layer._multiplies_in(x) != dtype:
                 return tuple(layer(x) for layer in layers)
         operands = [layer._operand(x) for layer in layers]
-        outputs_NO = linear_with_loras(_rows(x), operands, dtype)
+        outputs_NO = linear_with_loras([_rows(x)], operands, dtype)
         return tuple(_like(y_NO, x) for y_NO in outputs_NO)
+
+    def after(self, activation: Activation, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the output (..., out) for an activation's value."""
+        first = inputs[0]
+        if not self._has_one_plain_lora():
+            return self(activation.value(*inputs))
+        rows = [_rows(x) for x in inputs]
+        dtype = self._multiplies_in(first)
+        (y_NO,) = linear_with_loras(rows, [self._operand(first)], dtype, activation)
+        return _like(y_NO, first)
 
     def _has_one_plain_lora(self) -> bool:
         return len(self.loras) == 1 and isinstance(self.loras[0], LoRA) and self.loras[0].is_plain()
@@ -349,7 +360,7 @@ class LoRALinear(Joinable):
         (down, up, factor, scale, on_output), *more = actions
         if scale is None:
             operand = LoRAOperand(bias, down, up, factor, way, stored)
-            (y_NO,) = linear_with_loras(x_NI, [operand], dtype)
+            (y_NO,) = linear_with_loras([x_NI], [operand], dtype)
         else:
             y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, way, *stored)
         for down, up, factor, scale, on_output in more:

@@ -1,4 +1,5 @@
-"""Linear layers that read one input, with a LoRA on each, as one autograd operation.
+"""Linear layers that read one input, with a LoRA on each, and the activation before them, as one autograd
+operation.
 
     y = W x + b + factor * up (down x)      for each of the layers
 
@@ -6,6 +7,8 @@ Notable facts:
 - The low-rank parts are accumulated into the base layers' outputs in place, and the input's gradient is
   accumulated over all layers: no second tensor of either width is ever made. Kept for backward are only x and
   the rank-wide `down x`.
+- Of an activation its inputs are kept. Backward reads the value only to multiply it with something thin: so
+  it is made again some rows at a time, with the gradients of its inputs, and never is as a whole.
 - All `down` are multiplied with x as one matrix, and their gradients come out of one product.
 - A factor that is a number is left to the products, which scale what they add up for nothing.
 - `low_rank` and plain `F.linear` are the reference implementation; tests hold the fast one against it.
@@ -16,6 +19,7 @@ Shape legend: N rows (tokens, or samples), I in features, O out features, R rank
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -25,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.nn.activations import IDENTITY, Activation
 from library.nn.compiling import unshared
 from library.nn.quant import add_product_back, product, product_back
 
@@ -43,15 +48,21 @@ class LoRAOperand(NamedTuple):
     stored: tuple[Tensor, ...]
 
 
-def linear_with_loras(x_NI: Tensor, layers: Sequence[LoRAOperand], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return `F.linear(x, weight, bias) + low_rank(x, down, up, factor)` of each layer, computed in `dtype`.
+def linear_with_loras(
+    inputs: Sequence[Tensor],
+    layers: Sequence[LoRAOperand],
+    dtype: torch.dtype,
+    activation: Activation = IDENTITY,
+) -> tuple[Tensor, ...]:
+    """Return `F.linear(x, weight, bias) + low_rank(x, down, up, factor)` of each layer, computed in `dtype`,
+    where x is `activation` of the inputs.
 
     The base layers are constant: weights and biases get no gradient. Each weight is used in the same way
     forward and backward.
     """
     ways = tuple((layer.way, len(layer.stored)) for layer in layers)
     flat = [part for layer in layers for part in (*layer[:4], *layer.stored)]
-    return _LinearWithLoRAs.apply(x_NI, dtype, ways, *flat)
+    return _LinearWithLoRAs.apply(dtype, activation, len(inputs), ways, *inputs, *flat)
 
 
 def low_rank(x_NI: Tensor, down: Tensor, up: Tensor, factor: float | Tensor) -> Tensor:
@@ -70,12 +81,14 @@ class _LinearWithLoRAs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        x_NI: Tensor,
         dtype: torch.dtype,
+        activation: Activation,
+        count: int,
         ways: tuple[tuple[str | None, int], ...],
         *flat: Tensor | float | None,
     ) -> tuple[Tensor, ...]:
-        layers = tuple(_operands(ways, flat))
+        inputs, layers = flat[:count], tuple(_operands(ways, flat[count:]))
+        x_NI = activation.value(*inputs)
         wide_NI = x_NI.to(dtype)
         down_SI = _joined([layer.down for layer in layers], dim=0).to(dtype)
         h_NS = torch.mm(wide_NI, down_SI.t())
@@ -87,43 +100,72 @@ class _LinearWithLoRAs(torch.autograd.Function):
             y_NO.addmm_(h_NR, up_OR.t(), alpha=_number(layer.factor))
             outputs.append(unshared(y_NO.to(x_NI.dtype)))
         stored = [tensor for layer in layers for tensor in layer.stored]
-        ctx.save_for_backward(x_NI, down_SI, h_NS, *ups, *stored)
-        ctx.dtype, ctx.ways, ctx.lora_dtype = dtype, ways, layers[0].down.dtype
-        ctx.factors = [layer.factor for layer in layers]
+        ctx.save_for_backward(*inputs, down_SI, h_NS, *ups, *stored)
+        ctx.dtype, ctx.activation, ctx.count, ctx.ways = dtype, activation, count, ways
+        ctx.lora_dtype, ctx.factors = layers[0].down.dtype, [layer.factor for layer in layers]
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, down_SI, h_NS, *others = ctx.saved_tensors
-        dtype, ways = ctx.dtype, ctx.ways
+        dtype, ways, count, saved = ctx.dtype, ctx.ways, ctx.count, ctx.saved_tensors
+        inputs, (down_SI, h_NS, *others) = saved[:count], saved[count:]
+        ups, stored = others[: len(ways)], others[len(ways) :]
         grads_NO = [grad.to(dtype) for grad in grads]
-        ups, stored = others[: len(ways)], iter(others[len(ways) :])
-        grads_h_NR = []
-        for grad_NO, up_OR, factor in zip(grads_NO, ups, ctx.factors, strict=True):
-            grad_h_NR = _scaled_mm(grad_NO, up_OR, _number(factor))
-            grads_h_NR.append(grad_h_NR.mul_(factor) if isinstance(factor, Tensor) else grad_h_NR)
-        grad_h_NS = _joined(grads_h_NR, dim=1)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            for grad_NO, (way, count) in zip(grads_NO, ways, strict=True):
-                weight = tuple(itertools.islice(stored, count))
-                if grad_x is None:
-                    grad_x = product_back(grad_NO, way, weight, dtype)
-                else:
-                    add_product_back(grad_x, grad_NO, way, weight)
-            grad_x = grad_x.addmm_(grad_h_NS, down_SI).to(x_NI.dtype)
-        found = [grad_x, None, None]
-        if not any(ctx.needs_input_grad[1:]):
-            return *found, *(None for way, count in ways for _ in range(4 + count))
-        grad_downs = torch.mm(grad_h_NS.t(), x_NI.to(dtype)).to(ctx.lora_dtype)
-        grad_downs = grad_downs.split([up_OR.shape[1] for up_OR in ups])
-        layers = zip(grads_NO, _columns(h_NS, ups), ctx.factors, grad_downs, ways, strict=True)
-        for grad_NO, h_NR, factor, grad_down, (_, count) in layers:
+        grad_h_NS = _grad_of_h(grads_NO, ups, ctx.factors)
+        of_parts: list[Tensor] = []
+
+        def multiply(x_NI: Tensor, rows: slice) -> None:
+            of_parts.append(torch.mm(grad_h_NS[rows].t(), x_NI.to(dtype)))
+
+        if any(ctx.needs_input_grad[_FIRST : _FIRST + count]):
+            grad_x_NI = _through_base_layers(grads_NO, ways, stored, dtype).addmm_(grad_h_NS, down_SI)
+            grads_in = ctx.activation.back(inputs, grad_x_NI.to(inputs[0].dtype), multiply)
+        else:
+            multiply(ctx.activation.value(*inputs), slice(None))
+            grads_in = (None,) * count
+        found = [*(None,) * _FIRST, *grads_in]
+        if not any(ctx.needs_input_grad[_FIRST + count :]):
+            return *found, *(None for way, parts in ways for _ in range(4 + parts))
+        grad_down_SI = functools.reduce(Tensor.add_, of_parts).to(ctx.lora_dtype)
+        grads_down = grad_down_SI.split([up_OR.shape[1] for up_OR in ups])
+        layers = zip(grads_NO, _columns(h_NS, ups), ctx.factors, grads_down, ways, strict=True)
+        for grad_NO, h_NR, factor, grad_down, (_, parts) in layers:
             # this order of factors is the faster one: the wide matrix is not transposed
             grad_up = _scaled_mm(h_NR.t(), grad_NO, _number(factor)).t().to(ctx.lora_dtype)
-            found += [None, grad_down, grad_up, None, *[None] * count]
+            found += [None, grad_down, grad_up, None, *(None,) * parts]
         return tuple(found)
+
+
+_FIRST = 4  # of the arguments that are tensors
+
+
+def _grad_of_h(
+    grads_NO: Sequence[Tensor], ups: Sequence[Tensor], factors: Sequence[float | Tensor]
+) -> Tensor:
+    """Return the gradient of `down x`, (N, S)."""
+    parts = []
+    for grad_NO, up_OR, factor in zip(grads_NO, ups, factors, strict=True):
+        part_NR = _scaled_mm(grad_NO, up_OR, _number(factor))
+        parts.append(part_NR.mul_(factor) if isinstance(factor, Tensor) else part_NR)
+    return _joined(parts, dim=1)
+
+
+def _through_base_layers(
+    grads_NO: Sequence[Tensor],
+    ways: Sequence[tuple[str | None, int]],
+    stored: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the gradient of x without the LoRAs, (N, I)."""
+    tensors, grad_x_NI = iter(stored), None
+    for grad_NO, (way, parts) in zip(grads_NO, ways, strict=True):
+        weight = tuple(itertools.islice(tensors, parts))
+        if grad_x_NI is None:
+            grad_x_NI = product_back(grad_NO, way, weight, dtype)
+        else:
+            add_product_back(grad_x_NI, grad_NO, way, weight)
+    return grad_x_NI
 
 
 def _operands(

@@ -38,9 +38,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.models.kandinsky5_format import Kandinsky5Params, check_patches, check_text_length
+from library.nn.activations import GELU
 from library.nn.attention import attention
 from library.nn.layers import RMSNorm, norm_and_rotate, official_norm_and_rotate, sinusoid
-from library.nn.modulated import LayerNorm, Modulation, gated_residual, gelu, modulated_layer_norm
+from library.nn.modulated import LayerNorm, Modulation, gated_residual, modulated_layer_norm
 from library.nn.packing import Layout, Packing
 from library.nn.patches import grid_of, to_patches
 from library.nn.products import Fp32Linear, Linear
@@ -48,7 +49,7 @@ from library.nn.recompute import costly, slight
 from library.nn.rope import ApartRopeTables
 from library.nn.routing import Routing, run_blocks
 from library.nn.runner import BlockRunner
-from library.nn.together import together
+from library.nn.together import activated, together
 from library.nn.transformer import Transformer
 
 _THETA = 10000.0
@@ -148,7 +149,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.out_layer(gelu(costly(self.in_layer, x_TD, wide=True)))
+        return activated(GELU, (costly(self.in_layer, x_TD, wide=True),), self.out_layer)
 
 
 class TextBlock(nn.Module):

@@ -32,6 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from library.models.lumina2_format import NextDiTParams
+from library.nn.activations import SWIGLU
 from library.nn.attention import attention
 from library.nn.layers import (
     RMSNorm,
@@ -39,7 +40,6 @@ from library.nn.layers import (
     norm_and_rotate,
     normed_residual,
     scaled_rms_norm,
-    swiglu,
 )
 from library.nn.packing import Layout, Packing
 from library.nn.patches import grid_of, to_patches
@@ -48,7 +48,7 @@ from library.nn.recompute import costly
 from library.nn.rope import RopeTables
 from library.nn.routing import Routing, run_blocks
 from library.nn.runner import BlockRunner
-from library.nn.together import together
+from library.nn.together import activated, together
 from library.nn.transformer import Transformer
 
 
@@ -90,7 +90,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.w2(swiglu(*costly(together, x_TD, self.w1, self.w3, wide=True)))
+        return activated(SWIGLU, costly(together, x_TD, self.w1, self.w3, wide=True), self.w2)
 
 
 class Block(nn.Module):

@@ -53,7 +53,7 @@ def replace_parts(kernels: str) -> None:
 
         parts = (
             *(triton_layers.scaled_rms_norm, triton_layers.normed_residual),
-            *(triton_layers.swiglu, triton_layers.norm_and_rotate),
+            *(triton_layers.swiglu, triton_layers.swiglu_back, triton_layers.norm_and_rotate),
             *(triton_modulated.modulated_layer_norm, triton_modulated.gated_residual),
         )
         _replaced.update({part.__name__: part for part in parts})

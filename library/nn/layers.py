@@ -1,5 +1,4 @@
-"""The memory-bound parts of a transformer block: modulated norms, gated residuals, SwiGLU, query and key
-preparation.
+"""The memory-bound parts of a transformer block: norms, normed residuals, query and key preparation.
 
 Each `plain_*` function is the reference: it says what is computed, and it is what `torch.compile` gets to
 see. The function of the same name without `plain_` computes the same and keeps less for backward: its
@@ -184,9 +183,7 @@ class _ScaledRMSNorm(torch.autograd.Function):
             if need_gain:
                 grad_gain_BD[sample] += (x * rstd).mul_(grad).sum(0)
             if need_x:
-                with wide_room(grad_x_TD[rows]) as grad_x:
-                    torch.mul(grad, gain_BD[sample], out=grad_x)
-                    _through_rms(grad_x, x, rstd)
+                _through_rms(grad, gain_BD[sample], x, rstd, out=grad_x_TD[rows])
         return grad_x_TD, grad_gain_BD, grad_TD if need_stream else None, None, None
 
 
@@ -196,55 +193,20 @@ def _reciprocal_rms(x: Tensor, eps: float, out: Tensor) -> Tensor:
     return out.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _through_rms(grad: Tensor, x: Tensor, rstd: Tensor) -> None:
-    """Turn the gradient of x / rms(x) into that of x, in place: rstd * (g - x * mean(g x) * rstd^2)."""
-    along = torch.linalg.vecdot(grad, x).unsqueeze(-1).mul_(rstd.pow(3)).div_(x.shape[-1])
-    grad.mul_(rstd).addcmul_(x, along, value=-1)
+def _through_rms(grad: Tensor, gain_F: Tensor, x: Tensor, rstd: Tensor, *, out: Tensor) -> None:
+    """Write the gradient of x, given that of x / rms(x) * gain: rstd * (g - x * mean(g x) * rstd^2), where g
+    is grad * gain.
+
+    Torch's backward of a layer norm is one pass over the rows. Told that their mean is zero it returns this
+    less rstd * mean(g).
+    """
+    width, zero = x.shape[-1:], torch.zeros_like(rstd)
+    inner, _, _ = _layer_norm_backward(grad, x, width, zero, rstd, gain_F, None, [True, False, False])
+    mean = torch.mv(grad.view(-1, *width), gain_F).view_as(rstd)
+    torch.add(inner, mean.mul_(rstd), alpha=1 / x.shape[-1], out=out)
 
 
-# ---- SwiGLU ----
-
-
-def plain_swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
-    """silu(a) * b."""
-    return F.silu(a_TF) * b_TF
-
-
-def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
-    """Return silu(a) * b. Nothing is kept for backward but a and b, which linear layers made."""
-    if torch.compiler.is_compiling():
-        return plain_swiglu(a_TF, b_TF)
-    return cheap(fused("swiglu", _SwiGLU.apply), a_TF, b_TF)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(a) * b on any device."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, a_TF: Tensor, b_TF: Tensor) -> Tensor:
-        ctx.save_for_backward(a_TF, b_TF)
-        if device_kind(a_TF) != "cpu":
-            return F.silu(a_TF).mul_(b_TF)
-        y_TF = torch.empty_like(a_TF)
-        for rows in _blocks(a_TF):
-            torch.mul(F.silu(a_TF[rows]), b_TF[rows], out=y_TF[rows])
-        return y_TF
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_TF: Tensor) -> tuple[Tensor | None, ...]:
-        a_TF, b_TF = ctx.saved_tensors
-        if device_kind(a_TF) != "cpu":
-            grad_b_TF, grad_a_TF = F.silu(a_TF).mul_(grad_TF), grad_TF * b_TF
-            return torch.ops.aten.silu_backward.grad_input(grad_a_TF, a_TF, grad_input=grad_a_TF), grad_b_TF
-        grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
-        for rows in _blocks(a_TF):
-            a, grad, grad_a, grad_b = (x[rows] for x in (a_TF, grad_TF, grad_a_TF, grad_b_TF))
-            torch.ops.aten.silu.out(a, out=grad_a)  # its room serves for what lies in between, too
-            torch.mul(grad_a, grad, out=grad_b)
-            torch.mul(grad, b_TF[rows], out=grad_a)
-            torch.ops.aten.silu_backward.grad_input(grad_a, a, grad_input=grad_a)
-        return grad_a_TF, grad_b_TF
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
 # ---- queries and keys: a norm a head, then the rotary embedding ----
@@ -312,6 +274,7 @@ class _NormAndRotate(torch.autograd.Function):
         grad_x_THF = torch.empty_like(x_THF, memory_format=torch.contiguous_format) if need_x else None
         grad_gain_HF = torch.zeros_like(gain_HF) if need_gain else None
         turns_T1P = _turns(table_TP2, rstd_TH1.dtype, back=True)
+        one_F = torch.ones_like(gain_HF[0])
         for rows in _blocks(x_THF):
             rstd = rstd_TH1[rows]
             x = x_THF[rows].to(rstd.dtype)
@@ -321,9 +284,7 @@ class _NormAndRotate(torch.autograd.Function):
             if need_gain:
                 grad_gain_HF += (x * rstd).mul_(grad).sum(0)
             if need_x:
-                with wide_room(grad_x_THF[rows]) as grad_x:
-                    torch.mul(grad, gain_HF, out=grad_x)
-                    _through_rms(grad_x, x, rstd)
+                _through_rms(grad.mul_(gain_HF), one_F, x, rstd, out=grad_x_THF[rows])
         return grad_x_THF, grad_gain_HF, None, None
 
 

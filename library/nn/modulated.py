@@ -1,5 +1,5 @@
 """What a timestep does to a block that is modulated as in DiT: a layer norm that is scaled and shifted, and a
-gate before the sum with the residual stream; and GELU.
+gate before the sum with the residual stream.
 
 As in `library.nn.layers`, each `plain_*` function is the reference and what `torch.compile` sees. The
 function without `plain_` computes the same in fp32 and rounds once; for backward it keeps its inputs in their
@@ -241,14 +241,6 @@ class _GatedResidual(torch.autograd.Function):
             for rows, sample in _blocks_of_samples(_lengths(x_TD, gate_BD, ctx.lengths), x_TD):
                 grad_gate_BD[sample] += (grad_TD[rows].to(gate_BD.dtype) * x_TD[rows]).sum(0)
         return grad_TD if need_stream else None, grad_x_TD, grad_gate_BD, None
-
-
-# ---- GELU ----
-
-
-def gelu(x_TF: Tensor) -> Tensor:
-    """Return the exact GELU of x. Nothing is kept for backward but x, which a linear layer made."""
-    return cheap(F.gelu, x_TF)
 
 
 # ---- shared ----

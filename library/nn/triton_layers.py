@@ -1,4 +1,5 @@
-"""Triton kernels for what `library.nn.layers` defines: RMS norms, SwiGLU, queries and keys.
+"""Triton kernels for what `library.nn.layers` and `library.nn.activations` define: RMS norms, queries and
+keys, SwiGLU.
 
 Each kernel reads its inputs once, computes in fp32 and rounds where the functions written by hand there do.
 For backward the same is kept: inputs, and one number a row.
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from library.nn.activations import Use
 from library.nn.packing import Packing
 from library.nn.triton_launch import (
     added_up,
@@ -172,7 +174,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
-    """See `library.nn.layers.swiglu`."""
+    """See `library.nn.activations.swiglu`."""
     return _SwiGLU.apply(a_TF, b_TF)
 
 
@@ -217,16 +219,25 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
-        a_TF, b_TF = ctx.saved_tensors
-        grad_TF = grad_TF.contiguous()
-        grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
-        launch(
-            _swiglu_backward,
-            _elements(a_TF),
-            *(grad_TF, a_TF, b_TF, grad_a_TF, grad_b_TF, a_TF.numel()),
-            BLOCK=_ELEMENTS,
-        )
-        return grad_a_TF, grad_b_TF
+        return _swiglu_grads(*ctx.saved_tensors, grad_TF)
+
+
+def swiglu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[Tensor, ...]:
+    """See `library.nn.activations.swiglu_back`."""
+    use(swiglu(*inputs), slice(None))
+    return _swiglu_grads(*inputs, grad_TF)
+
+
+def _swiglu_grads(a_TF: Tensor, b_TF: Tensor, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
+    a_TF, b_TF, grad_TF = a_TF.contiguous(), b_TF.contiguous(), grad_TF.contiguous()
+    grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
+    launch(
+        _swiglu_backward,
+        _elements(a_TF),
+        *(grad_TF, a_TF, b_TF, grad_a_TF, grad_b_TF, a_TF.numel()),
+        BLOCK=_ELEMENTS,
+    )
+    return grad_a_TF, grad_b_TF
 
 
 def _elements(x: Tensor) -> tuple[int]:

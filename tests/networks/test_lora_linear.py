@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.nn.activations import GELU, SWIGLU, Activation
 from library.nn.products import Linear
-from library.nn.together import together
+from library.nn.together import activated, together
 from networks.layer import Dropouts, LoRA, LoRALinear
 from networks.lora_op import LoRAOperand, linear_with_loras, low_rank
 
@@ -95,7 +96,7 @@ def test_gradients_are_the_derivatives(masked: bool) -> None:
     def outputs(x: Tensor, *loras: Tensor) -> tuple[Tensor, ...]:
         pairs = zip(loras[::2], loras[1::2], strict=True)
         operands = [LoRAOperand(bias, down, up, factor, None, (weight,)) for down, up in pairs]
-        return linear_with_loras(x, operands, torch.float64)
+        return linear_with_loras([x], operands, torch.float64)
 
     for count in (1, 3):
         loras = [leaf(*shape) for _ in range(count) for shape in ((2, 4), (5, 2))]
@@ -164,6 +165,76 @@ def test_layers_that_cannot_be_joined_are_computed_one_by_one() -> None:
     bare = nn.Linear(12, 3)
     assert torch.equal(together(x, layer, bare)[1], bare(x))
     assert torch.equal(together(x, bare, layer)[1], layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropouts", [Dropouts(), Dropouts(neuron=0.4), Dropouts(rank=0.3)])
+@pytest.mark.parametrize(("activation", "count"), [(SWIGLU, 2), (GELU, 1)], ids=["SwiGLU", "GELU"])
+def test_a_layer_is_computed_with_the_activation_before_it(
+    activation: Activation, count: int, dtype: torch.dtype, dropouts: Dropouts
+) -> None:
+    layer, lora = make_layer(dtype=dtype)
+    lora.dropouts = dropouts
+    inputs = [torch.randn(2, 40, 12, dtype=dtype, requires_grad=True) for _ in range(count)]
+    target = torch.randn(2, 40, 20, dtype=dtype)
+    results = []
+    for forward in (
+        lambda: activated(activation, inputs, layer),
+        lambda: layer(activation.value(*inputs)),
+    ):
+        torch.manual_seed(5)  # dropout
+        y = forward()
+        results.append((y, *torch.autograd.grad((y * target).sum(), (*inputs, lora.down, lora.up))))
+    for fast, plain in zip(*results, strict=True):
+        assert fast.dtype == plain.dtype and fast.shape == plain.shape
+        assert relative(fast, plain) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("activation", "count"), [(SWIGLU, 2), (GELU, 1)], ids=["SwiGLU", "GELU"])
+def test_of_an_activation_the_inputs_are_kept(activation: Activation, count: int) -> None:
+    layer, lora = make_layer(bias=False)
+    inputs = [torch.randn(40, 12, requires_grad=True) for _ in range(count)]
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        alive = activated(activation, inputs, layer)
+    for tensor in (layer.base.weight, lora.down, lora.up):
+        kept.pop(tensor.untyped_storage().data_ptr())
+    assert sum(kept.values()) == count * 40 * 12 + 40 * lora.rank and alive.requires_grad
+
+
+def test_gradients_through_an_activation_are_derivatives() -> None:
+    layer, lora = make_layer(4, 5, rank=2, dtype=torch.float64)
+    lora.double()
+    a, b = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def output(a: Tensor, b: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        operand = LoRAOperand(layer.base.bias, down, up, 0.7, None, (layer.base.weight,))
+        return linear_with_loras([a, b], [operand], torch.float64, SWIGLU)[0]
+
+    loras = lora.down, lora.up
+    assert torch.autograd.gradcheck(output, (a, b, *loras))
+    assert torch.autograd.gradcheck(lambda *i: output(a.detach(), b.detach(), *i), loras)
+    frozen = lora.down.detach(), lora.up.detach()
+    assert torch.autograd.gradcheck(lambda *i: output(*i, *frozen), (a, b))
+
+
+def test_a_layer_that_cannot_be_joined_with_an_activation_follows_it() -> None:
+    layer, lora = make_layer()
+    x, bare = torch.randn(7, 12), nn.Linear(12, 3)
+    assert torch.equal(activated(GELU, [x], bare), bare(F.gelu(x)))
+    for change in (Dropouts(module=1.0), Dropouts()):
+        lora.dropouts = change
+        lora.set_strength(0.0 if change == Dropouts() else 1.0)
+        assert torch.equal(activated(GELU, [x], layer), layer.base(F.gelu(x)))
+    other, _ = make_layer()
+    lora.set_strength(1.0)
+    layer.loras += other.loras
+    assert torch.allclose(activated(GELU, [x], layer), layer(F.gelu(x)))
 
 
 def test_agrees_with_peft() -> None:

@@ -8,9 +8,9 @@ from torch._dynamo.utils import counters
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.nn import compiling
+from library.nn.activations import swiglu
 from library.nn.block_swap import BlockSwap
 from library.nn.compiling import check_compiler, part_compiler
-from library.nn.layers import swiglu
 from library.nn.products import Fp32Linear, Linear
 from library.nn.quant import QuantLinear
 from library.options.compute import ComputeOptions

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.nn import layers, modulated
+from library.nn import activations, layers, modulated
 from library.nn.layers import (
     RMSNorm,
     TimestepEmbedder,
@@ -17,9 +17,7 @@ from library.nn.layers import (
     plain_norm_and_rotate,
     plain_normed_residual,
     plain_scaled_rms_norm,
-    plain_swiglu,
     scaled_rms_norm,
-    swiglu,
 )
 from library.nn.packing import Packing, by_sample
 from library.nn.recompute import run_again_in_backward
@@ -36,7 +34,7 @@ def ways(request, monkeypatch):
     """The ways to compute: two sizes of the CPU's blocks, and what is done on a GPU."""
     monkeypatch.setattr(layers, "_BLOCK_ELEMENTS", 40 if request.param == "many blocks" else 1 << 18)
     if request.param == "as on a GPU":
-        for module in (layers, modulated):
+        for module in (activations, layers, modulated):
             monkeypatch.setattr(module, "device_kind", lambda x: "cuda")
     return request.param
 
@@ -83,11 +81,6 @@ class TestNorms:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_swiglu(dtype):
-    assert_agree(swiglu, plain_swiglu, (draw(TOKENS, 24, dtype=dtype), draw(TOKENS, 24, dtype=dtype, seed=1)))
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_norm_and_rotate_reads_a_part_of_a_wider_tensor(dtype):
     table = draw(TOKENS, 4, 2).detach()
 
@@ -129,7 +122,6 @@ def test_gradients_are_derivatives():
     table = draw(TOKENS, 3, 2, dtype=torch.float64).detach()
     assert gradcheck(lambda *i: scaled_rms_norm(*i, PACKING, 1e-5), (x, gain))
     assert gradcheck(lambda *i: normed_residual(*i, PACKING, 1e-5), (stream, x, gain))
-    assert gradcheck(swiglu, (x, stream))
     assert gradcheck(lambda *i: norm_and_rotate(*i, table, 1e-6), (heads, head_gain))
     assert gradcheck(lambda *i: norm_and_rotate(*i, None, 1e-6), (heads, head_gain))
 
@@ -164,8 +156,6 @@ def test_only_inputs_and_a_number_a_row_are_kept():
     heads, gains, table = draw(TOKENS, 3, 8), draw(3, 8), draw(TOKENS, 4, 2).detach()
     if layers.device_kind(x) == "cpu":  # a GPU's kernel is not there; see the next test
         assert kept(lambda: scaled_rms_norm(x, gain, PACKING, 1e-5)) == x.numel() + gain.numel() + TOKENS
-    assert kept(lambda: swiglu(x, x * 2)) == 2 * x.numel()
-    assert kept(lambda: plain_swiglu(x, x * 2)) > 2 * x.numel()
     assert kept(lambda: norm_and_rotate(heads, gains, table, 1e-6)) == (
         heads.numel() + gains.numel() + table.numel() + 3 * TOKENS
     )

@@ -94,7 +94,7 @@ def kept_bytes(model, inputs):
 
 
 def test_what_is_kept():
-    """With the real model's proportions: 22 widths of a token in all, of it 16 in the feed-forward."""
+    """With the real model's proportions: some 18 widths of a token in all, of it 12 in the feed-forward."""
     sizes = {"dim": 96, "n_heads": 4, "n_kv_heads": 1, "head_dim": 24, "axes_dims": (8, 8, 8), "ffn_dim": 384}
     model, _ = make_model(n_layers=4, **sizes)
     inputs = make_inputs(model.params, (16,), (16, 16))
@@ -102,12 +102,12 @@ def test_what_is_kept():
     for mode in MODES:
         model.runner.keep(mode)
         kept[mode] = kept_bytes(model, inputs)
-    assert 0.58 < kept["selective"] / kept["none"] < 0.7
-    assert 0.2 < kept["feed_forward"] / kept["none"] < 0.35
-    assert 0.15 < kept["outputs"] / kept["none"] < 0.25
+    assert 0.7 < kept["selective"] / kept["none"] < 0.85
+    assert 0.3 < kept["feed_forward"] / kept["none"] < 0.45
+    assert 0.2 < kept["outputs"] / kept["none"] < 0.33
     assert kept["full"] < 0.1 * kept["none"]
     model.runner.keep("full", every=2)
-    assert 0.4 < kept_bytes(model, inputs) / kept["none"] < 0.6
+    assert 0.5 < kept_bytes(model, inputs) / kept["none"] < 0.7
 
 
 def test_every_nth_block():

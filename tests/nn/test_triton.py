@@ -203,7 +203,7 @@ def gpu(monkeypatch):
 
 @with_triton
 def test_the_choice_is_for_all_parts_and_can_be_taken_back(gpu):
-    parts = ("scaled_rms_norm", "normed_residual", "swiglu", "norm_and_rotate")
+    parts = ("scaled_rms_norm", "normed_residual", "swiglu", "swiglu_back", "norm_and_rotate")
     parts += ("modulated_layer_norm", "gated_residual")
     use_fused_kernels("triton", CUDA)
     assert all(fused(name, min).__module__.startswith("library.nn.triton_") for name in parts)

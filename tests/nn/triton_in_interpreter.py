@@ -16,7 +16,15 @@ from library.models.kandinsky5_format import linear_layers as kandinsky5_layers
 from library.models.lumina2_format import NextDiTParams
 from library.models.lumina2_format import linear_layers as lumina2_layers
 from library.models.nextdit import NextDiT
-from library.nn import layers, modulated, products, triton_launch, triton_layers, triton_modulated
+from library.nn import (
+    activations,
+    layers,
+    modulated,
+    products,
+    triton_launch,
+    triton_layers,
+    triton_modulated,
+)
 from library.nn.block_swap import BlockSwap
 from library.nn.kernels import replace_parts
 from library.nn.packing import Packing
@@ -132,7 +140,7 @@ def test_only_what_is_wanted_gets_a_gradient(part):
 def test_swiglu(dtype):
     """Rounded in between too, so beside the function written by hand."""
     a, b = (draw(50, 30, dtype=dtype, seed=seed) for seed in (0, 1))
-    assert_agree(triton_layers.swiglu, layers.swiglu, (a, b), wide=None)
+    assert_agree(triton_layers.swiglu, activations.swiglu, (a, b), wide=None)
 
 
 @pytest.mark.parametrize(("dtype", "width"), list(zip(DTYPES, (24, 10, 32), strict=True)), ids=str)
@@ -171,8 +179,8 @@ def test_views_and_gradients_that_are_not_contiguous():
             (x, gain, shift, PACKING, EPS),
         ),
         (triton_modulated.gated_residual, modulated.plain_gated_residual, (stream, x, gain, PACKING)),
-        (triton_layers.swiglu, layers.plain_swiglu, (stream, x)),
-        (triton_layers.swiglu, layers.plain_swiglu, (x.t(), stream.t())),
+        (triton_layers.swiglu, activations.plain_swiglu, (stream, x)),
+        (triton_layers.swiglu, activations.plain_swiglu, (x.t(), stream.t())),
     ):
         found = torch.autograd.grad(fast(*inputs).sum(), (wide, rows), allow_unused=True)
         expected = torch.autograd.grad(plain(*inputs).sum(), (wide, rows), allow_unused=True)
@@ -359,7 +367,7 @@ def test_results_are_made_again_for_backward(launched):
 
     def call():
         total = modulated.gated_residual(stream, x * 1, gate.detach(), PACKING)
-        return layers.swiglu(layers.scaled_rms_norm(total, gate, PACKING, EPS), stream)
+        return activations.swiglu(layers.scaled_rms_norm(total, gate, PACKING, EPS), stream)
 
     plain = torch.autograd.grad(call().sum(), (stream, x, gate))
     with Remaking():

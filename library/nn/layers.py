@@ -277,14 +277,13 @@ class _NormAndRotate(torch.autograd.Function):
         one_F = torch.ones_like(gain_HF[0])
         for rows in _blocks(x_THF):
             rstd = rstd_TH1[rows]
-            x = x_THF[rows].to(rstd.dtype)
-            grad = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_THF[rows])
+            x, grad = x_THF[rows].to(rstd.dtype), grad_THF[rows].to(rstd.dtype)
             if turns_T1P is not None:
-                _pairs(grad).mul_(turns_T1P[rows])
+                grad = torch.view_as_real(_pairs(grad) * turns_T1P[rows]).flatten(-2)
             if need_gain:
                 grad_gain_HF += (x * rstd).mul_(grad).sum(0)
             if need_x:
-                _through_rms(grad.mul_(gain_HF), one_F, x, rstd, out=grad_x_THF[rows])
+                _through_rms(grad * gain_HF, one_F, x, rstd, out=grad_x_THF[rows])
         return grad_x_THF, grad_gain_HF, None, None
 
 

@@ -69,6 +69,11 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
             f"Attention kernel '{kernel}' needs a GPU of the Ampere generation or a later one, and "
             f"{torch.cuda.get_device_name(device)} is older; use 'torch'."
         )
+    if kernel == "varlen" and not torch.backends.cuda.is_flash_attention_available():
+        raise ConfigError(
+            "Attention kernel 'varlen' is torch's own flash attention, which this build of torch lacks; "
+            "use 'torch', or 'flash' with the package flash-attn."
+        )
 
 
 def attention(
@@ -113,7 +118,11 @@ def _varlen_is_better(q_THD: Tensor, packing: Packing) -> bool:
     """torch's varlen kernel is written for NVIDIA; a single sample is best left to SDPA's choice."""
     if device_kind(q_THD) != "cuda" or q_THD.dtype not in _HALF or len(packing.lengths) == 1:
         return False
-    return q_THD.is_meta or (torch.version.cuda is not None and _has_flash(q_THD.device))
+    return q_THD.is_meta or (
+        torch.version.cuda is not None
+        and torch.backends.cuda.is_flash_attention_available()  # some builds lack it, such as for Windows
+        and _has_flash(q_THD.device)
+    )
 
 
 def _has_flash(device: torch.device) -> bool:

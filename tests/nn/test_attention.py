@@ -2,6 +2,7 @@
 
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.nn import products
-from library.nn.attention import attention, check_kernel, plain_attention
+from library.nn.attention import _varlen_is_better, attention, check_kernel, plain_attention
 from library.nn.packing import Packing
 from library.nn.stand_in import meta_standing_for
 
@@ -115,6 +116,20 @@ def test_kernels_that_cannot_work_are_refused():
         check_kernel("varlen", CUDA, torch.float32)
     for kernel in ("auto", "torch", "sdpa"):
         check_kernel(kernel, CPU, torch.float32)
+
+
+def test_a_build_of_torch_without_flash_attention(monkeypatch):
+    """Batches of several pictures are computed one by one there, and nobody gets varlen who asks for it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("library.nn.attention.device_kind", lambda _: "cuda")
+    q, *_ = qkv(4, 2, torch.bfloat16)
+    packing = Packing.of(LENGTHS, CPU)
+    for there in (False, True):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda there=there: there)
+        assert _varlen_is_better(q, packing) is there
+        with nullcontext() if there else pytest.raises(ConfigError, match="this build of torch lacks; use"):
+            check_kernel("varlen", CUDA, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

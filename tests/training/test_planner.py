@@ -9,7 +9,7 @@ from PIL import Image
 
 from library.core.errors import ConfigError
 from library.nn.runner import MODES
-from library.training.look.planner import allowed_bytes
+from library.training.look.planner import LATER, allowed_bytes
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,12 @@ def test_what_cannot_fit_is_told_with_its_parts(estimate):
         plan(estimate, 100_000)
 
 
-def test_a_cpu_has_no_free_memory_to_plan_with():
+def test_what_is_free_is_planned_with_where_a_device_tells(monkeypatch):
     with pytest.raises(ConfigError, match="this run is on the cpu; give an amount"):
         allowed_bytes("auto", None, torch.device("cpu"))
+    free = 8 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 24 * 2**30))
+    assert 7.3 * 2**30 < allowed_bytes("auto", None, torch.device("cuda")) < free - LATER
     assert 10.5 * 2**30 < allowed_bytes("12GB", 12 * 2**30, torch.device("cpu")) < 12 * 2**30
 
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from library.training.context import RunContext
 
 OVERHEAD = 600 * 2**20  # a driver's own memory and the libraries' work space, which no tensor has
+LATER = 256 * 2**20  # kernels and work space that a running program still loads
 SLACK = 1.05  # what the allocator holds, for each byte of tensors
 RELUCTANCE = {None: 1.0, "fp8": 1.5, "int8": 1.5, "int4": 2.5, "nf4": 2.5}
 SEEN = 0.1  # share of the copies' time that the computation feels although they run beside it
@@ -192,7 +193,7 @@ def allowed_bytes(budget: str, given: int | None, device: torch.device) -> int:
             f"{device.type}; give an amount, such as 12GB, to plan for a GPU of that size."
         )
     free, _ = torch.cuda.mem_get_info(device)
-    return round(free / SLACK)
+    return round((free - LATER) / SLACK)
 
 
 def make_plan(

@@ -7,8 +7,8 @@ Notable facts:
 - The low-rank parts are accumulated into the base layers' outputs in place, and the input's gradient is
   accumulated over all layers: no second tensor of either width is ever made. Kept for backward are only x and
   the rank-wide `down x`.
-- Of an activation its inputs are kept. Backward reads the value only to multiply it with something thin: so
-  it is made again some rows at a time, with the gradients of its inputs, and never is as a whole.
+- Of an activation its inputs are kept. Backward reads the value only to multiply it with something thin, so
+  it is made again along with the inputs' gradients: on the CPU some rows at a time, never as a whole.
 - All `down` are multiplied with x as one matrix, and their gradients come out of one product.
 - A factor that is a number is left to the products, which scale what they add up for nothing.
 - `low_rank` and plain `F.linear` are the reference implementation; tests hold the fast one against it.

@@ -6,7 +6,8 @@ A model asks its runner to run each block and knows no more of the matter:
 
 What a block keeps for backward, from most to least:
 
-- `none`: everything that autograd wants.
+- `none`: everything that autograd wants. Before a layer with a LoRA that is not the value of the
+  feed-forward's activation, see `networks.lora_op`.
 - `selective`: results of products and of attention. What is cheap to make is made again (`nn.recompute`).
 - `feed_forward`: the same without the two wide results inside the feed-forward, which are four fifths of it;
   their products are computed again.

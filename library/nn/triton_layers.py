@@ -190,8 +190,8 @@ def _swiglu_forward(a_ptr, b_ptr, y_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(grad_ptr, a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, count, BLOCK: tl.constexpr):
-    """grad_b = silu(a) grad; grad_a = (grad b) s (1 + a (1 - s)), with s the sigmoid of a."""
+def _swiglu_backward(grad_ptr, a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, y_ptr, count, BLOCK: tl.constexpr):
+    """grad_b = silu(a) grad; grad_a = (grad b) s (1 + a (1 - s)), with s the sigmoid of a. And y."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     grad = tl.load(grad_ptr + place, inside, other=0.0).to(tl.float32)
@@ -199,6 +199,8 @@ def _swiglu_backward(grad_ptr, a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, count, BLOC
     b = tl.load(b_ptr + place, inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(a)
     silu = (a * s).to(grad_b_ptr.dtype.element_ty).to(tl.float32)
+    if y_ptr is not None:
+        tl.store(y_ptr + place, (silu * b).to(y_ptr.dtype.element_ty), inside)
     tl.store(grad_b_ptr + place, (silu * grad).to(grad_b_ptr.dtype.element_ty), inside)
     grad_silu = (grad * b).to(grad_a_ptr.dtype.element_ty).to(tl.float32)
     grad_a = grad_silu * s * (1.0 + a * (1.0 - s))
@@ -219,22 +221,25 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
-        return _swiglu_grads(*ctx.saved_tensors, grad_TF)
+        return _swiglu_grads(*ctx.saved_tensors, grad_TF, None)
 
 
 def swiglu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[Tensor, ...]:
     """See `library.nn.activations.swiglu_back`."""
-    use(swiglu(*inputs), slice(None))
-    return _swiglu_grads(*inputs, grad_TF)
+    y_TF = torch.empty(grad_TF.shape, dtype=grad_TF.dtype, device=grad_TF.device)
+    grads = _swiglu_grads(*inputs, grad_TF, y_TF)
+    use(y_TF, slice(None))
+    return grads
 
 
-def _swiglu_grads(a_TF: Tensor, b_TF: Tensor, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_grads(a_TF: Tensor, b_TF: Tensor, grad_TF: Tensor, y_TF: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients; write silu(a) * b to `y_TF`, if there is one."""
     a_TF, b_TF, grad_TF = a_TF.contiguous(), b_TF.contiguous(), grad_TF.contiguous()
     grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
     launch(
         _swiglu_backward,
         _elements(a_TF),
-        *(grad_TF, a_TF, b_TF, grad_a_TF, grad_b_TF, a_TF.numel()),
+        *(grad_TF, a_TF, b_TF, grad_a_TF, grad_b_TF, y_TF, a_TF.numel()),
         BLOCK=_ELEMENTS,
     )
     return grad_a_TF, grad_b_TF

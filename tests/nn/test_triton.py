@@ -82,6 +82,9 @@ def run_all(dtype, width, head_dim, device="meta", learnt=True):
         output = function(*inputs, *others)
         wanted = [x for x in inputs if x.requires_grad]
         yield output, wanted, torch.autograd.grad(output, wanted, torch.empty_like(output))
+    values = []
+    grads = triton_layers.swiglu_back((x, stream), torch.empty_like(x), lambda y, _: values.append(y))
+    yield values[0], [x, stream], grads
 
 
 @with_triton
@@ -117,7 +120,9 @@ def test_they_compile_for_gpus(launches, monkeypatch, tmp_path, capability, dtyp
             options = {"num_warps": constants.get("num_warps", 4), "enable_fp_fusion": True}
             source, target = as_source(kernel, inputs, constants), GPUTarget("cuda", capability, 32)
             compiled[what] = triton.compile(source, target=target, options=options)
-    assert len({name for name, *_ in compiled}) == 10 and len(compiled) == 11  # with a stream and without
+    assert (
+        len({name for name, *_ in compiled}) == 10 and len(compiled) == 12
+    )  # a stream or none, a value or none
     for what, binary in compiled.items():
         assert f".target sm_{capability}" in binary.asm["ptx"] and binary.asm["cubin"], what
         assert "ld.global.v" in binary.asm["ptx"] or ".v4.b32" in binary.asm["ptx"], (

@@ -137,6 +137,16 @@ def test_only_what_is_wanted_gets_a_gradient(part):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_way_back_through_swiglu_makes_its_value_again(dtype):
+    inputs, values = tuple(draw(50, 30, dtype=dtype, seed=seed) for seed in (0, 1)), []
+    value, *expected = gradients(triton_layers.swiglu, inputs, dtype)
+    grad = draw(50, 30, dtype=dtype, seed=9, wanted=False)
+    with torch.no_grad():
+        grads = triton_layers.swiglu_back(inputs, grad, lambda y, rows: values.append(y[rows]))
+    assert all(torch.equal(*pair) for pair in zip((*values, *grads), (value, *expected), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu(dtype):
     """Rounded in between too, so beside the function written by hand."""
     a, b = (draw(50, 30, dtype=dtype, seed=seed) for seed in (0, 1))

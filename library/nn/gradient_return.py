@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from library.nn.block_swap import BlockSwap
 from library.nn.swapped_weights import Layout, page_locked
 
-_UNDER_WAY = 4  # gradients that are on their way home, or there and not used up yet
+UNDER_WAY = 4  # gradients that are on their way home to a thread, or there and not used up yet
 
 Step = Callable[[nn.Parameter, Tensor], None]
 
@@ -148,8 +148,8 @@ class GradientReturn:
 
     def _hand_over(self, parameter: nn.Parameter, gradient: Tensor, arrived: Step) -> None:
         """Send a gradient home and have its weight stepped there."""
-        self._await_steps(_UNDER_WAY - 1)  # then the oldest gradient's memory is free
-        home = self._staging(self._sent % _UNDER_WAY if self._thread else 0, gradient)
+        self._await_steps(UNDER_WAY - 1)  # then the oldest gradient's memory is free
+        home = self._staging(self._sent % UNDER_WAY if self._thread else 0, gradient)
         self._sent += 1
         ends = [self._leaving.send(gradient, home), *self._ring.take_home(parameter)]
         step = partial(self._step, parameter, home, ends, arrived)

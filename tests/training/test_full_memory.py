@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from library.core.errors import ConfigError, ResourceError
+from library.nn.gradient_return import UNDER_WAY
 from library.nn.runner import MODES
 from library.options.swap import SwapOptions
 from library.training.guards import loading_advice, training_advice
@@ -124,6 +125,18 @@ def test_each_number_is_counted_once_where_it_lies(estimated) -> None:
         ring = estimate.holdings(None).blocks.ring(swap)
         weighed = here["transformer"] - ring + there.get("weights of swapped blocks", 0)
         assert weighed == pytest.approx(2 * halved + 4 * whole, rel=0.01)
+
+
+def test_gradients_on_their_way_to_the_thread_that_uses_them(runs: Runs) -> None:
+    """Where a GPU computes backward there are a few; where the CPU does, each is used at once."""
+    context = runs.context("lumina", BF16, FUSED, "--blocks_to_swap=3")
+    swap, found = SwapOptions(blocks_to_swap=3), {}
+    for kind in ("cpu", "cuda"):
+        estimate = MemoryEstimate(context.trainer, context, kind=kind)
+        found[kind] = sum(estimate.in_computer(Manner(None, "full"), swap).values())
+    blocks = estimate.model.runner.blocks[-3:]
+    largest = max(weight.nbytes for block in blocks for weight in block.parameters())
+    assert found["cuda"] - found["cpu"] == (UNDER_WAY - 1) * largest
 
 
 def test_what_each_flag_saves(estimated) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.nn.block_swap import spread
+from library.nn.gradient_return import UNDER_WAY
 from library.nn.swapped_weights import Layout, owned_by
 from library.options.swap import SwapOptions
 from library.training.look.meter import Meter, Speeds
@@ -137,14 +138,16 @@ class Holdings:
         *,
         in_backward: bool,
         several: bool,
+        under_way: int = UNDER_WAY,
     ) -> None:
-        """`upkeep` of weights of a dtype. `in_backward`: each is stepped as soon as its gradient is there.
-        `several`: gradients of a few batches are added up.
+        """`upkeep` of weights of a dtype. `in_backward`: each is stepped as soon as its gradient is there;
+        `under_way`: so many gradients of swapped weights are then in the computer's memory. `several`:
+        gradients of a few batches are added up.
         """
         self.blocks = blocks
         self._trained = trained_weights(trainee)
         self._upkeep = cache(upkeep)
-        self._in_backward, self._several = in_backward, several
+        self._in_backward, self._several, self._under_way = in_backward, several, under_way
         self._model = weight_bytes(model)
         self._beside = weight_bytes(model, trainee) - self._model  # a whole model is not beside itself
 
@@ -164,7 +167,8 @@ class Holdings:
         """Return what is in the computer's memory because blocks are swapped, at most."""
         _, there = self._places(swap)
         parts = {"weights of swapped blocks": self.blocks.waiting(swap), **self._kept(there)}
-        arriving = (2 if self._several else self._in_backward) * max((p.nbytes for p in there), default=0)
+        at_once = 2 if self._several else self._under_way if self._in_backward else 0
+        arriving = at_once * max((p.nbytes for p in there), default=0)
         return _filled(
             parts | {"gradients on their way, work of the optimizer": arriving + self._room(there)}
         )

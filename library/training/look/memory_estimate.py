@@ -18,6 +18,7 @@ from library.data.images import drawn_source
 from library.data.items import Item
 from library.data.prompt import Prompt
 from library.data.prompt_files import load_sample_prompts
+from library.nn.gradient_return import UNDER_WAY
 from library.nn.transformer import Transformer
 from library.options.request import ImageRequest
 from library.options.swap import SwapOptions
@@ -195,6 +196,7 @@ class MemoryEstimate:
                 *(model, trainee, blocks, self._upkeep),
                 in_backward=options.trainee.fused,
                 several=options.training.gradient_accumulation_steps > 1,
+                under_way=1 if self._kind == "cpu" else UNDER_WAY,
             )
         return self._simulations[quant]
 

@@ -132,7 +132,7 @@ IDENTITY = Activation(lambda x_TF: x_TF, identity_back)
 
 
 def _blocks(x_TF: Tensor) -> Iterator[slice]:
-    """Cut rows into blocks: on the CPU such as stay in its cache, else all of them at once."""
-    if device_kind(x_TF) != "cpu":
+    """Cut rows into blocks, one at least: on the CPU such as stay in its cache, else all of them at once."""
+    if device_kind(x_TF) != "cpu" or not len(x_TF):
         return iter((slice(None),))
-    return (rows for rows, _ in row_blocks((len(x_TF),), x_TF[0].numel() if len(x_TF) else 1))
+    return (rows for rows, _ in row_blocks((len(x_TF),), x_TF[0].numel()))

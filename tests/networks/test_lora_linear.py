@@ -223,6 +223,13 @@ def test_gradients_through_an_activation_are_derivatives() -> None:
     assert torch.autograd.gradcheck(lambda *i: output(*i, *frozen), (a, b))
 
 
+def test_no_rows_at_all_are_no_error() -> None:
+    layer, lora = make_layer()
+    x = torch.randn(0, 12, requires_grad=True)
+    activated(GELU, [x], layer).sum().backward()
+    assert x.grad.shape == (0, 12) and not lora.down.grad.any() and not lora.up.grad.any()
+
+
 def test_a_layer_that_cannot_be_joined_with_an_activation_follows_it() -> None:
     layer, lora = make_layer()
     x, bare = torch.randn(7, 12), nn.Linear(12, 3)

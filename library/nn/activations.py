@@ -87,12 +87,15 @@ def swiglu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[
 
 def _swiglu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[Tensor, ...]:
     a_TF, b_TF = inputs
-    grad_b_TF = torch.empty_like(b_TF)
+    grad_b_TF = torch.empty_like(b_TF) if device_kind(a_TF) == "cpu" else None
     for rows in _blocks(a_TF):
-        a, b, grad, grad_b = (x[rows] for x in (a_TF, b_TF, grad_TF, grad_b_TF))
+        a, b, grad = (x[rows] for x in (a_TF, b_TF, grad_TF))
         silu = F.silu(a)
         use(silu * b, rows)
-        torch.mul(silu, grad, out=grad_b)
+        if grad_b_TF is None:
+            grad_b_TF = silu.mul_(grad)  # of all rows, so its memory serves
+        else:
+            torch.mul(silu, grad, out=grad_b_TF[rows])
         grad.mul_(b)
         torch.ops.aten.silu_backward.grad_input(grad, a, grad_input=grad)
     return grad_TF, grad_b_TF

@@ -233,9 +233,10 @@ def swiglu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[
 
 
 def _swiglu_grads(a_TF: Tensor, b_TF: Tensor, grad_TF: Tensor, y_TF: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients; write silu(a) * b to `y_TF`, if there is one."""
+    """Return the gradients. If there is a `y_TF`, silu(a) * b is written to it, and grad_a over `grad_TF`."""
     a_TF, b_TF, grad_TF = a_TF.contiguous(), b_TF.contiguous(), grad_TF.contiguous()
-    grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
+    grad_a_TF = torch.empty_like(a_TF) if y_TF is None else grad_TF
+    grad_b_TF = torch.empty_like(b_TF)
     launch(
         _swiglu_backward,
         _elements(a_TF),

@@ -64,12 +64,7 @@ from benchmarks.gpu_ways import (  # noqa: E402
 )
 from benchmarks.report import missing_packages, write  # noqa: E402
 from benchmarks.step import FAMILIES  # noqa: E402
-from benchmarks.step_parts import (  # noqa: E402
-    Clock,
-    Contestant,
-    Settings,
-    make_step,
-)
+from benchmarks.step_parts import Clock, Contestant, Settings, make_step  # noqa: E402
 from library.core.device import device_named, empty_cache  # noqa: E402
 from library.core.errors import ConfigError, UserError  # noqa: E402
 from library.nn.attention import check_kernel  # noqa: E402
@@ -82,10 +77,8 @@ from library.options.swap import SwapOptions  # noqa: E402
 GIB = 2**30
 PIXELS_A_LATENT = {"full": 8, "mid": 16, "nano": 64}  # small models get small pictures
 COMPILER_NEEDS = 100.0  # seconds that must be left for it on a GPU
-STEPS, ENOUGH = (
-    (3, 10),
-    2.0,
-)  # the fewest and the most steps that are timed, and seconds after which none is added
+STEPS = (3, 10)  # that are timed, at least and at most
+ENOUGH = 2.0  # seconds after which no step is added
 
 
 @dataclass(frozen=True)

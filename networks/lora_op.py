@@ -113,10 +113,12 @@ class _LinearWithLoRAs(torch.autograd.Function):
         ups, stored = others[: len(ways)], others[len(ways) :]
         grads_NO = [grad.to(dtype) for grad in grads]
         grad_h_NS = _grad_of_h(grads_NO, ups, ctx.factors)
+        trained = any(ctx.needs_input_grad[_FIRST + count :])
         of_parts: list[Tensor] = []
 
         def multiply(x_NI: Tensor, rows: slice) -> None:
-            of_parts.append(torch.mm(grad_h_NS[rows].t(), x_NI.to(dtype)))
+            if trained:
+                of_parts.append(torch.mm(grad_h_NS[rows].t(), x_NI.to(dtype)))
 
         if any(ctx.needs_input_grad[_FIRST : _FIRST + count]):
             grad_x_NI = _through_base_layers(grads_NO, ways, stored, dtype).addmm_(grad_h_NS, down_SI)
@@ -125,7 +127,7 @@ class _LinearWithLoRAs(torch.autograd.Function):
             multiply(ctx.activation.value(*inputs), slice(None))
             grads_in = (None,) * count
         found = [*(None,) * _FIRST, *grads_in]
-        if not any(ctx.needs_input_grad[_FIRST + count :]):
+        if not trained:
             return *found, *(None for way, parts in ways for _ in range(4 + parts))
         grad_down_SI = functools.reduce(Tensor.add_, of_parts).to(ctx.lora_dtype)
         grads_down = grad_down_SI.split([up_OR.shape[1] for up_OR in ups])

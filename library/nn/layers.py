@@ -31,6 +31,7 @@ from library.nn.recompute import cheap, run_again_in_backward
 from library.nn.rope import rotate
 from library.nn.stand_in import device_kind, rms_norm
 
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 _BLOCK_ELEMENTS = 1 << 18  # numbers that a CPU loop takes at a time: 1 MB in fp32, part of a level-2 cache
 
 
@@ -201,12 +202,9 @@ def _through_rms(grad: Tensor, gain_F: Tensor, x: Tensor, rstd: Tensor, *, out: 
     less rstd * mean(g).
     """
     width, zero = x.shape[-1:], torch.zeros_like(rstd)
-    inner, _, _ = _layer_norm_backward(grad, x, width, zero, rstd, gain_F, None, [True, False, False])
+    inner, _, _ = layer_norm_backward(grad, x, width, zero, rstd, gain_F, None, [True, False, False])
     mean = torch.mv(grad.view(-1, *width), gain_F).view_as(rstd)
     torch.add(inner, mean.mul_(rstd), alpha=1 / x.shape[-1], out=out)
-
-
-_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
 # ---- queries and keys: a norm a head, then the rotary embedding ----

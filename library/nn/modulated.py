@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.kernels import fused
-from library.nn.layers import row_blocks, wide
+from library.nn.layers import layer_norm_backward, row_blocks, wide
 from library.nn.packing import Packing, by_sample, spread
 from library.nn.products import Fp32Linear
 from library.nn.recompute import cheap, run_again_in_backward
@@ -127,7 +127,7 @@ class _ModulatedLayerNorm(torch.autograd.Function):
         parts = []
         packed = (t.split(ctx.lengths) for t in (grad_TD, x_TD, *statistics))
         for grad, x, mean, rstd, gain, shift in zip(*packed, gain_BD, shift_BD, strict=True):
-            parts.append(_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, gain, shift, wanted))
+            parts.append(layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, gain, shift, wanted))
         grads_x, grads_gain, grads_shift = zip(*parts, strict=True)
         return (
             _joined(grads_x) if wanted[0] else None,
@@ -172,13 +172,13 @@ class _ModulatedLayerNormOnGPU(torch.autograd.Function):
             for gain, grad, inner in by_sample(ctx.lengths, (gain_BD,), (grad_TD, inner_TD)):
                 torch.mul(grad, gain, out=inner)
             without = (None, None, [True, False, False])
-            grad_x_TD, _, _ = _layer_norm_backward(inner_TD, wide_TD, width, *statistics, *without)
+            grad_x_TD, _, _ = layer_norm_backward(inner_TD, wide_TD, width, *statistics, *without)
             grad_x_TD = grad_x_TD.to(x_TD.dtype)
         if need_gain or need_shift:
             lengths, wanted = _lengths(x_TD, gain_BD, ctx.lengths), [False, need_gain, need_shift]
             packed = (t.split(lengths) for t in (grad_TD.to(wide_TD.dtype), wide_TD, *statistics))
             parts = [
-                _layer_norm_backward(grad, x, width, mean, rstd, gain, shift, wanted)
+                layer_norm_backward(grad, x, width, mean, rstd, gain, shift, wanted)
                 for grad, x, mean, rstd, gain, shift in zip(*packed, gain_BD, shift_BD, strict=True)
             ]
             _, grads_gain, grads_shift = zip(*parts, strict=True)
@@ -188,7 +188,6 @@ class _ModulatedLayerNormOnGPU(torch.autograd.Function):
 
 
 _BY_HAND = {"cpu": _ModulatedLayerNorm.apply, "cuda": _ModulatedLayerNormOnGPU.apply}  # by kind of device
-_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
 # ---- the gate before the sum with the residual stream ----

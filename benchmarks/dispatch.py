@@ -78,6 +78,7 @@ def _uses(module: Any, function: Callable[[Tensor], str]) -> bool:
 def _one_operation(
     x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
+    weight = None if weight is None else weight.to(x.dtype)  # torch's kernel on the CPU takes no other
     return F.layer_norm(x, shape, weight, None, 1e-6 if eps is None else eps)
 
 

@@ -308,12 +308,13 @@ class LoRALinear(Joinable):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x and of the base weight."""
-        base = self.base
+        base, dtype = self.base, self._multiplies_in(x)
+        if self._has_one_plain_lora():
+            return self._at_once(x, (self,), dtype)[0]
         acting = [lora for lora in self.loras if not lora.skips_call()]
         if not acting:
             return base(x)
         x_NI = _rows(x)
-        dtype = self._multiplies_in(x)
         actions = [lora.action(x, base) for lora in acting if isinstance(lora, LoRA)]
         y_NO = self._with_loras(x_NI, actions, dtype) if actions else base(x_NI)
         for other in acting:
@@ -328,8 +329,12 @@ class LoRALinear(Joinable):
             joins = isinstance(layer, LoRALinear) and layer._has_one_plain_lora()
             if not joins or layer._multiplies_in(x) != dtype:
                 return tuple(layer(x) for layer in layers)
-        operands = [layer._operand(x) for layer in layers]
-        outputs_NO = linear_with_loras([_rows(x)], operands, dtype)
+        return self._at_once(x, layers, dtype)
+
+    @staticmethod
+    def _at_once(x: Tensor, layers: Sequence[LoRALinear], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the outputs of layers that have one plain LoRA each."""
+        outputs_NO = linear_with_loras([_rows(x)], [layer._operand(x) for layer in layers], dtype)
         return tuple(_like(y_NO, x) for y_NO in outputs_NO)
 
     def after(self, activation: Activation, inputs: Sequence[Tensor]) -> Tensor:

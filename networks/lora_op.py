@@ -29,9 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from library.nn.activations import IDENTITY, Activation
+from library.nn.activations import ALL, IDENTITY, Activation, cut
 from library.nn.compiling import unshared
+from library.nn.products import cast
 from library.nn.quant import add_product_back, product, product_back
+from library.nn.stand_in import device_kind
 
 
 class LoRAOperand(NamedTuple):
@@ -88,17 +90,17 @@ class _LinearWithLoRAs(torch.autograd.Function):
         *flat: Tensor | float | None,
     ) -> tuple[Tensor, ...]:
         inputs, layers = flat[:count], tuple(_operands(ways, flat[count:]))
-        x_NI = activation.value(*inputs)
-        wide_NI = x_NI.to(dtype)
-        down_SI = _joined([layer.down for layer in layers], dim=0).to(dtype)
-        h_NS = torch.mm(wide_NI, down_SI.t())
-        ups, outputs = [layer.up.to(dtype) for layer in layers], []
-        for layer, up_OR, h_NR in zip(layers, ups, _columns(h_NS, ups), strict=True):
+        value_NI = activation.value(*inputs)
+        x_NI = cast(value_NI, dtype)
+        down_SI = cast(_joined([layer.down for layer in layers], dim=0), dtype)
+        h_NS = F.linear(x_NI, down_SI)
+        ups, outputs = [cast(layer.up, dtype) for layer in layers], []
+        for layer, up_OR, h_NR in zip(layers, ups, _of_layers(h_NS, ups, dim=1), strict=True):
             if isinstance(layer.factor, Tensor):
                 h_NR.mul_(layer.factor)
-            y_NO = product(wide_NI, layer.way, layer.stored, layer.bias_O, dtype)
+            y_NO = product(x_NI, layer.way, layer.stored, layer.bias_O, dtype)
             y_NO.addmm_(h_NR, up_OR.t(), alpha=_number(layer.factor))
-            outputs.append(unshared(y_NO.to(x_NI.dtype)))
+            outputs.append(unshared(cast(y_NO, value_NI.dtype)))
         stored = [tensor for layer in layers for tensor in layer.stored]
         ctx.save_for_backward(*inputs, down_SI, h_NS, *ups, *stored)
         ctx.dtype, ctx.activation, ctx.count, ctx.ways = dtype, activation, count, ways
@@ -111,30 +113,29 @@ class _LinearWithLoRAs(torch.autograd.Function):
         dtype, ways, count, saved = ctx.dtype, ctx.ways, ctx.count, ctx.saved_tensors
         inputs, (down_SI, h_NS, *others) = saved[:count], saved[count:]
         ups, stored = others[: len(ways)], others[len(ways) :]
-        grads_NO = [grad.to(dtype) for grad in grads]
-        grad_h_NS = _grad_of_h(grads_NO, ups, ctx.factors)
+        hs_NR, grads_NO = _of_layers(h_NS, ups, dim=1), [cast(grad, dtype) for grad in grads]
+        grad_h_NS = _grad_of_h(grads_NO, hs_NR, ups, ctx.factors)
         trained = any(ctx.needs_input_grad[_FIRST + count :])
         of_parts: list[Tensor] = []
 
         def multiply(x_NI: Tensor, rows: slice) -> None:
             if trained:
-                of_parts.append(torch.mm(grad_h_NS[rows].t(), x_NI.to(dtype)))
+                of_parts.append(torch.mm(cut(grad_h_NS, rows).t(), cast(x_NI, dtype)))
 
         if any(ctx.needs_input_grad[_FIRST : _FIRST + count]):
             grad_x_NI = _through_base_layers(grads_NO, ways, stored, dtype).addmm_(grad_h_NS, down_SI)
-            grads_in = ctx.activation.back(inputs, grad_x_NI.to(inputs[0].dtype), multiply)
+            grads_in = ctx.activation.back(inputs, cast(grad_x_NI, inputs[0].dtype), multiply)
         else:
-            multiply(ctx.activation.value(*inputs), slice(None))
+            multiply(ctx.activation.value(*inputs), ALL)
             grads_in = (None,) * count
         found = [*(None,) * _FIRST, *grads_in]
         if not trained:
             return *found, *(None for way, parts in ways for _ in range(4 + parts))
-        grad_down_SI = functools.reduce(Tensor.add_, of_parts).to(ctx.lora_dtype)
-        grads_down = grad_down_SI.split([up_OR.shape[1] for up_OR in ups])
-        layers = zip(grads_NO, _columns(h_NS, ups), ctx.factors, grads_down, ways, strict=True)
-        for grad_NO, h_NR, factor, grad_down, (_, parts) in layers:
-            # this order of factors is the faster one: the wide matrix is not transposed
-            grad_up = _scaled_mm(h_NR.t(), grad_NO, _number(factor)).t().to(ctx.lora_dtype)
+        grad_down_SI = cast(functools.reduce(Tensor.add_, of_parts), ctx.lora_dtype)
+        grads_down = _of_layers(grad_down_SI, ups, dim=0)
+        layers = zip(grads_NO, hs_NR, ups, ctx.factors, grads_down, ways, strict=True)
+        for grad_NO, h_NR, up_OR, factor, grad_down, (_, parts) in layers:
+            grad_up = cast(_grad_of_up(grad_NO, h_NR, up_OR, _number(factor)), ctx.lora_dtype)
             found += [None, grad_down, grad_up, None, *(None,) * parts]
         return tuple(found)
 
@@ -143,14 +144,27 @@ _FIRST = 4  # of the arguments that are tensors
 
 
 def _grad_of_h(
-    grads_NO: Sequence[Tensor], ups: Sequence[Tensor], factors: Sequence[float | Tensor]
+    grads_NO: Sequence[Tensor],
+    hs_NR: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    factors: Sequence[float | Tensor],
 ) -> Tensor:
     """Return the gradient of `down x`, (N, S)."""
     parts = []
-    for grad_NO, up_OR, factor in zip(grads_NO, ups, factors, strict=True):
-        part_NR = _scaled_mm(grad_NO, up_OR, _number(factor))
+    for grad_NO, h_NR, up_OR, factor in zip(grads_NO, hs_NR, ups, factors, strict=True):
+        part_NR = _scaled_mm(grad_NO, up_OR, _number(factor), h_NR)
         parts.append(part_NR.mul_(factor) if isinstance(factor, Tensor) else part_NR)
     return _joined(parts, dim=1)
+
+
+def _grad_of_up(grad_NO: Tensor, h_NR: Tensor, up_OR: Tensor, factor: float) -> Tensor:
+    """Return the gradient of `up`, (O, R), as autograd keeps it: of any other order it would make a copy.
+
+    The CPU takes that copy and is faster where the wide matrix is not transposed.
+    """
+    if device_kind(grad_NO) != "cpu":
+        return _scaled_mm(grad_NO.t(), h_NR, factor, up_OR)
+    return _scaled_mm(h_NR.t(), grad_NO, factor, up_OR.t()).t()
 
 
 def _through_base_layers(
@@ -184,15 +198,15 @@ def _number(factor: float | Tensor) -> float:
     return 1.0 if isinstance(factor, Tensor) else factor
 
 
-def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale * a b, from one kernel: what it would be added to counts nothing at beta=0."""
-    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+def _scaled_mm(a: Tensor, b: Tensor, scale: float, like: Tensor) -> Tensor:
+    """Return scale * a b, from one kernel. `like` has its shape: at beta=0 it is not read."""
+    return torch.addmm(like, a, b, beta=0, alpha=scale)
 
 
 def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
 
 
-def _columns(x_NS: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the columns of each layer's ranks, by the layers' `up`."""
-    return (x_NS,) if len(ups) == 1 else x_NS.split([up_OR.shape[1] for up_OR in ups], dim=1)
+def _of_layers(joined: Tensor, ups: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """Return each layer's part of what has the ranks of all of them along a dimension."""
+    return (joined,) if len(ups) == 1 else joined.split_with_sizes([up_OR.shape[1] for up_OR in ups], dim)

@@ -22,6 +22,7 @@ from library.nn.recompute import cheap
 from library.nn.stand_in import device_kind
 
 Use = Callable[[Tensor, slice], None]
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ class _SwiGLU(torch.autograd.Function):
         a_TF, b_TF = ctx.saved_tensors
         grad_a_TF, grad_b_TF = torch.empty_like(a_TF), torch.empty_like(b_TF)
         for rows in _blocks(a_TF):
-            a, grad, grad_a, grad_b = (x[rows] for x in (a_TF, grad_TF, grad_a_TF, grad_b_TF))
+            a, grad, grad_a, grad_b = (cut(x, rows) for x in (a_TF, grad_TF, grad_a_TF, grad_b_TF))
             torch.ops.aten.silu.out(a, out=grad_a)  # its room serves for what lies in between, too
             torch.mul(grad_a, grad, out=grad_b)
-            torch.mul(grad, b_TF[rows], out=grad_a)
+            torch.mul(grad, cut(b_TF, rows), out=grad_a)
             torch.ops.aten.silu_backward.grad_input(grad_a, a, grad_input=grad_a)
         return grad_a_TF, grad_b_TF
 
@@ -89,7 +90,7 @@ def _swiglu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple
     a_TF, b_TF = inputs
     grad_b_TF = torch.empty_like(b_TF) if device_kind(a_TF) == "cpu" else None
     for rows in _blocks(a_TF):
-        a, b, grad = (x[rows] for x in (a_TF, b_TF, grad_TF))
+        a, b, grad = (cut(x, rows) for x in (a_TF, b_TF, grad_TF))
         silu = F.silu(a)
         use(silu * b, rows)
         if grad_b_TF is None:
@@ -113,8 +114,9 @@ def gelu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[Te
     """See `Activation.back`."""
     (x_TF,) = inputs
     for rows in _blocks(x_TF):
-        use(F.gelu(x_TF[rows]), rows)
-        torch.ops.aten.gelu_backward.grad_input(grad_TF[rows], x_TF[rows], grad_input=grad_TF[rows])
+        x, grad = cut(x_TF, rows), cut(grad_TF, rows)
+        use(F.gelu(x), rows)
+        torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
     return (grad_TF,)
 
 
@@ -123,7 +125,7 @@ def gelu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[Te
 
 def identity_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[Tensor, ...]:
     """See `Activation.back`."""
-    use(inputs[0], slice(None))
+    use(inputs[0], ALL)
     return (grad_TF,)
 
 
@@ -134,8 +136,13 @@ GELU = Activation(gelu, gelu_back)
 IDENTITY = Activation(lambda x_TF: x_TF, identity_back)
 
 
+def cut(x: Tensor, rows: slice) -> Tensor:
+    """Return rows of x; x itself, if they are all, which is not as slow as a slice."""
+    return x if rows == ALL else x[rows]
+
+
 def _blocks(x_TF: Tensor) -> Iterator[slice]:
     """Cut rows into blocks, one at least: on the CPU such as stay in its cache, else all of them at once."""
     if device_kind(x_TF) != "cpu" or not len(x_TF):
-        return iter((slice(None),))
+        return iter((ALL,))
     return (rows for rows, _ in row_blocks((len(x_TF),), x_TF[0].numel()))

@@ -27,6 +27,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.kernels import fused
 from library.nn.packing import Packing, by_sample, spread
+from library.nn.products import cast
 from library.nn.recompute import cheap, run_again_in_backward
 from library.nn.rope import rotate
 from library.nn.stand_in import device_kind, rms_norm
@@ -48,7 +49,7 @@ class RMSNorm(nn.Module):
         weight_D = self.weight
         if factor_BD is not None and factor_BD.dtype == wide(factor_BD):
             return weight_D * factor_BD  # the product is as wide as the wider of them: no cast of its own
-        weight_D = weight_D.to(wide(weight_D))
+        weight_D = cast(weight_D, wide(weight_D))
         return weight_D.unsqueeze(0) if factor_BD is None else weight_D * factor_BD
 
     def extra_repr(self) -> str:
@@ -111,7 +112,7 @@ def _scaled_rms_norm(x_TD: Tensor, gain_BD: Tensor, packing: Packing, eps: float
     if device_kind(x_TD) == "cpu" and not torch.compiler.is_compiling():
         return _ScaledRMSNorm.apply(x_TD, gain_BD, None, packing.lengths, eps)
     if _has_one_kernel(x_TD, gain_BD):
-        return rms_norm(x_TD, eps, gain_BD.to(x_TD.dtype).squeeze(0))
+        return rms_norm(x_TD, eps, cast(gain_BD, x_TD.dtype).squeeze(0))
     plain = functools.partial(plain_scaled_rms_norm, packing=packing, eps=eps)
     return _run_again_for_gain(plain, x_TD, gain_BD)
 
@@ -134,7 +135,7 @@ def _normed_residual(
     if device_kind(x_TD) == "cpu" and not torch.compiler.is_compiling():
         return _ScaledRMSNorm.apply(x_TD, gain_BD, stream_TD, packing.lengths, eps)
     if _has_one_kernel(x_TD, gain_BD):
-        return rms_norm(x_TD, eps, gain_BD.to(x_TD.dtype).squeeze(0)).add_(stream_TD)
+        return rms_norm(x_TD, eps, cast(gain_BD, x_TD.dtype).squeeze(0)).add_(stream_TD)
     plain = functools.partial(plain_normed_residual, packing=packing, eps=eps)
     return _run_again_for_gain(plain, stream_TD, x_TD, gain_BD)
 
@@ -161,7 +162,7 @@ class _ScaledRMSNorm(torch.autograd.Function):
         y_TD = torch.empty_like(x_TD)
         rstd_T1 = torch.empty(tokens, 1, dtype=wide(x_TD), device=x_TD.device)
         for rows, sample in row_blocks(lengths, dim):
-            x = x_TD[rows].to(rstd_T1.dtype)
+            x = cast(x_TD[rows], rstd_T1.dtype)
             rstd = _reciprocal_rms(x, eps, rstd_T1[rows])
             with wide_room(y_TD[rows]) as y:
                 torch.mul(x, rstd, out=y).mul_(gain_BD[sample])
@@ -180,7 +181,7 @@ class _ScaledRMSNorm(torch.autograd.Function):
         grad_gain_BD = torch.zeros_like(gain_BD) if need_gain else None
         for rows, sample in row_blocks(ctx.lengths, x_TD.shape[-1]):
             rstd = rstd_T1[rows]
-            x, grad = x_TD[rows].to(rstd.dtype), grad_TD[rows].to(rstd.dtype)
+            x, grad = cast(x_TD[rows], rstd.dtype), cast(grad_TD[rows], rstd.dtype)
             if need_gain:
                 grad_gain_BD[sample] += (x * rstd).mul_(grad).sum(0)
             if need_x:
@@ -255,7 +256,7 @@ class _NormAndRotate(torch.autograd.Function):
         rstd_TH1 = torch.empty(tokens, heads, 1, dtype=wide(x_THF), device=x_THF.device)
         turns_T1P = _turns(table_TP2, rstd_TH1.dtype)
         for rows in _blocks(x_THF):
-            x = x_THF[rows].to(rstd_TH1.dtype)
+            x = cast(x_THF[rows], rstd_TH1.dtype)
             rstd = _reciprocal_rms(x, eps, rstd_TH1[rows])
             with wide_room(y_THF[rows]) as y:
                 torch.mul(x, rstd, out=y).mul_(gain_HF)
@@ -275,7 +276,7 @@ class _NormAndRotate(torch.autograd.Function):
         one_F = torch.ones_like(gain_HF[0])
         for rows in _blocks(x_THF):
             rstd = rstd_TH1[rows]
-            x, grad = x_THF[rows].to(rstd.dtype), grad_THF[rows].to(rstd.dtype)
+            x, grad = cast(x_THF[rows], rstd.dtype), cast(grad_THF[rows], rstd.dtype)
             if turns_T1P is not None:
                 grad = torch.view_as_real(_pairs(grad) * turns_T1P[rows]).flatten(-2)
             if need_gain:
@@ -345,7 +346,7 @@ def _turns(table_TP2: Tensor | None, dtype: torch.dtype, *, back: bool = False) 
     """What complex pairs of all heads are multiplied by to turn them, or to turn them back."""
     if table_TP2 is None:
         return None
-    turns_TP = torch.view_as_complex(table_TP2.to(dtype))
+    turns_TP = torch.view_as_complex(cast(table_TP2, dtype))
     return (turns_TP.conj_physical() if back else turns_TP).unsqueeze(1)
 
 

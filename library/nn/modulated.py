@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from library.nn.kernels import fused
 from library.nn.layers import layer_norm_backward, row_blocks, wide
 from library.nn.packing import Packing, by_sample, spread
-from library.nn.products import Fp32Linear
+from library.nn.products import Fp32Linear, cast
 from library.nn.recompute import cheap, run_again_in_backward
 from library.nn.stand_in import device_kind
 
@@ -151,7 +151,7 @@ class _ModulatedLayerNormOnGPU(torch.autograd.Function):
         lengths: tuple[int, ...],
         eps: float,
     ) -> Tensor:
-        wide_TD = x_TD.to(wide(x_TD))
+        wide_TD = cast(x_TD, wide(x_TD))
         normed_TD, mean_T1, rstd_T1 = torch.native_layer_norm(wide_TD, x_TD.shape[-1:], None, None, eps)
         y_TD = torch.empty_like(x_TD)
         for gain, shift, normed, y in by_sample(lengths, (gain_BD, shift_BD), (normed_TD, y_TD)):
@@ -165,7 +165,7 @@ class _ModulatedLayerNormOnGPU(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gain_BD, shift_BD, *statistics = ctx.saved_tensors
         need_x, need_gain, need_shift, _, _ = ctx.needs_input_grad
-        wide_TD, width = x_TD.to(wide(x_TD)), x_TD.shape[-1:]
+        wide_TD, width = cast(x_TD, wide(x_TD)), x_TD.shape[-1:]
         grad_x_TD = grad_gain_BD = grad_shift_BD = None
         if need_x:
             inner_TD = torch.empty_like(wide_TD)
@@ -173,10 +173,10 @@ class _ModulatedLayerNormOnGPU(torch.autograd.Function):
                 torch.mul(grad, gain, out=inner)
             without = (None, None, [True, False, False])
             grad_x_TD, _, _ = layer_norm_backward(inner_TD, wide_TD, width, *statistics, *without)
-            grad_x_TD = grad_x_TD.to(x_TD.dtype)
+            grad_x_TD = cast(grad_x_TD, x_TD.dtype)
         if need_gain or need_shift:
             lengths, wanted = _lengths(x_TD, gain_BD, ctx.lengths), [False, need_gain, need_shift]
-            packed = (t.split(lengths) for t in (grad_TD.to(wide_TD.dtype), wide_TD, *statistics))
+            packed = (t.split(lengths) for t in (cast(grad_TD, wide_TD.dtype), wide_TD, *statistics))
             parts = [
                 layer_norm_backward(grad, x, width, mean, rstd, gain, shift, wanted)
                 for grad, x, mean, rstd, gain, shift in zip(*packed, gain_BD, shift_BD, strict=True)

@@ -38,6 +38,11 @@ def layer_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.numel() // x.shape[-1] < _FEWEST_ROWS else dtype
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype, in ordinary order if it is a copy. `Tensor.to` is slow to find nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
+
+
 def _cpu_is_fast_in(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of a half-precision dtype faster than fp32 ones."""
     if dtype == torch.float16:
@@ -65,7 +70,7 @@ class Fp32Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = cast(x, torch.promote_types(x.dtype, torch.float32))
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight, self.bias)
         return _WideLinear.apply(x, self.weight, self.bias)

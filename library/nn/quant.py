@@ -31,7 +31,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.core.device import sent
 from library.nn import eight_bit
-from library.nn.products import Linear, layer_dtype
+from library.nn.products import Linear, cast, layer_dtype
 from library.options.quant import GROUP, STORED, check_width
 
 _IN_8_BITS = " in 8 bits"  # ends the name of a scheme whose codes are multiplied as they are
@@ -128,7 +128,7 @@ SCHEMES: dict[str, Scheme] = {"fp8": Fp8(), "int8": Int8(), "int4": Int4(), "nf4
 def restore(way: str | None, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the weight that tensors stand for: themselves, without a scheme."""
     if way is None:
-        return stored[0].to(dtype)
+        return cast(stored[0], dtype)
     return SCHEMES[way.removesuffix(_IN_8_BITS)].unpack(stored, dtype)
 
 
@@ -138,15 +138,16 @@ def product(
     """Return the output of a linear layer, (N, O) in `dtype`: x times the transposed weight, and the bias."""
     if _in_8_bits(way, x_NI, stored):
         y_NO = eight_bit.multiply(x_NI, *stored)
-        return (y_NO if bias_O is None else y_NO.add_(bias_O)).to(dtype)
-    return F.linear(x_NI.to(dtype), restore(way, stored, dtype), None if bias_O is None else bias_O.to(dtype))
+        return cast(y_NO if bias_O is None else y_NO.add_(bias_O), dtype)
+    bias_O = None if bias_O is None else cast(bias_O, dtype)
+    return F.linear(cast(x_NI, dtype), restore(way, stored, dtype), bias_O)
 
 
 def product_back(grad_NO: Tensor, way: str | None, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the gradient of a linear layer's input, (N, I) in `dtype`: the output's times the weight."""
     if _in_8_bits(way, grad_NO, stored):
-        return eight_bit.multiply_back(grad_NO, *stored).to(dtype)
-    return torch.mm(grad_NO.to(dtype), restore(way, stored, dtype))
+        return cast(eight_bit.multiply_back(grad_NO, *stored), dtype)
+    return torch.mm(cast(grad_NO, dtype), restore(way, stored, dtype))
 
 
 def add_product_back(total_NI: Tensor, grad_NO: Tensor, way: str | None, stored: Sequence[Tensor]) -> None:
@@ -155,7 +156,7 @@ def add_product_back(total_NI: Tensor, grad_NO: Tensor, way: str | None, stored:
     if _in_8_bits(way, grad_NO, stored):
         total_NI.add_(product_back(grad_NO, way, stored, dtype))
     else:
-        total_NI.addmm_(grad_NO.to(dtype), restore(way, stored, dtype))
+        total_NI.addmm_(cast(grad_NO, dtype), restore(way, stored, dtype))
 
 
 def _in_8_bits(way: str | None, rows: Tensor, stored: Sequence[Tensor]) -> bool:

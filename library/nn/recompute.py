@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -160,8 +160,7 @@ class Remaking:
         """Return the tensor."""
         if not isinstance(packed, _View):
             return self._outer_unpack(packed)
-        result = packed.made.take()[packed.number]
-        return result.as_strided(packed.size, packed.stride, packed.offset)
+        return packed.of(packed.made.take()[packed.number])
 
 
 _current: ContextVar[Remaking | None] = ContextVar("remaking", default=None)
@@ -198,28 +197,34 @@ class _Made:
         return value
 
     def _pack(self, x: object) -> object:
-        return _Input(self._remaking.pack(x.detach())) if isinstance(x, Tensor) else x
+        if not isinstance(x, Tensor):
+            return x
+        return _Input(self._remaking.pack(x.detach() if x.requires_grad else x))
 
     def _unpack(self, x: object) -> object:
         return self._remaking.unpack(x.packed) if isinstance(x, _Input) else x
 
 
-@dataclass(frozen=True)
-class _Input:
+class _Input(NamedTuple):
     """A tensor among the inputs, as it is kept."""
 
     packed: object
 
 
-@dataclass(frozen=True)
-class _View:
-    """Where in which of the results a kept tensor lies."""
+class _View(NamedTuple):
+    """Where in which of the results a kept tensor lies. A step makes thousands: a dataclass is slower."""
 
     made: _Made
     number: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+    def of(self, result: Tensor) -> Tensor:
+        """Return the view, which most often is the result itself."""
+        if result.size() == self.size and result.stride() == self.stride and not self.offset:
+            return result
+        return result.as_strided(self.size, self.stride, self.offset)
 
 
 class _RandomState:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,15 @@ class LoRAOperand(NamedTuple):
     stored: tuple[Tensor, ...]
 
 
+class _Constants(NamedTuple):
+    """What of a `LoRAOperand` gets no gradient."""
+
+    bias_O: Tensor | None
+    factor: float | Tensor
+    way: str | None
+    stored: tuple[Tensor, ...]
+
+
 def linear_with_loras(
     inputs: Sequence[Tensor],
     layers: Sequence[LoRAOperand],
@@ -62,9 +71,9 @@ def linear_with_loras(
     The base layers are constant: weights and biases get no gradient. Each weight is used in the same way
     forward and backward.
     """
-    ways = tuple((layer.way, len(layer.stored)) for layer in layers)
-    flat = [part for layer in layers for part in (*layer[:4], *layer.stored)]
-    return _LinearWithLoRAs.apply(dtype, activation, len(inputs), ways, *inputs, *flat)
+    downs, ups = [layer.down for layer in layers], [layer.up for layer in layers]
+    constants = [_Constants(layer.bias_O, layer.factor, layer.way, layer.stored) for layer in layers]
+    return _LinearWithLoRAs.apply(dtype, activation, constants, *inputs, *downs, *ups)
 
 
 def low_rank(x_NI: Tensor, down: Tensor, up: Tensor, factor: float | Tensor) -> Tensor:
@@ -78,33 +87,34 @@ def low_rank(x_NI: Tensor, down: Tensor, up: Tensor, factor: float | Tensor) -> 
 
 
 class _LinearWithLoRAs(torch.autograd.Function):
-    """See `linear_with_loras`; the layers come one after another, as autograd takes no nested tensors."""
+    """See `linear_with_loras`. Autograd does not look into lists, so what may want a gradient is in none."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         dtype: torch.dtype,
         activation: Activation,
-        count: int,
-        ways: tuple[tuple[str | None, int], ...],
-        *flat: Tensor | float | None,
+        constants: Sequence[_Constants],
+        *flat: Tensor,
     ) -> tuple[Tensor, ...]:
-        inputs, layers = flat[:count], tuple(_operands(ways, flat[count:]))
+        count = len(constants)
+        inputs, downs, ups = flat[: -2 * count], flat[-2 * count : -count], flat[-count:]
         value_NI = activation.value(*inputs)
         x_NI = cast(value_NI, dtype)
-        down_SI = cast(_joined([layer.down for layer in layers], dim=0), dtype)
+        down_SI = cast(_joined(downs, dim=0), dtype)
         h_NS = F.linear(x_NI, down_SI)
-        ups, outputs = [cast(layer.up, dtype) for layer in layers], []
-        for layer, up_OR, h_NR in zip(layers, ups, _of_layers(h_NS, ups, dim=1), strict=True):
+        ups, outputs = [cast(up, dtype) for up in ups], []
+        for layer, up_OR, h_NR in zip(constants, ups, _of_layers(h_NS, ups, dim=1), strict=True):
             if isinstance(layer.factor, Tensor):
                 h_NR.mul_(layer.factor)
             y_NO = product(x_NI, layer.way, layer.stored, layer.bias_O, dtype)
             y_NO.addmm_(h_NR, up_OR.t(), alpha=_number(layer.factor))
             outputs.append(unshared(cast(y_NO, value_NI.dtype)))
-        stored = [tensor for layer in layers for tensor in layer.stored]
+        stored = [tensor for layer in constants for tensor in layer.stored]
         ctx.save_for_backward(*inputs, down_SI, h_NS, *ups, *stored)
-        ctx.dtype, ctx.activation, ctx.count, ctx.ways = dtype, activation, count, ways
-        ctx.lora_dtype, ctx.factors = layers[0].down.dtype, [layer.factor for layer in layers]
+        ctx.dtype, ctx.activation, ctx.count = dtype, activation, len(inputs)
+        ctx.ways = [(layer.way, len(layer.stored)) for layer in constants]
+        ctx.lora_dtype, ctx.factors = downs[0].dtype, [layer.factor for layer in constants]
         return tuple(outputs)
 
     @staticmethod
@@ -128,19 +138,18 @@ class _LinearWithLoRAs(torch.autograd.Function):
         else:
             multiply(ctx.activation.value(*inputs), ALL)
             grads_in = (None,) * count
-        found = [*(None,) * _FIRST, *grads_in]
         if not trained:
-            return *found, *(None for way, parts in ways for _ in range(4 + parts))
+            return *_NO_GRADS, *grads_in, *(None,) * (2 * len(ups))
         grad_down_SI = cast(functools.reduce(Tensor.add_, of_parts), ctx.lora_dtype)
-        grads_down = _of_layers(grad_down_SI, ups, dim=0)
-        layers = zip(grads_NO, hs_NR, ups, ctx.factors, grads_down, ways, strict=True)
-        for grad_NO, h_NR, up_OR, factor, grad_down, (_, parts) in layers:
-            grad_up = cast(_grad_of_up(grad_NO, h_NR, up_OR, _number(factor)), ctx.lora_dtype)
-            found += [None, grad_down, grad_up, None, *(None,) * parts]
-        return tuple(found)
+        grads_up = [
+            cast(_grad_of_up(*of_layer), ctx.lora_dtype)
+            for of_layer in zip(grads_NO, hs_NR, ups, ctx.factors, strict=True)
+        ]
+        return *_NO_GRADS, *grads_in, *_of_layers(grad_down_SI, ups, dim=0), *grads_up
 
 
-_FIRST = 4  # of the arguments that are tensors
+_FIRST = 3  # of the arguments that are tensors
+_NO_GRADS = (None,) * _FIRST
 
 
 def _grad_of_h(
@@ -157,14 +166,14 @@ def _grad_of_h(
     return _joined(parts, dim=1)
 
 
-def _grad_of_up(grad_NO: Tensor, h_NR: Tensor, up_OR: Tensor, factor: float) -> Tensor:
+def _grad_of_up(grad_NO: Tensor, h_NR: Tensor, up_OR: Tensor, factor: float | Tensor) -> Tensor:
     """Return the gradient of `up`, (O, R), as autograd keeps it: of any other order it would make a copy.
 
     The CPU takes that copy and is faster where the wide matrix is not transposed.
     """
     if device_kind(grad_NO) != "cpu":
-        return _scaled_mm(grad_NO.t(), h_NR, factor, up_OR)
-    return _scaled_mm(h_NR.t(), grad_NO, factor, up_OR.t()).t()
+        return _scaled_mm(grad_NO.t(), h_NR, _number(factor), up_OR)
+    return _scaled_mm(h_NR.t(), grad_NO, _number(factor), up_OR.t()).t()
 
 
 def _through_base_layers(
@@ -182,15 +191,6 @@ def _through_base_layers(
         else:
             add_product_back(grad_x_NI, grad_NO, way, weight)
     return grad_x_NI
-
-
-def _operands(
-    ways: Sequence[tuple[str | None, int]], flat: Sequence[Tensor | float | None]
-) -> Iterator[LoRAOperand]:
-    """Put together again what `linear_with_loras` has laid out."""
-    parts = iter(flat)
-    for way, count in ways:
-        yield LoRAOperand(*itertools.islice(parts, 4), way, tuple(itertools.islice(parts, count)))
 
 
 def _number(factor: float | Tensor) -> float:

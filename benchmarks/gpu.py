@@ -67,7 +67,7 @@ from benchmarks.step import FAMILIES  # noqa: E402
 from benchmarks.step_parts import Clock, Contestant, Settings, make_step  # noqa: E402
 from library.core.device import device_named, empty_cache  # noqa: E402
 from library.core.errors import ConfigError, UserError  # noqa: E402
-from library.nn.attention import check_kernel  # noqa: E402
+from library.nn.attention import prepare_kernel  # noqa: E402
 from library.nn.compiling import check_compiler, part_compiler  # noqa: E402
 from library.nn.kernels import use_fused_kernels  # noqa: E402
 from library.options.compute import ComputeOptions  # noqa: E402
@@ -173,7 +173,8 @@ class Bench:
         missing = missing_packages(*settings.family.contestants[way.who].packages)
         if missing:
             raise ConfigError(f"{missing} not installed.")
-        check_kernel(way.attention, self.device, way.dtype)
+        prepare_kernel(way.attention, self.device, way.dtype)
+        torch.backends.cuda.enable_cudnn_sdp(way.who != "ours")  # rivals leave it as torch has it
         use_fused_kernels(way.kernels, self.device)
         use_fused_kernels("torch", self.device)
 

@@ -80,7 +80,7 @@ TRITON = [
 ]
 ATTENTION = [
     Way(f"none, attention {kernel}", attention=kernel, differs="rounding")
-    for kernel in ("torch", "varlen", "flash")
+    for kernel in ("torch", "cudnn", "varlen", "flash")
 ]
 RIVALS = [
     Way(f"{rival}{end}", who=rival, mode=mode, base=mode)

@@ -13,7 +13,7 @@ from library.data.batch import Condition
 from library.flow.generate import ImageModel
 from library.inference.artist import Artist, Prompt
 from library.inference.models import Models
-from library.nn.attention import check_kernel
+from library.nn.attention import prepare_kernel
 from library.options.request import ImageRequest
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Drawing(Generic[Prompt]):
         self._script, self._options = script, script.options
         where = self._options.where
         device = device_named(where.device)
-        check_kernel(self._options.attention.attention, device, dtype_named(self._options.models.dtype))
+        prepare_kernel(self._options.attention.attention, device, dtype_named(self._options.models.dtype))
         self._models = Models(script, device)
         model = ImageModel(
             self._velocity,

@@ -13,7 +13,7 @@ from library.core.device import keep_freed_memory
 from library.core.errors import ConfigError
 from library.core.log import logger
 from library.models.quant_file import QuantFile
-from library.nn.attention import check_kernel
+from library.nn.attention import prepare_kernel
 from library.nn.block_swap import chosen_blocks, device_of_weights, make_ring
 from library.nn.eight_bit import check_device
 from library.nn.quant import multiply_in_8_bits, stored_names, use_quant_layers
@@ -70,7 +70,7 @@ class LoadOptions:
 
     def check(self) -> None:
         """Raise ConfigError or MissingPackageError if the attention kernel cannot be used here."""
-        check_kernel(self.kernel, torch.device(self.device), self.dtype)
+        prepare_kernel(self.kernel, torch.device(self.device), self.dtype)
 
 
 def load_transformer(

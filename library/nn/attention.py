@@ -2,9 +2,12 @@
 itself alone. In cross-attention keys and values are a packed sequence of their own, of other lengths.
 
 There is no padding and no mask. Keys and values may have fewer heads than queries (grouped queries); they
-are not repeated, except for xFormers. Kernels:
+are repeated only for kernels that want it so. Kernels:
 
-- `torch`, or `sdpa`: torch's scaled_dot_product_attention, one call a sample. Every device and dtype.
+- `torch`, or `sdpa`: torch's scaled_dot_product_attention, one call a sample. Every device and dtype. On
+  CUDA its own kernels, not cuDNN's.
+- `cudnn`: the same through cuDNN. CUDA, bf16 or fp16. It makes a plan for each new number of tokens, forward
+  and backward, which takes up to a second: fast once all lengths of captions and all buckets have been seen.
 - `varlen`: torch.nn.attention.varlen, one call a batch. CUDA, bf16 or fp16.
 - `flash`: the flash-attn package, one call a batch. CUDA, bf16 or fp16.
 - `xformers`: the xformers package, one call a sample. CUDA.
@@ -25,6 +28,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.nn.packing import Packing
@@ -32,22 +36,19 @@ from library.nn.products import product_dtype
 from library.nn.recompute import cheap
 from library.nn.stand_in import device_kind
 
-KERNELS = ("auto", "torch", "sdpa", "varlen", "flash", "xformers", "sage")
+KERNELS = ("auto", "torch", "sdpa", "cudnn", "varlen", "flash", "xformers", "sage")
 _HALF = (torch.bfloat16, torch.float16)
 _PACKAGES = {  # kernel: what is imported, and what pip installs
     "flash": ("flash_attn", "flash-attn --no-build-isolation"),
     "xformers": ("xformers", "xformers"),
     "sage": ("sageattention", "sageattention --no-build-isolation"),
 }
-_ONLY_HALF = ("varlen", "flash", "sage")
-_ON_META = {  # what SDPA takes on the device that the meta device stands in for
-    "cuda": torch.ops.aten._scaled_dot_product_flash_attention,
-    "cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-}
+_ONLY_HALF = ("cudnn", "varlen", "flash", "sage")
 
 
-def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a kernel that cannot work, before anything is computed.
+def prepare_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a kernel that cannot work, before anything is computed. Whatever the kernel, SDPA is kept from
+    choosing cuDNN by itself, in the whole process: on Hopper and Blackwell it would, from torch 2.11 on.
 
     Raises:
         ConfigError: an unknown kernel, or one that the device or dtype does not support.
@@ -55,6 +56,8 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
     """
     if kernel not in KERNELS:
         raise ConfigError(f"There is no attention kernel '{kernel}'; choose one of {', '.join(KERNELS)}.")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if kernel in ("auto", "torch", "sdpa"):
         return
     if kernel in _PACKAGES and importlib.util.find_spec(_PACKAGES[kernel][0]) is None:
@@ -74,6 +77,19 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
             "Attention kernel 'varlen' is torch's own flash attention, which this build of torch lacks; "
             "use 'torch', or 'flash' with the package flash-attn."
         )
+    if kernel == "cudnn":
+        _try_cudnn(device, dtype)
+
+
+def _try_cudnn(device: torch.device, dtype: torch.dtype) -> None:
+    few_THD = torch.zeros(64, 2, 64, dtype=dtype, device=device, requires_grad=True)
+    try:
+        _cudnn(few_THD, few_THD, few_THD).sum().backward()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"Attention kernel 'cudnn' cannot be had on {torch.cuda.get_device_name(device)}: "
+            f"{str(error).splitlines()[0].rstrip('.')}; use 'torch'."
+        ) from error
 
 
 def attention(
@@ -108,7 +124,7 @@ def plain_attention(
     """The formula, written out for one sample after another; returns (T, H, D). Reference for the kernels."""
     parts = []
     for q, k, v in _samples(q_THD, k_SKD, v_SKD, packing, packing if keys is None else keys):
-        k, v = _for_every_query(q, k), _for_every_query(q, v)
+        k, v = _for_every_query(q, k, v)
         scores_HTS = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
         parts.append(torch.einsum("hqk,khd->qhd", scores_HTS.softmax(-1), v))
     return torch.cat(parts)
@@ -139,25 +155,65 @@ def _samples(
     return zip(q.split(ours), k.split(theirs), v.split(theirs), strict=True)
 
 
-def _for_every_query(q_THD: Tensor, x_SKD: Tensor) -> Tensor:
-    """Repeat key or value heads until there is one for each query head."""
-    return x_SKD.repeat_interleave(q_THD.shape[1] // x_SKD.shape[1], dim=1)
+def _for_every_query(q_THD: Tensor, *others_SKD: Tensor) -> list[Tensor]:
+    """Repeat the heads of keys and values until there is one for each query head."""
+    heads = q_THD.shape[1]
+    return [x if x.shape[1] == heads else cheap(_repeated, x, heads // x.shape[1]) for x in others_SKD]
+
+
+def _repeated(x_SKD: Tensor, times: int) -> Tensor:
+    return x_SKD.repeat_interleave(times, dim=1)
 
 
 # ---- kernels that take one sample: q (T, H, D), k and v (S, K, D) -> (T, H, D) ----
 
 
 def _torch(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
-    dtype, grouped = product_dtype(q_THD), q_THD.shape[1] != k_SKD.shape[1]
-    wide = q_THD.dtype != dtype
-    sample = (cheap(_as, x, dtype) if wide else x for x in (q_THD, k_SKD, v_SKD))
-    q_1HTD, k_1KSD, v_1KSD = (x.transpose(0, 1).unsqueeze(0) for x in sample)
-    if q_THD.is_meta:  # SDPA would take the one kernel there that keeps the table of scores
-        out_1HTD = _ON_META[device_kind(q_THD)](q_1HTD, k_1KSD, v_1KSD)[0]
+    dtype = product_dtype(q_THD)
+    if q_THD.dtype != dtype:
+        return cheap(_as, _sdpa(*(cheap(_as, x, dtype) for x in (q_THD, k_SKD, v_SKD))), q_THD.dtype)
+    if not _takes_fewer_keys(q_THD):
+        k_SKD, v_SKD = _for_every_query(q_THD, k_SKD, v_SKD)
+    return _sdpa(q_THD, k_SKD, v_SKD)
+
+
+def _takes_fewer_keys(q_THD: Tensor) -> bool:
+    """Whether SDPA has a kernel for grouped queries here that makes no table of scores. Of torch's for CUDA
+    only flash attention is one."""
+    if device_kind(q_THD) != "cuda":
+        return True
+    if q_THD.dtype not in _HALF:
+        return False
+    if q_THD.is_meta or torch.version.cuda is None:
+        return True
+    return torch.backends.cuda.is_flash_attention_available() and _has_flash(q_THD.device)
+
+
+def _cudnn(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+    k_SHD, v_SHD = _for_every_query(q_THD, k_SKD, v_SKD)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q_THD, k_SHD, v_SHD)
+
+
+def _sdpa(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+    q_1HTD, k_1KSD, v_1KSD = (x.transpose(0, 1).unsqueeze(0) for x in (q_THD, k_SKD, v_SKD))
+    if q_THD.is_meta:
+        out_1HTD = _sdpa_on_meta(q_1HTD, k_1KSD, v_1KSD)
     else:
+        grouped = q_THD.shape[1] != k_SKD.shape[1]
         out_1HTD = F.scaled_dot_product_attention(q_1HTD, k_1KSD, v_1KSD, enable_gqa=grouped)
-    out_THD = out_1HTD.squeeze(0).transpose(0, 1)
-    return cheap(_as, out_THD, q_THD.dtype) if wide else out_THD
+    return out_1HTD.squeeze(0).transpose(0, 1)
+
+
+def _sdpa_on_meta(q_1HTD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor) -> Tensor:
+    """Take the kernel that SDPA takes on the device that is stood in for, not the one with a table of scores
+    that it takes on the meta device."""
+    if device_kind(q_1HTD) == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_1HTD, k_1KSD, v_1KSD)[0]
+    if q_1HTD.dtype in _HALF:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_1HTD, k_1KSD, v_1KSD)[0]
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(q_1HTD, k_1KSD, v_1KSD, None, compute_log_sumexp=torch.is_grad_enabled())[0]
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,7 +227,7 @@ def _joined(*parts_THD: Tensor) -> Tensor:
 def _xformers(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    k_SHD, v_SHD = _for_every_query(q_THD, k_SKD), _for_every_query(q_THD, v_SKD)
+    k_SHD, v_SHD = _for_every_query(q_THD, k_SKD, v_SKD)
     return memory_efficient_attention(q_THD[None], k_SHD[None], v_SHD[None]).squeeze(0)
 
 
@@ -214,6 +270,7 @@ def _places(packing: Packing, keys: Packing) -> tuple[Tensor, Tensor, int, int]:
 _OF_A_SAMPLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "torch": _torch,
     "sdpa": _torch,
+    "cudnn": _cudnn,
     "xformers": _xformers,
     "sage": _sage,
 }

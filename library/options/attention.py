@@ -15,10 +15,11 @@ class AttentionOptions(OptionGroup):
 
     attn_mode: str | None = option(
         None,
-        "kernel of attention: torch (or sdpa), varlen (torch's own for packed batches), flash (the package "
-        "flash-attn), xformers or sage (their packages; sage is for drawing only); default: torch, and "
-        "varlen for batches of several pictures where it can be had",
-        choices=("torch", "sdpa", "varlen", "flash", "xformers", "sage"),
+        "kernel of attention: torch (or sdpa), cudnn (torch's call of cuDNN, for few lengths of captions), "
+        "varlen (torch's own for packed batches), flash (the package flash-attn), xformers or sage (their "
+        "packages; sage is for drawing only); default: torch, and varlen for batches of several pictures "
+        "where it can be had",
+        choices=("torch", "sdpa", "cudnn", "varlen", "flash", "xformers", "sage"),
     )
     use_flash_attn: bool = option(False, "the same as --attn_mode flash (requirements-gpu.txt)")
     use_sage_attn: bool = option(False, "the same as --attn_mode sage")

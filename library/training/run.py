@@ -12,7 +12,7 @@ from library.core.errors import NonFiniteError, Stopped, StorageError
 from library.core.files import sweep_leftovers, write_text
 from library.core.log import logger
 from library.data.batch import Batch
-from library.nn.attention import check_kernel
+from library.nn.attention import prepare_kernel
 from library.nn.compiling import check_compiler
 from library.nn.eight_bit import check_device
 from library.training.assembly import Assembly, assemble
@@ -43,7 +43,7 @@ class TrainingRun:
         self.broken_off = False  # whether events of this moment are left for the resumed run
         context.trainer.trainee_kind.check_device(context)
         check_compiler(options.compute, context.device)
-        check_kernel(options.compute.attention, context.device, context.dtype)
+        prepare_kernel(options.compute.attention, context.device, context.dtype)
         if options.quant.quant_matmul and options.quant.transformer is not None:
             check_device(options.quant.transformer, context.device)
         self.schedule = learning_rate_schedule(options.optimizer, context.total_steps)

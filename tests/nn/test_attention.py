@@ -2,16 +2,23 @@
 
 import sys
 import types
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 import torch.nn.attention.varlen
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.nn import products
-from library.nn.attention import _varlen_is_better, attention, check_kernel, plain_attention
+from library.nn.attention import (
+    _try_cudnn,
+    _varlen_is_better,
+    attention,
+    plain_attention,
+    prepare_kernel,
+)
 from library.nn.packing import Packing
 from library.nn.stand_in import meta_standing_for
 
@@ -70,10 +77,11 @@ def test_keys_of_other_lengths(heads, kv_heads):
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_on_the_meta_device_without_a_table_of_scores(kind, dtype):
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_on_the_meta_device_without_a_table_of_scores(kind, dtype, kv_heads):
     lengths, key_lengths = (500, 300), (40, 700)
     q = torch.empty(800, 4, 16, dtype=dtype, device="meta", requires_grad=True)
-    k = torch.empty(740, 4, 16, dtype=dtype, device="meta", requires_grad=True)
+    k = torch.empty(740, kv_heads, 16, dtype=dtype, device="meta", requires_grad=True)
     packing, keys = (Packing.of(each, torch.device("meta")) for each in (lengths, key_lengths))
     kept = []
     with meta_standing_for(kind), saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -83,6 +91,38 @@ def test_on_the_meta_device_without_a_table_of_scores(kind, dtype):
             grads = torch.autograd.grad(out, (q, k), torch.empty_like(out))
             assert [grad.shape for grad in grads] == [q.shape, k.shape]
     assert max(kept) <= q.numel()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "alone"),
+    [(torch.float32, (9, 0), False), (torch.float16, (7, 5), False), (torch.bfloat16, (8, 9), True)],
+)
+def test_grouped_queries_where_only_flash_attention_takes_them(monkeypatch, dtype, capability, alone):
+    """On a GPU all else would make a table of scores; so keys and values are repeated."""
+    for module in ("attention", "products"):
+        monkeypatch.setattr(f"library.nn.{module}.device_kind", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    real, told = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recorded(q, k, v, *, enable_gqa):
+        told.append((enable_gqa, q.shape[1] == k.shape[1]))
+        return real(q, k, v, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    inputs = qkv(4, 2, dtype)
+    packing = Packing.of(LENGTHS, CPU)
+    ours = attention(*inputs, packing, "torch")
+    assert told == [(alone, not alone)] * len(LENGTHS)
+    torch.testing.assert_close(ours, plain_attention(*inputs, packing).flatten(1), rtol=2e-2, atol=2e-2)
+    weights = torch.ones_like(ours)
+    of_ours, of_plain = (
+        torch.autograd.grad(out, inputs, weights)
+        for out in (ours, plain_attention(*inputs, packing).flatten(1))
+    )
+    for one, other in zip(of_ours, of_plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=5e-2, atol=5e-2)
 
 
 def test_samples_do_not_see_each_other():
@@ -109,13 +149,31 @@ def test_bf16(monkeypatch, fast):
 
 def test_kernels_that_cannot_work_are_refused():
     with pytest.raises(ConfigError, match="no attention kernel 'paged'; choose one of auto, torch, sdpa"):
-        check_kernel("paged", CPU, torch.float32)
+        prepare_kernel("paged", CPU, torch.float32)
     with pytest.raises(ConfigError, match="'varlen' needs a CUDA device, not cpu; use 'torch'"):
-        check_kernel("varlen", CPU, torch.bfloat16)
+        prepare_kernel("varlen", CPU, torch.bfloat16)
     with pytest.raises(ConfigError, match="'varlen' needs bf16 or fp16, not torch.float32; use 'torch'"):
-        check_kernel("varlen", CUDA, torch.float32)
+        prepare_kernel("varlen", CUDA, torch.float32)
+    with pytest.raises(ConfigError, match="'cudnn' needs bf16 or fp16, not torch.float32; use 'torch'"):
+        prepare_kernel("cudnn", CUDA, torch.float32)
     for kernel in ("auto", "torch", "sdpa"):
-        check_kernel(kernel, CPU, torch.float32)
+        prepare_kernel(kernel, CPU, torch.float32)
+
+
+def test_cudnn_is_asked_for_or_not_used(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", set_to.append)
+    prepare_kernel("auto", CPU, torch.bfloat16)
+    assert set_to == []
+    prepare_kernel("auto", CUDA, torch.bfloat16)
+    assert set_to == [False]
+
+
+def test_a_device_that_cudnn_cannot_serve(monkeypatch):
+    """Such as this one: torch has no way to run it on a CPU, and says so when it is called."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "the processor")
+    with pytest.raises(ConfigError, match=r"'cudnn' cannot be had on the processor: .+; use 'torch'\.$"):
+        _try_cudnn(CPU, torch.bfloat16)
 
 
 def test_a_build_of_torch_without_flash_attention(monkeypatch):
@@ -129,7 +187,7 @@ def test_a_build_of_torch_without_flash_attention(monkeypatch):
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda there=there: there)
         assert _varlen_is_better(q, packing) is there
         with nullcontext() if there else pytest.raises(ConfigError, match="this build of torch lacks; use"):
-            check_kernel("varlen", CUDA, torch.bfloat16)
+            prepare_kernel("varlen", CUDA, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +201,10 @@ def test_a_build_of_torch_without_flash_attention(monkeypatch):
 def test_a_kernel_without_its_package(monkeypatch, kernel, module, install):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingPackageError, match=f"'{kernel}' needs .* `pip install {install}`"):
-        check_kernel(kernel, CUDA, torch.bfloat16)
+        prepare_kernel(kernel, CUDA, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "xformers", "sage", "varlen", "varlen 2.11"])
+@pytest.mark.parametrize("kernel", ["flash", "xformers", "sage", "varlen", "varlen 2.11", "cudnn"])
 def test_packages_are_called_as_they_want_to_be(monkeypatch, kernel):
     """With stand-ins that take what the packages take (flash-attn 2.8, xformers 0.0.3x, sageattention 2), and
     for torch's varlen, which needs a GPU: 2.13 must be told of grouped heads, 2.11 has no word for them."""
@@ -178,9 +236,16 @@ def test_packages_are_called_as_they_want_to_be(monkeypatch, kernel):
     def old_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
         return flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
 
+    @contextmanager
+    def sdpa_kernel(backend):
+        assert backend == SDPBackend.CUDNN_ATTENTION
+        called.append({})
+        yield
+
     kernel, _, version = kernel.partition(" ")
     varlen_attn = old_varlen_attn if version else varlen_attn
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("library.nn.attention.sdpa_kernel", sdpa_kernel)
     for name, function in (
         ("flash_attn", flash_attn_varlen_func),
         ("xformers", None),

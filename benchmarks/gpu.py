@@ -73,6 +73,7 @@ from library.nn.kernels import use_fused_kernels  # noqa: E402
 from library.options.compute import ComputeOptions  # noqa: E402
 from library.options.quant import QuantOptions  # noqa: E402
 from library.options.swap import SwapOptions  # noqa: E402
+from library.training.guards import is_out_of_memory  # noqa: E402
 
 GIB = 2**30
 PIXELS_A_LATENT = {"full": 8, "mid": 16, "nano": 64}  # small models get small pictures
@@ -115,11 +116,11 @@ class Bench:
             return self._measure(case)
         except UserError as error:
             trouble = f"not here: {error}"
-        except torch.OutOfMemoryError:
-            trouble = "out of memory"
         except Exception as error:  # one way's failure is not the others'; the exit code tells of it
-            traceback.print_exc()
-            failed, trouble = True, f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            failed, trouble = not is_out_of_memory(error), "out of memory"
+            if failed:
+                traceback.print_exc()
+                trouble = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             use_fused_kernels("torch", self.device)
         self.free()  # by now the error is gone, and with it what it held

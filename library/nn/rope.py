@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from library.core.device import sent
+
 _TABLES_KEPT = 32
 
 
@@ -84,11 +86,12 @@ class ApartRopeTables:
 
     def text(self, length: int, device: torch.device) -> Tensor:
         """Return the (length, P, 2) table of a text."""
-        return self._kept.get((length, device), lambda: self._make_text(length).to(device))
+        return self._kept.get((length, device), lambda: sent(self._make_text(length), device))
 
     def image(self, height: int, width: int, device: torch.device) -> Tensor:
         """Return the (height * width, P, 2) table of an image; sizes are in tokens."""
-        return self._kept.get((height, width, device), lambda: self._make_image(height, width).to(device))
+        key = (height, width, device)
+        return self._kept.get(key, lambda: sent(self._make_image(height, width), device))
 
     def _make_text(self, length: int) -> Tensor:
         positions_T1 = torch.arange(length, dtype=torch.float32, device="cpu").unsqueeze(1)

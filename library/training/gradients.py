@@ -42,6 +42,9 @@ class Gradients(ABC):
     def clear(self) -> None:
         """Forget them, after the step."""
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to let go of
+        """Watch the weights no more. Until then torch's hooks may keep them, the model and all, in memory."""
+
 
 class PlainGradients(Gradients):
     """Gradients as backward makes them, each where its weight is, which may be on several devices."""

@@ -52,7 +52,7 @@ def memory_explained(doing: str, device: torch.device, advice: list[str]) -> Ite
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         helps = "; ".join([*_joining_advice(error), *advice][:ADVICE_AT_ONCE]) or "a larger device"
         raise ResourceError(
@@ -170,7 +170,8 @@ def _joining_advice(error: BaseException) -> list[str]:
     ]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, of a device or of the computer, in whatever way that was told."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or any(words in str(error) for words in _OUT_OF_MEMORY)
 

@@ -68,6 +68,7 @@ class TrainingRun:
                 self._loop()
         finally:
             self.parts.metrics.close()
+            self.parts.learner.gradients.close()
         self._on_main(lambda: self._save_result(path))
         _log.info("trained %d steps; saved %s", context.total_steps, path)
         return path

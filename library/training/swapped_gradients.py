@@ -34,3 +34,7 @@ class SwappedGradients(PlainGradients):
         """Let go of the gradients. Those on the CPU leave their memory for the next step's."""
         super().clear()
         self._returned.clear()
+
+    def close(self) -> None:
+        """Watch no more: gradients stay where autograd makes them."""
+        self._returned.close()

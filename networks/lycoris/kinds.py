@@ -233,7 +233,8 @@ def cayley(blocks: Tensor, constraint: float) -> Tensor:
     if constraint > 0:
         skew = skew * (constraint / (torch.linalg.vector_norm(skew) + 1e-8)).clamp(max=1)
     identity = torch.eye(blocks.shape[-1], device=skew.device)
-    return torch.linalg.solve(identity - skew, identity + skew)  # both factors commute
+    # Both factors commute. The first is never singular, and `solve` would make a GPU's queue wait to see so.
+    return torch.linalg.solve_ex(identity - skew, identity + skew).result
 
 
 def uniform_bound(shape: tuple[int, ...]) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -101,6 +104,24 @@ def test_training_takes_what_was_foretold(
     found = there + allocated(two_steps)
     assert sum(device.values()) + sum(computer.values()) == pytest.approx(found, rel=0.05)
     assert kept == 0 or 0.01 * found < kept < found
+
+
+@pytest.mark.parametrize(("swapped", "words"), [(0, (FUSED,)), (3, (FUSED,)), (3, ())])
+def test_a_measured_model_is_gone_before_the_next_is_made(
+    runs: Runs, swapped: int, words: tuple[str, ...]
+) -> None:
+    """Torch's hooks on weights hold what holds these, where no garbage collector sees it."""
+    context = runs.context("lumina", BF16, *words, f"--blocks_to_swap={swapped}")
+    estimate = MemoryEstimate(context.trainer, context, kind="cpu")
+    seen: list[weakref.ref[torch.Tensor]] = []
+    for _ in range(2):
+        gc.collect()
+        assert not [ref for ref in seen if ref() is not None]
+        real = measure.RealSteps(context, estimate, "full")
+        seen += [weakref.ref(weight) for weight in real.weights()]
+        with closing(real):
+            real.step()
+        del real
 
 
 def parts_of(estimate: MemoryEstimate, mode: str = "full", swapped: int = 0) -> dict[str, int]:

@@ -182,3 +182,22 @@ def test_settings_are_python_literals_over_what_the_name_stands_for() -> None:
 def test_the_rate_of_the_dit() -> None:
     assert parse("--learning_rate=1e-3").network_lr == 1e-3
     assert parse("--learning_rate=1e-3", "--unet_lr=2e-4").network_lr == 2e-4
+
+
+@pytest.mark.parametrize(("name", "waits"), [("AdamW8bit", 0), ("Lion8bit", 0), ("PagedAdamW8bit", 3)])
+def test_bitsandbytes_waits_for_the_device_only_where_states_are_paged(
+    monkeypatch: pytest.MonkeyPatch, name: str, waits: int
+) -> None:
+    """In its step; the update itself is left out, because a CPU has none for paged states."""
+    from bitsandbytes import utils
+
+    waited: list[torch.Tensor] = []
+    monkeypatch.setattr(utils, "sync_gpu", waited.append)
+    weights = parameters(2)
+    optimizer = create_optimizer([{"params": weights, "lr": 1e-3}], parse(f"--optimizer_type={name}"))
+    for method in ("to_gpu", "init_state", "prefetch_state", "update_step"):
+        monkeypatch.setattr(optimizer, method, lambda *_: None)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert len(waited) == waits

@@ -6,8 +6,8 @@ import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +21,7 @@ from library.options.budget import AUTO
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
 from library.training.context import RunContext
+from library.training.guards import is_out_of_memory
 from library.training.look.memory_estimate import Manner, MemoryEstimate, quant_flags, shown
 from library.training.look.meter import Meter, Speeds
 from library.training.look.planner import Calibration, allowed_bytes, make_plan
@@ -107,7 +108,9 @@ def _steps_of(
             foretold += sum(estimate.in_computer(manner, swap).values())
         try:
             found, seconds = _measured_steps(context, estimate, mode)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             found, seconds = 0, 0.0
         gc.collect()
         empty_cache(context.device)
@@ -120,18 +123,21 @@ def _measured_steps(context: RunContext, estimate: MemoryEstimate, mode: str) ->
     if device.type == "cuda":
         _multiply_once(device)
         before = torch.cuda.memory_allocated(device)
+        with closing(RealSteps(context, estimate, mode)) as rehearsed:
+            torch.cuda.reset_peak_memory_stats(device)
+            rehearsed.step()
+            seconds = rehearsed.timed_step()
+            return torch.cuda.max_memory_allocated(device) - before, seconds
+    meter = Meter((device.type,))
+    with meter:
         rehearsed = RealSteps(context, estimate, mode)
-        torch.cuda.reset_peak_memory_stats(device)
-        rehearsed.step()
-        seconds = rehearsed.timed_step()
-        return torch.cuda.max_memory_allocated(device) - before, seconds
-    with Meter((device.type,)) as meter:
-        rehearsed = RealSteps(context, estimate, mode)
-        meter.add(rehearsed.weights())  # those that are mapped into memory, too
-        meter.take_peak()
-        rehearsed.step()
-        rehearsed.step()  # with all that the first one made
-    return meter.peak, rehearsed.timed_step()
+    with closing(rehearsed):
+        with meter:
+            meter.add(rehearsed.weights())  # those that are mapped into memory, too
+            meter.take_peak()
+            rehearsed.step()
+            rehearsed.step()  # with all that the first one made
+        return meter.peak, rehearsed.timed_step()
 
 
 def _multiply_once(device: torch.device) -> None:
@@ -160,11 +166,7 @@ class RealSteps:
         self._simulation = Simulation(trainer, model, trainee, context.device, context.device.type)
         self._work = estimate.work
         self._batches = min(2, context.options.training.gradient_accumulation_steps)  # more take no more
-
-    @cached_property
-    def _learner(self) -> Learner:
-        """What it learns with, made for the first step."""
-        return self._context.trainer.trainee_kind.learner(self._simulation.trainee, self._context)
+        self._learner: Learner | None = None  # what it learns with, made for the first step
 
     def weights(self) -> Iterator[torch.Tensor]:
         """Yield the weights of the model, and those of a network."""
@@ -173,15 +175,21 @@ class RealSteps:
 
     def step(self) -> None:
         """Make a step, with its update."""
-        learner = self._learner
+        kind, simulation = self._context.trainer.trainee_kind, self._simulation
+        learner = self._learner = self._learner or kind.learner(simulation.trainee, self._context)
         set_learning_rates(learner.optimizer, lambda step, peaks: peaks, 0)
         for _ in range(self._batches):
-            self._simulation.backward(self._work)
+            simulation.backward(self._work)
         learner.gradients.collect(self._context.processes)
         learner.gradients.norm()
         if not learner.gradients.moves_weights:
             learner.optimizer.step()
         learner.gradients.clear()
+
+    def close(self) -> None:
+        """Let torch forget the weights when this is forgotten."""
+        if self._learner is not None:
+            self._learner.gradients.close()
 
     def timed_step(self) -> float:
         """Return the seconds that a step takes."""

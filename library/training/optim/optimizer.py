@@ -151,9 +151,25 @@ def make_optimizer(
     if kind is torch.optim.AdamW and devices <= _FUSED_DEVICES and settings.keys() <= SETTINGS:
         kind, settings = (LeanAdamW, settings) if lean else (kind, settings | {"fused": True})
     try:
-        return kind(groups, lr=None if options.relative_step else options.learning_rate, **settings)
+        optimizer = kind(groups, lr=None if options.relative_step else options.learning_rate, **settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--optimizer_type {name} does not take its settings: {error}") from error
+    if kind.__module__.startswith("bitsandbytes."):
+        _let_run_ahead(paged=optimizer.is_paged)
+    return optimizer
+
+
+def _let_run_ahead(*, paged: bool) -> None:
+    """Keep bitsandbytes from waiting for the whole GPU after each weight, in the middle of backward with
+    --fused_backward_pass. It must for states in paged memory; for others the GPU's own order is enough."""
+    from bitsandbytes import utils
+    from bitsandbytes.optim import optimizer as steps
+
+    steps.sync_gpu = utils.sync_gpu if paged else _go_on
+
+
+def _go_on(weight: Tensor) -> None:
+    """Do not wait."""
 
 
 def _check_factor(options: OptimizerOptions, rates: Sequence[float]) -> None:

@@ -32,7 +32,7 @@ from library.nn.products import Linear, layer_dtype
 from library.nn.quant import restore, stored_form
 from library.nn.together import Joinable
 from networks.dora import DoRALinearOp, Magnitude, scaled_linear
-from networks.lora_op import LoRAOperand, linear_with_loras, low_rank
+from networks.lora_op import Constants, LoRAOperand, linear_with_loras, low_rank
 from networks.names import ALPHA, DORA, DOWN, UP, is_anchored
 from networks.start import start_weights
 
@@ -353,7 +353,7 @@ class LoRALinear(Joinable):
     def _operand(self, x: Tensor) -> LoRAOperand:
         (lora,) = self.loras
         down, up, factor, *_ = lora.action(x, self.base)
-        return LoRAOperand(self.base.bias, down, up, factor, *stored_form(self.base))
+        return LoRAOperand(down, up, Constants(self.base.bias, factor, *stored_form(self.base)))
 
     def _multiplies_in(self, x: Tensor) -> torch.dtype:
         """The dtype in which the base layer itself multiplies x."""
@@ -364,7 +364,7 @@ class LoRALinear(Joinable):
         bias, (way, stored) = self.base.bias, stored_form(self.base)
         (down, up, factor, scale, on_output), *more = actions
         if scale is None:
-            operand = LoRAOperand(bias, down, up, factor, way, stored)
+            operand = LoRAOperand(down, up, Constants(bias, factor, way, stored))
             (y_NO,) = linear_with_loras([x_NI], [operand], dtype)
         else:
             y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, way, *stored)

@@ -36,27 +36,22 @@ from library.nn.quant import add_product_back, product, product_back
 from library.nn.stand_in import device_kind
 
 
-class LoRAOperand(NamedTuple):
-    """One of the layers: the base layer, its weight in stored form (`quant.stored_form`), and its LoRA.
-
-    `factor` is a number, or (N, R), or (1, R).
-    """
+class Constants(NamedTuple):
+    """What gets no gradient: bias and weight of the base layer, this one in stored form
+    (`quant.stored_form`), and the LoRA's factor, a number, or (N, R), or (1, R)."""
 
     bias_O: Tensor | None
+    factor: float | Tensor
+    way: str | None
+    stored: tuple[Tensor, ...]
+
+
+class LoRAOperand(NamedTuple):
+    """One of the layers, with its LoRA: `down` (R, I) and `up` (O, R)."""
+
     down: Tensor
     up: Tensor
-    factor: float | Tensor
-    way: str | None
-    stored: tuple[Tensor, ...]
-
-
-class _Constants(NamedTuple):
-    """What of a `LoRAOperand` gets no gradient."""
-
-    bias_O: Tensor | None
-    factor: float | Tensor
-    way: str | None
-    stored: tuple[Tensor, ...]
+    constants: Constants
 
 
 def linear_with_loras(
@@ -71,8 +66,7 @@ def linear_with_loras(
     The base layers are constant: weights and biases get no gradient. Each weight is used in the same way
     forward and backward.
     """
-    downs, ups = [layer.down for layer in layers], [layer.up for layer in layers]
-    constants = [_Constants(layer.bias_O, layer.factor, layer.way, layer.stored) for layer in layers]
+    downs, ups, constants = zip(*layers, strict=True)
     return _LinearWithLoRAs.apply(dtype, activation, constants, *inputs, *downs, *ups)
 
 
@@ -94,7 +88,7 @@ class _LinearWithLoRAs(torch.autograd.Function):
         ctx: FunctionCtx,
         dtype: torch.dtype,
         activation: Activation,
-        constants: Sequence[_Constants],
+        constants: Sequence[Constants],
         *flat: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(constants)

@@ -17,7 +17,7 @@ from library.nn.activations import GELU, SWIGLU, Activation
 from library.nn.products import Linear
 from library.nn.together import activated, together
 from networks.layer import Dropouts, LoRA, LoRALinear
-from networks.lora_op import LoRAOperand, linear_with_loras, low_rank
+from networks.lora_op import Constants, LoRAOperand, linear_with_loras, low_rank
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -95,7 +95,7 @@ def test_gradients_are_the_derivatives(masked: bool) -> None:
 
     def outputs(x: Tensor, *loras: Tensor) -> tuple[Tensor, ...]:
         pairs = zip(loras[::2], loras[1::2], strict=True)
-        operands = [LoRAOperand(bias, down, up, factor, None, (weight,)) for down, up in pairs]
+        operands = [LoRAOperand(down, up, Constants(bias, factor, None, (weight,))) for down, up in pairs]
         return linear_with_loras([x], operands, torch.float64)
 
     for count in (1, 3):
@@ -213,7 +213,7 @@ def test_gradients_through_an_activation_are_derivatives() -> None:
     a, b = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def output(a: Tensor, b: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        operand = LoRAOperand(layer.base.bias, down, up, 0.7, None, (layer.base.weight,))
+        operand = LoRAOperand(down, up, Constants(layer.base.bias, 0.7, None, (layer.base.weight,)))
         return linear_with_loras([a, b], [operand], torch.float64, SWIGLU)[0]
 
     loras = lora.down, lora.up

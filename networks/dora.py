@@ -96,7 +96,7 @@ class DoRALinearOp(torch.autograd.Function):
         on_output: bool,
         dtype: torch.dtype,
         scheme: str | None,
-        *stored: Tensor,
+        stored: tuple[Tensor, ...],
     ) -> Tensor:
         down_RI, up_OR, wide_NI = down.to(dtype), up.to(dtype), x_NI.to(dtype)
         h_NR = torch.mm(wide_NI, down_RI.t()).mul_(factor)
@@ -138,8 +138,7 @@ class DoRALinearOp(torch.autograd.Function):
             grad_x = (grad_scaled_NI * scale).to(dtype) if need_x else None
         if grad_x is not None:
             grad_x = grad_x.addmm_(grad_h_NR, down_RI).to(ctx.x_dtype)
-        others = (None,) * (3 + len(stored))
-        return grad_x, None, grad_down, grad_up, None, grad_scale, *others
+        return grad_x, None, grad_down, grad_up, None, grad_scale, None, None, None, None
 
 
 def scaled_linear(

@@ -41,12 +41,27 @@ from networks.start import start_weights
 class Dropouts:
     """What training leaves out at random, as probabilities.
 
-    neuron: single entries of `down x`. rank: whole ranks. module: the whole LoRA, for one call.
+    neuron: single entries of `down x`. rank: whole ranks. module: the whole LoRA, for one call. every_layer:
+    none is left out whole, though all is computed as if one could be: the step that takes the most.
     """
 
     neuron: float = 0.0
     rank: float = 0.0
     module: float = 0.0
+    every_layer: bool = False
+
+    def leave_out(self) -> bool:
+        """Draw whether a layer goes without its LoRA in this call. In compiled code it never does: a graph
+        cannot branch on a number that it draws, and multiplies by `drawn_presence`."""
+        if self.module == 0 or self.every_layer or torch.compiler.is_compiling():
+            return False
+        return bool(torch.rand(()) < self.module)
+
+    def drawn_presence(self, like: Tensor) -> Tensor | None:
+        """Draw 0 for a layer that goes without, else 1, in compiled code; elsewhere None."""
+        if self.module == 0 or self.every_layer or not torch.compiler.is_compiling():
+            return None
+        return (torch.rand((), device=like.device) >= self.module).to(like.dtype)
 
 
 class Action(NamedTuple):
@@ -156,15 +171,8 @@ class LoRA(nn.Module):
         return start_weights(self.start, weight, self.rank, self.strength, draws)
 
     def skips_call(self) -> bool:
-        """Whether this call leaves the LoRA out: its scale is zero, or module dropout drew it.
-
-        In compiled code the latter is left to `action`: a graph cannot branch on a number that it draws.
-        """
-        if self.scale == 0.0:
-            return True
-        p = self.dropouts.module
-        compiling = torch.compiler.is_compiling()
-        return p > 0 and self.training and not compiling and bool(torch.rand(()) < p)
+        """Whether this call leaves the LoRA out: its scale is zero, or module dropout drew it."""
+        return self.scale == 0.0 or (self.training and self.dropouts.leave_out())
 
     def is_plain(self) -> bool:
         """Whether it acts in every call, and on nothing but the layer's output."""
@@ -174,9 +182,9 @@ class LoRA(nn.Module):
         """Return what the LoRA does to input x of a layer."""
         down, up = self.factors()
         factor, multiplier = self.draw_factor(x, len(down)), self.multiplier
-        if self.dropouts.module > 0 and self.training and torch.compiler.is_compiling():
-            kept = (torch.rand((), device=x.device) >= self.dropouts.module).to(x.dtype)
-            factor, multiplier = factor * kept, multiplier * kept
+        present = self.dropouts.drawn_presence(x) if self.training else None
+        if present is not None:
+            factor, multiplier = factor * present, multiplier * present
         if self.magnitude is None:
             return Action(down, up, factor)
         ratio = self.magnitude.factor(layer.weight, down, up, self.strength)
@@ -367,7 +375,7 @@ class LoRALinear(Joinable):
             operand = LoRAOperand(down, up, Constants(bias, factor, way, stored))
             (y_NO,) = linear_with_loras([x_NI], [operand], dtype)
         else:
-            y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, way, *stored)
+            y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, way, stored)
         for down, up, factor, scale, on_output in more:
             y_NO = y_NO + low_rank(x_NI, down, up, factor)
             if scale is not None:

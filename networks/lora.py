@@ -11,7 +11,7 @@ The arithmetic is in `networks/lora_op.py`, the layers in `networks/layer.py`. N
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,11 @@ class LoRANetwork(nn.Module):
         self._lrs = {name: sizes[path].lr for name, path in self.paths.items()}
         self._multiplier, self._enabled = 1.0, True
         self._places: list[tuple[nn.Module, str]] = []
+
+    def use_every_layer(self) -> None:
+        """Leave no layer's LoRA out, whatever module dropout says, so that a step takes the most it can."""
+        for lora in self.loras.values():
+            lora.dropouts = replace(lora.dropouts, every_layer=True)
 
     @property
     def multiplier(self) -> float:

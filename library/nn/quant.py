@@ -228,7 +228,7 @@ class QuantLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return _QuantProduct.apply(x, self.bias, layer_dtype(x), self.way, *self.stored)
+        return _QuantProduct.apply(x, self.bias, layer_dtype(x), self.way, self.stored)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -240,7 +240,12 @@ class _QuantProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, bias: Tensor | None, dtype: torch.dtype, way: str, *stored: Tensor
+        ctx: FunctionCtx,
+        x: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        way: str,
+        stored: tuple[Tensor, ...],
     ) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.dtype, ctx.way = dtype, way
@@ -252,7 +257,7 @@ class _QuantProduct(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = product_back(rows_NO, ctx.way, ctx.saved_tensors, ctx.dtype).to(grad.dtype)
-        return grad_x.view(*grad.shape[:-1], -1), None, None, None, *(None for _ in ctx.saved_tensors)
+        return grad_x.view(*grad.shape[:-1], -1), None, None, None, None
 
 
 def use_quant_layers(model: nn.Module, paths: Sequence[str], scheme: str) -> None:

@@ -123,6 +123,7 @@ class Updater:
         self._gauges = sorted(gauges, key=lambda gauge: not gauge.shared)
         self._skipped = 0  # steps in a row without an update
         self._losses: list[Tensor] = []  # of each picture of the step, by micro-batch
+        self._learns = False  # whether anything trained had a part in the step's losses
 
     def export_state(self) -> dict[str, object]:
         """Return what must be remembered between steps, as JSON keeps it."""
@@ -149,13 +150,15 @@ class Updater:
         """
         loss = self._backward(step, shares, between)
         self._gradients.collect(self._processes)
-        self._scaler.unscale_(self._optimizer)
+        if self._learns:
+            self._scaler.unscale_(self._optimizer)
         loss_value, norm_value, gauged = self._read(step, loss, self._gradients.norm())
         updated = self._check(step, shares, loss_value, norm_value)
-        if updated and not self._gradients.moves_weights:
+        if updated and self._learns and not self._gradients.moves_weights:
             self._clip(norm_value)
             self._optimizer.step()  # not the scaler's `step`, which would wait to learn what the norm told
-        self._scaler.update()
+        if self._learns:
+            self._scaler.update()
         self._gradients.clear()
         return StepResult(loss_value, norm_value, updated, gauged)
 
@@ -175,6 +178,7 @@ class Updater:
         """Add up gradients and return this process's part of the mean loss."""
         parts: list[Tensor] = []
         self._losses = []
+        self._learns = self._processes.world > 1  # the others' gradients are summed in any case
         for micro, share in enumerate(shares):
             if micro > 0 and between is not None:
                 between()
@@ -190,7 +194,9 @@ class Updater:
             parts.append(loss.detach())
             if self._gradients.moves_weights and not math.isfinite(loss.item()):
                 break  # `_check` ends the step, before anything moved
-            self._scaler.scale(loss).backward()
+            if loss.requires_grad:  # module dropout can leave out every layer
+                self._learns = True
+                self._scaler.scale(loss).backward()
         return (
             functools.reduce(Tensor.add, parts) if parts else torch.zeros((), device=self._processes.device)
         )

@@ -93,10 +93,7 @@ class Lycoris(nn.Module):
 
     def skips_call(self) -> bool:
         """Whether this call leaves the change out: its strength is zero, or module dropout drew it."""
-        if self.scale == 0.0:
-            return True
-        p = self.dropouts.module
-        return p > 0 and self.training and bool(torch.rand(()) < p)
+        return self.scale == 0.0 or (self.training and self.dropouts.leave_out())
 
     def forward(self, x_NI: Tensor, layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         """Return what is added to the output of the base layer, (N, O), in the dtype of x."""
@@ -136,9 +133,12 @@ class Lycoris(nn.Module):
         return tensor * self.tensors["scalar"] if "scalar" in self.tensors else tensor
 
     def _drop(self, y_NO: Tensor) -> Tensor:
-        """Leave out output features (rank dropout) and single numbers (neuron dropout) of what is added."""
+        """Leave out output features (rank dropout) and single numbers (neuron dropout) of what is added; and
+        all of it, in compiled code (module dropout)."""
         if not self.training:
             return y_NO
+        present = self.dropouts.drawn_presence(y_NO)
+        y_NO = y_NO if present is None else y_NO * present
         if self.dropouts.rank > 0:
             kept_O = (torch.rand(y_NO.shape[-1], device=y_NO.device) >= self.dropouts.rank).to(y_NO.dtype)
             if self.size.rescale_dropout:

@@ -131,7 +131,9 @@ def test_gradients_are_the_derivatives(on_output: bool, bias: bool, masked: bool
     leaves = leaf(6, 4), leaf(2, 4), leaf(5, 2), leaf(5 if on_output else 4)
 
     def fast(x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
-        return DoRALinearOp.apply(x, offset, down, up, factor, scale, on_output, torch.float64, None, weight)
+        return DoRALinearOp.apply(
+            x, offset, down, up, factor, scale, on_output, torch.float64, None, (weight,)
+        )
 
     assert torch.autograd.gradcheck(fast, leaves)
     x, down, up, scale = leaves

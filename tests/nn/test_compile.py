@@ -12,10 +12,12 @@ from library.nn.activations import swiglu
 from library.nn.block_swap import BlockSwap
 from library.nn.compiling import check_compiler, part_compiler
 from library.nn.products import Fp32Linear, Linear
-from library.nn.quant import QuantLinear
+from library.nn.quant import SCHEMES, QuantLinear
 from library.options.compute import ComputeOptions
 from networks.dora import Magnitude
-from networks.layer import LoRA, LoRALinear
+from networks.layer import Dropouts, LoRA, LoRALinear
+from networks.lycoris.kinds import Settings
+from networks.lycoris.layer import LycorisSize
 from tests.models.lumina2_pairs import make_inputs
 from tests.nn.test_runner import make_model, train
 
@@ -168,6 +170,54 @@ def test_gradients_come_through_every_operation(kind):
     for one, other in zip(ours, plain, strict=True):
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+LOKR = LycorisSize("lokr", {"lokr_w1": (4, 4), "lokr_w2": (8, 4)}, Settings(2.0))
+
+
+def adapted(kind, base):
+    """A layer (16 -> 32) with what is trained on it, nothing of which is zero."""
+    layer = LoRALinear(base)
+    if kind == "LyCORIS":
+        lora = LOKR.make("layer", base, CPU)
+    else:
+        lora = LoRA(16, 32, 4, alpha=2.0, magnitude=Magnitude(base.weight, on_output=False))
+    with torch.no_grad():
+        for tensor in lora.parameters():
+            tensor.normal_(1.0, 0.5)
+    layer.loras = (lora,)
+    return layer
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("kind", ["LyCORIS", "DoRA"])
+def test_quantised_layers_with_other_kinds_of_networks(kind, scheme):
+    """Without gradients too: there torch's compiler guesses from the number of arguments how to call."""
+    base = QuantLinear(16, 32, True, scheme)
+    base.bias.data.normal_()
+    base.quantise(torch.randn(32, 16), CPU)
+    layer = adapted(kind, base)
+    compiled = part_compiler(ComputeOptions(torch_compile=True, dynamo_backend="eager"))(layer)
+    x = torch.randn(40, 16)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("kind", ["LyCORIS", "DoRA"])
+def test_a_layer_left_out_at_random(kind):
+    layer, x = adapted(kind, Linear(16, 32)), torch.randn(40, 16)
+    base, whole = layer.base(x), layer(x)
+    (lora,) = layer.loras
+    lora.dropouts = Dropouts(module=0.5)
+    compiled = part_compiler(ComputeOptions(torch_compile=True, dynamo_backend="aot_eager"))(layer)
+    left_out = 0
+    for _ in range(40):
+        out = compiled(x)
+        left_out += (gone := torch.allclose(out, base, atol=1e-5))
+        assert gone or torch.allclose(out, whole, atol=1e-3)
+    assert 8 < left_out < 32
 
 
 def test_the_memory_budget_reaches_the_compiler():

@@ -220,3 +220,18 @@ def test_skipping_goes_on_where_only_some_weights_have_moved(caplog, monkeypatch
     assert "Gradients that are not finite are left out (--on_nan skip)." in caplog.text
     line.slope = 1.0
     assert update.step(1, shares()).updated and line.weight.tolist() != [0.5, -0.5]
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "fp16"])
+def test_a_step_in_which_everything_trained_was_left_out(scaled: bool) -> None:
+    """As module dropout can do. It counts as a step, and what is trained stays as it is."""
+    line = Line()
+    optimizer = torch.optim.AdamW([line.weight], lr=0.1)
+    settings = UpdateSettings(seed=1, max_grad_norm=1.0, scale_gradients=scaled)
+    update = Updater(line, PlainGradients([line.weight], CPU), optimizer, Processes.start(), settings)
+    for step, there in enumerate((True, False, True)):
+        line.weight.requires_grad_(there)
+        before = line.weight.detach().clone()
+        result = update.step(step, shares())
+        assert result.updated and (result.grad_norm > 0) == there
+        assert torch.equal(line.weight, before) != there

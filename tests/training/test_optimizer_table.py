@@ -232,7 +232,7 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
         ("pytorch_optimizer.CAMEL", [], "pytorch_optimizer has no Optimizer of the name 'CAMEL'.*'CAME'"),
         ("torch.optim.adamvv.AdamW", [], "torch.optim.adamvv cannot be imported"),
         ("torch.optim.LBFGS", [], "LBFGS cannot train on cpu: .*closure"),
-        ("pytorch_optimizer.SAM", [], "SAM does not take its settings: .*base_optimizer"),
+        ("pytorch_optimizer.SAM", [], "SAM cannot be made for these weights: .*base_optimizer"),
         ("torch.nn.Linear", [], "torch.nn has no Optimizer of the name 'Linear'"),
     ],
 )

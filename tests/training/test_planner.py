@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, ResourceError
 from library.nn.runner import MODES
 from library.training.look.planner import LATER, allowed_bytes
 
@@ -117,12 +117,23 @@ def test_a_choice_becomes_options_and_flags_that_say_the_same(estimate, command,
 
 
 def test_what_cannot_fit_is_told_with_its_parts(estimate):
-    from library.core.errors import ResourceError
-
     with pytest.raises(
         ResourceError, match="takes at least .* network .* gradients .* optimizer .* a lower resolution"
     ):
         plan(estimate, 100_000)
+
+
+def test_a_budget_that_leaves_nothing():
+    with pytest.raises(ResourceError, match="100MB leaves nothing for tensors: 0.59 GiB are kept back"):
+        allowed_bytes("100MB", 100 * 2**20, torch.device("cpu"))
+
+
+def test_what_is_cached_already_is_not_advised(estimate):
+    for cached in (True, False):
+        with pytest.raises(ResourceError) as caught:
+            plan(estimate, 100_000, caching={"cache_latents": cached})
+        assert ("--cache_latents_to_disk" in str(caught.value)) is not cached
+        assert "--cache_text_encoder_outputs_to_disk" not in str(caught.value)
 
 
 def test_what_is_free_is_planned_with_where_a_device_tells(monkeypatch):

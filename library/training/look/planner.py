@@ -58,11 +58,7 @@ SEEN = 0.1  # share of the copies' time that the computation feels although they
 PRECISIONS = (None, "int8", "nf4")  # tried where none is given; int8 is nearer to the original than fp8
 
 _PAGEABLE = 0.4  # share of the link's speed that copies from ordinary memory reach
-_MIXED = (
-    ("feed_forward", 2),
-    ("outputs", 2),
-    ("full", 2),
-)  # half of the blocks; memory and time lie in between
+_MIXED = (("feed_forward", 2), ("outputs", 2), ("full", 2))  # half of the blocks; all lies in between
 
 _log = logger("budget")
 
@@ -183,17 +179,27 @@ def allowed_bytes(budget: str, given: int | None, device: torch.device) -> int:
 
     Raises:
         ConfigError: it asks for what is free on a device that does not tell.
+        ResourceError: nothing is left for tensors.
     """
     if budget != AUTO:
         assert given is not None
-        return round((given - OVERHEAD) / SLACK)
+        return _rest(budget, given, OVERHEAD)
     if device.type != "cuda":
         raise ConfigError(
             f"--vram_budget auto asks a CUDA GPU how much of its memory is free, and this run is on the "
             f"{device.type}; give an amount, such as 12GB, to plan for a GPU of that size."
         )
     free, _ = torch.cuda.mem_get_info(device)
-    return round((free - LATER) / SLACK)
+    return _rest(f"{budget} ({shown(free)})", free, LATER)
+
+
+def _rest(budget: str, size: int, reserve: int) -> int:
+    if size <= reserve:
+        raise ResourceError(
+            f"--vram_budget {budget} leaves nothing for tensors: {shown(reserve)} are kept back for the "
+            "driver and the libraries. Give it more."
+        )
+    return round((size - reserve) / SLACK)
 
 
 def make_plan(
@@ -276,11 +282,16 @@ def with_options(context: RunContext, options: TrainOptions) -> RunContext:
 
 def _way_out(options: TrainOptions) -> str:
     """Return what the user can do that is never chosen for him."""
+    caching = options.caching
+    caches = {
+        "--cache_latents_to_disk": caching.latents,
+        "--cache_text_encoder_outputs_to_disk": caching.texts or options.trainee.trains_text_encoder,
+    }
     return ", ".join(
         [
             *(advice.partition(", which")[0] for advice in upkeep_advice(options, swapping=False)),
             "a lower resolution or batch_size",
-            "caches of what is not cached (--cache_latents_to_disk, --cache_text_encoder_outputs_to_disk)",
+            *(flag for flag, there in caches.items() if not there),
         ]
     )
 

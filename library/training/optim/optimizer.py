@@ -153,7 +153,8 @@ def make_optimizer(
     try:
         optimizer = kind(groups, lr=None if options.relative_step else options.learning_rate, **settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--optimizer_type {name} does not take its settings: {error}") from error
+        what = "does not take its settings" if settings else "cannot be made for these weights"
+        raise ConfigError(f"--optimizer_type {name} {what}: {error}") from error
     if kind.__module__.startswith("bitsandbytes."):
         _let_run_ahead(paged=optimizer.is_paged)
     return optimizer

@@ -106,7 +106,8 @@ class TraineeKind(ABC):
         Args:
             load_encoder: returns the text encoder; called only if that is trained.
             device: where what is new shall lie; None: where the model's weights lie.
-            started: False to leave out what it starts from besides the model, where only sizes count.
+            started: False where only sizes count: without what it starts from besides the model, and
+                without leaving out layers at random.
         """
 
     @abstractmethod

@@ -75,6 +75,8 @@ class NetworkKind(TraineeKind):
             device=device,  # a layer that it is made for may lie elsewhere, with block swap
         )
         network.train()
+        if not started:  # sizes count, and no chance
+            network.use_every_layer()
         if options.training.full_bf16:
             for name, parameter in network.named_parameters():
                 if not name.endswith("dora_scale"):  # its steps are below what bf16 can tell from 1

@@ -172,12 +172,12 @@ def _torch(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
     dtype = product_dtype(q_THD)
     if q_THD.dtype != dtype:
         return cheap(_as, _sdpa(*(cheap(_as, x, dtype) for x in (q_THD, k_SKD, v_SKD))), q_THD.dtype)
-    if not _takes_fewer_keys(q_THD):
+    if q_THD.shape[1] != k_SKD.shape[1] and not _takes_groups(q_THD):
         k_SKD, v_SKD = _for_every_query(q_THD, k_SKD, v_SKD)
     return _sdpa(q_THD, k_SKD, v_SKD)
 
 
-def _takes_fewer_keys(q_THD: Tensor) -> bool:
+def _takes_groups(q_THD: Tensor) -> bool:
     """Whether SDPA has a kernel for grouped queries here that makes no table of scores. Of torch's for CUDA
     only flash attention is one."""
     if device_kind(q_THD) != "cuda":

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
 
@@ -228,24 +227,28 @@ class _View(NamedTuple):
 
 
 class _RandomState:
-    """Where torch's generators are, of the CPU and of the devices of some tensors."""
+    """Where torch's generators are, of the CPU and of the accelerators that some tensors lie on."""
 
-    def __init__(self, tensors: tuple[object, ...]) -> None:
-        self._cpu_state = torch.get_rng_state()
-        self._devices, self._states = get_device_states(*tensors)
+    def __init__(self, inputs: tuple[object, ...]) -> None:
+        devices = dict.fromkeys(x.device for x in inputs if isinstance(x, Tensor))
+        self._devices = [device for device in devices if device.type not in ("cpu", "meta")]
+        self._states = [torch.get_rng_state()]
+        self._states += [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
 
-    def is_still_so(self, tensors: tuple[object, ...]) -> bool:
+    def is_still_so(self, inputs: tuple[object, ...]) -> bool:
         """Whether nothing has drawn from them since; it costs microseconds."""
-        now = _RandomState(tensors)
-        pairs = zip((self._cpu_state, *self._states), (now._cpu_state, *now._states), strict=True)
+        pairs = zip(self._states, _RandomState(inputs)._states, strict=True)
         return all(np.array_equal(one.numpy(), other.numpy()) for one, other in pairs)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Put the generators back there for a while."""
-        with torch.random.fork_rng(self._devices):
-            torch.set_rng_state(self._cpu_state)
-            set_device_states(self._devices, self._states)
+        cpu, *others = self._states
+        kind = self._devices[0].type if self._devices else "cuda"  # of one kind, if there are any
+        with torch.random.fork_rng([device.index for device in self._devices], device_type=kind):
+            torch.set_rng_state(cpu)
+            for device, state in zip(self._devices, others, strict=True):
+                torch.get_device_module(device).set_rng_state(state, device)
             yield
 
 

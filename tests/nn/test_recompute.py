@@ -4,9 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.nn.recompute import Remaking, cheap, costly, slight
+from library.nn.recompute import Remaking, _RandomState, cheap, costly, slight
 
 CALLS = []
 
@@ -194,3 +195,19 @@ def test_a_result_that_dies_leaves_its_address_to_others():
             total = total + (y * y).sum()
     (grad,) = torch.autograd.grad(total, x)
     torch.testing.assert_close(grad, 1 + 20 * 18 * x.detach())
+
+
+def test_generators_of_a_gpu_come_back_too(monkeypatch):
+    now = torch.tensor([1], dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: now.clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: now.copy_(state))
+    with FakeTensorMode():
+        there = torch.empty(1, device="cuda:0")
+    before = _RandomState((there, there, 3.0))
+    assert before.is_still_so((there,))
+    now.fill_(2)
+    assert not before.is_still_so((there,))
+    with before.again():
+        assert now.item() == 1
+        now.fill_(7)
+    assert now.item() == 2

@@ -20,7 +20,7 @@ from library.training.output.saving import grid_path, metrics_path
 from library.training.output.writer import Output
 from library.training.rollout import Passes, RolloutGauge
 from library.training.routing import Router, routing_lines
-from library.training.sharding import Lockstep, check_sharding, shard
+from library.training.sharding import Lockstep, shard
 from library.training.state.contents import (
     Part,
     RunFacts,
@@ -152,8 +152,6 @@ def _loader(context: RunContext, noising: Noising) -> BatchLoader:
 def _load_model(context: RunContext) -> Transformer:
     compute = context.options.compute
     sharding = context.processes.sharding
-    if sharding is not None:
-        check_sharding(context.options)
     model = context.trainer.load_transformer(
         context.device, context.dtype, weights_on=None if sharding is None else torch.device("cpu")
     )

@@ -22,6 +22,7 @@ from library.training.guards import caching_advice, loading_advice, memory_expla
 from library.training.optim.lr import learning_rate_schedule
 from library.training.optim.optimizer import evaluating, learning_rates, set_learning_rates
 from library.training.output.saving import config_path, final_path
+from library.training.sharding import check_sharding
 from library.training.state.stop import StopRequest, StopSignals
 from library.training.update import PartlyUpdatedError, Share, StepResult
 from library.training.watchers import encode_sample_prompts, events_of
@@ -41,6 +42,8 @@ class TrainingRun:
         stop_file = options.saving.output_dir / f"{options.saving.output_name}.stop"
         self.stop = StopRequest(signals, stop_file, options.state.max_train_minutes)
         self.broken_off = False  # whether events of this moment are left for the resumed run
+        if context.processes.sharding is not None:
+            check_sharding(options)
         context.trainer.trainee_kind.check_device(context)
         check_compiler(options.compute, context.device)
         prepare_kernel(options.compute.attention, context.device, context.dtype)

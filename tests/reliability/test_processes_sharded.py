@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageChops
 
 from library.core.errors import ConfigError
-from library.options.group import parse_options
-from library.options.train import LuminaTrainOptions
-from library.training.sharding import check_sharding
+from library.training.run import TrainingRun
+from library.training.state.stop import StopSignals
 from tests.reliability import legs
 from tests.reliability.legs import NAME, losses, same, weights
+from tests.training.nano_runs import Runs
 from tests.warm_python import ColdPython, WarmPython
 
 LAUNCHER = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --main_process_port 0"
@@ -119,7 +121,13 @@ def test_the_same_pictures(output: Path) -> None:
         assert ImageChops.difference(Image.open(one), Image.open(other)).getbbox() is None
 
 
-def test_block_swap_does_the_same_in_another_way(nano, tmp_path: Path) -> None:
-    words = legs.words(nano, tmp_path / "data.toml", tmp_path, "--blocks_to_swap=1")
-    with pytest.raises(ConfigError, match="--blocks_to_swap and FSDP"):
-        check_sharding(parse_options(LuminaTrainOptions, words))
+@pytest.mark.parametrize(
+    ("flag", "why"), [("--blocks_to_swap=1", "--blocks_to_swap and FSDP"), ("--base_quant=int8", "quantised")]
+)
+def test_what_does_not_go_together_is_told_before_anything_is_encoded(
+    nano, tmp_path: Path, flag: str, why: str
+) -> None:
+    context = Runs(nano, tmp_path, of_networks=True).context("lumina", flag)
+    spread = replace(context, processes=SimpleNamespace(sharding=object()))
+    with pytest.raises(ConfigError, match=why):
+        TrainingRun(spread, StopSignals())

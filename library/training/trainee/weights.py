@@ -71,7 +71,7 @@ class WeightsKind(TraineeKind):
         if context.processes.sharding is not None:
             raise ConfigError(
                 "Full fine-tuning does not spread the model over processes with FSDP: start without it. To "
-                "save memory: --fused_backward_pass, --blocks_to_swap, --full_bf16."
+                "save memory: --blocks_to_swap, --full_bf16, and with one process --fused_backward_pass."
             )
         self.check_optimizer(context.options, context.device)
         if context.options.swap.count:

@@ -27,6 +27,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from library.nn.compiling import unshared
 from library.nn.products import product_dtype
 from library.nn.quant import restore
+from networks.lora_op import Constants
 
 _EPSILON = torch.finfo(torch.float32).eps  # added to norms by LyCORIS and ComfyUI
 
@@ -88,20 +89,18 @@ class DoRALinearOp(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         x_NI: Tensor,
-        bias_O: Tensor | None,
         down: Tensor,
         up: Tensor,
-        factor: float | Tensor,
         scale: Tensor,
+        constants: Constants,
         on_output: bool,
         dtype: torch.dtype,
-        scheme: str | None,
-        stored: tuple[Tensor, ...],
     ) -> Tensor:
+        bias_O, factor, way, stored = constants
         down_RI, up_OR, wide_NI = down.to(dtype), up.to(dtype), x_NI.to(dtype)
         h_NR = torch.mm(wide_NI, down_RI.t()).mul_(factor)
         bias, plain_NO = None if bias_O is None else bias_O.to(dtype), None
-        weight_OI = restore(scheme, stored, dtype)
+        weight_OI = restore(way, stored, dtype)
         if on_output:  # as a change of the base layer's output, so that a scale of 1 changes no bit
             y_NO = F.linear(wide_NI, weight_OI, bias)
             plain_NO = y_NO if bias is None else y_NO - bias
@@ -110,7 +109,7 @@ class DoRALinearOp(torch.autograd.Function):
             y_NO = F.linear((wide_NI * scale).to(dtype), weight_OI, bias)
         y_NO.addmm_(h_NR, up_OR.t())
         ctx.save_for_backward(x_NI, down_RI, up_OR, h_NR, scale, plain_NO, *stored)
-        ctx.scheme = scheme
+        ctx.way = way
         ctx.factor, ctx.dtype, ctx.x_dtype, ctx.lora_dtype = factor, dtype, x_NI.dtype, down.dtype
         return unshared(y_NO.to(x_NI.dtype))
 
@@ -118,9 +117,9 @@ class DoRALinearOp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, down_RI, up_OR, h_NR, scale, plain_NO, *stored = ctx.saved_tensors
-        need_x, _, need_down, need_up, _, need_scale = ctx.needs_input_grad[:6]
+        need_x, need_down, need_up, need_scale = ctx.needs_input_grad[:4]
         grad_x = grad_down = grad_up = grad_scale = None
-        dtype, weight_OI = ctx.dtype, restore(ctx.scheme, stored, ctx.dtype)
+        dtype, weight_OI = ctx.dtype, restore(ctx.way, stored, ctx.dtype)
         grad_NO, x_NI = grad_NO.to(dtype), x_NI.to(dtype)
         grad_h_NR = torch.mm(grad_NO, up_OR).mul_(ctx.factor)
         if need_down:
@@ -138,7 +137,7 @@ class DoRALinearOp(torch.autograd.Function):
             grad_x = (grad_scaled_NI * scale).to(dtype) if need_x else None
         if grad_x is not None:
             grad_x = grad_x.addmm_(grad_h_NR, down_RI).to(ctx.x_dtype)
-        return grad_x, None, grad_down, grad_up, None, grad_scale, None, None, None, None
+        return grad_x, grad_down, grad_up, grad_scale, None, None, None
 
 
 def scaled_linear(

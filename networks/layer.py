@@ -369,13 +369,13 @@ class LoRALinear(Joinable):
 
     def _with_loras(self, x_NI: Tensor, actions: Sequence[Action], dtype: torch.dtype) -> Tensor:
         """Return the layer's output with what LoRAs do to it."""
-        bias, (way, stored) = self.base.bias, stored_form(self.base)
+        way, stored = stored_form(self.base)
         (down, up, factor, scale, on_output), *more = actions
+        constants = Constants(self.base.bias, factor, way, stored)
         if scale is None:
-            operand = LoRAOperand(down, up, Constants(bias, factor, way, stored))
-            (y_NO,) = linear_with_loras([x_NI], [operand], dtype)
+            (y_NO,) = linear_with_loras([x_NI], [LoRAOperand(down, up, constants)], dtype)
         else:
-            y_NO = DoRALinearOp.apply(x_NI, bias, down, up, factor, scale, on_output, dtype, way, stored)
+            y_NO = DoRALinearOp.apply(x_NI, down, up, scale, constants, on_output, dtype)
         for down, up, factor, scale, on_output in more:
             y_NO = y_NO + low_rank(x_NI, down, up, factor)
             if scale is not None:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from library.nn.activations import Use
+from library.nn.activations import ALL, Use
 from library.nn.packing import Packing
 from library.nn.triton_launch import (
     added_up,
@@ -228,7 +228,7 @@ def swiglu_back(inputs: tuple[Tensor, ...], grad_TF: Tensor, use: Use) -> tuple[
     """See `library.nn.activations.swiglu_back`."""
     y_TF = torch.empty(grad_TF.shape, dtype=grad_TF.dtype, device=grad_TF.device)
     grads = _swiglu_grads(*inputs, grad_TF, y_TF)
-    use(y_TF, slice(None))
+    use(y_TF, ALL)
     return grads
 
 

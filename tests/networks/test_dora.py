@@ -22,7 +22,7 @@ from networks.from_file import create_network_from_file
 from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA
 from networks.lora import LoRANetwork, merge
 from networks.lora_lumina import create_network
-from networks.lora_op import low_rank
+from networks.lora_op import Constants, low_rank
 from networks.module import install_network
 from networks.request import NetworkRequest
 
@@ -130,10 +130,10 @@ def test_gradients_are_the_derivatives(on_output: bool, bias: bool, masked: bool
     factor = (leaf(6, 2).detach() > 0).double() * 2 if masked else 0.7
     leaves = leaf(6, 4), leaf(2, 4), leaf(5, 2), leaf(5 if on_output else 4)
 
+    constants = Constants(offset, factor, None, (weight,))
+
     def fast(x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
-        return DoRALinearOp.apply(
-            x, offset, down, up, factor, scale, on_output, torch.float64, None, (weight,)
-        )
+        return DoRALinearOp.apply(x, down, up, scale, constants, on_output, torch.float64)
 
     assert torch.autograd.gradcheck(fast, leaves)
     x, down, up, scale = leaves

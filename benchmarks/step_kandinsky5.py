@@ -147,7 +147,7 @@ class Ours:
         self.model = our_model(settings).requires_grad_(False)
         targets = quantisable_layers(settings.params)
         self.network = LoRANetwork(self.model, {path: LoRASize(RANK, RANK) for path in targets})
-        self.network.apply_to(self.model)
+        self.network.to(settings.device).apply_to(self.model)  # swapped layers are elsewhere
         self.trained = list(self.network.parameters())
         disturb(self.trained)
 

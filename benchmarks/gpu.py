@@ -241,16 +241,16 @@ def rate_of_products(device: torch.device, side: int) -> float:
     return 2 * side**3 / statistics.median(seconds[10:])
 
 
-def rates_of_copies(device: torch.device) -> dict[str, float]:
-    """Return GB a second of copies of 1 GiB: within the device, and from and to page-locked memory."""
-    here, there = (torch.empty(GIB, dtype=torch.uint8, device=device) for _ in range(2))
-    outside, clock = torch.empty(GIB, dtype=torch.uint8, pin_memory=True), Clock(device)
+def rates_of_copies(device: torch.device, size: int) -> dict[str, float]:
+    """Return GB a second of copies of `size` bytes: within the device, and from and to page-locked memory."""
+    here, there = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    outside, clock = torch.empty(size, dtype=torch.uint8, pin_memory=True), Clock(device)
     ways = {
         "within the device": lambda: there.copy_(here),
         "to the device": lambda: here.copy_(outside, non_blocking=True),
         "from the device": lambda: outside.copy_(here, non_blocking=True),
     }
-    return {name: GIB / 1e9 / min(clock(copy) for _ in range(5)) for name, copy in ways.items()}
+    return {name: size / 1e9 / min(clock(copy) for _ in range(5)) for name, copy in ways.items()}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -296,10 +296,11 @@ def main(arguments: list[str]) -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    rate = rate_of_products(device, 8192 if device.type == "cuda" else 512)
+    small = device.type != "cuda" or given.size == "nano"  # where only all has to run
+    rate = rate_of_products(device, 512 if small else 8192)
     print(f"{machine}, torch {torch.__version__}: bf16 products {rate / 1e12:.3g} TFLOP/s", flush=True)
     if device.type == "cuda":
-        rates = rates_of_copies(device).items()
+        rates = rates_of_copies(device, GIB // 64 if small else GIB).items()
         print("; ".join(f"copies {name} {speed:.1f} GB/s" for name, speed in rates))
     else:
         print("copies and peaks of memory are measured on a CUDA device only")

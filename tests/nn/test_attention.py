@@ -272,7 +272,7 @@ def test_sage_does_not_lose_gradients_silently():
         attention(*qkv(4, 2), Packing.of(LENGTHS, CPU), "sage")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("cross", [False, True])
 def test_varlen_is_the_formula(cross):
     packing, keys = Packing.of(LENGTHS, CUDA), Packing.of(KEY_LENGTHS if cross else LENGTHS, CUDA)

@@ -19,7 +19,6 @@ from library.options.swap import SwapOptions
 from tests.strict_copier import POISON, StrictCopier
 from tests.warm_gpu import warm_gpu
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CPU, WIDTH = torch.device("cpu"), 12
 
 
@@ -368,7 +367,7 @@ def test_loading_puts_the_weights_of_swapped_blocks_on_the_cpu():
         chosen_blocks(list(model.layers), SwapOptions(blocks_to_swap=13))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_swapping_changes_no_bit_on_a_gpu(mode, pinned):
@@ -384,7 +383,7 @@ def test_swapping_changes_no_bit_on_a_gpu(mode, pinned):
     assert alike(train(blocks, ring, MODES[mode], previews=True, steps=5), wanted)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_gpu_holds_the_ring_only():
     gpu = warm_gpu()
     blocks = [nn.Linear(4096, 4096).requires_grad_(False) for _ in range(8)]
@@ -400,7 +399,7 @@ def test_the_gpu_holds_the_ring_only():
     assert torch.cuda.max_memory_allocated() - before < 3.5 * size  # two of them, activations, workspaces
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_model_that_leaves_the_gpu_leaves_nothing_there(pinned):
     gpu = warm_gpu()

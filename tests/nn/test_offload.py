@@ -7,8 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.nn.offload import offloaded_checkpoint
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Block(nn.Module):
@@ -45,7 +44,7 @@ def test_outputs_and_gradients_are_those_of_ordinary_checkpoints(device, needs_g
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_gpu_does_not_hold_the_inputs_of_blocks():
     blocks = [Block(256).cuda() for _ in range(8)]
 

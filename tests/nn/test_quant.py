@@ -7,7 +7,6 @@ import torch
 
 from library.core.errors import ConfigError
 from library.nn.quant import SCHEMES, QuantLinear, use_quant_layers
-from tests.pretended_device import PretendedDevice
 
 # The mean square error of a normal distribution's weights, relative: measured bounds with a little room.
 LIMITS = {"fp8": 0.03, "int8": 0.01, "int4": 0.09, "nf4": 0.10}
@@ -109,12 +108,16 @@ def test_layers_are_replaced_empty() -> None:
     assert {tensor.device.type for tensor in model[2].stored} == {"meta"}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_product_waits_for_no_gpu(name: str) -> None:
     layer = QuantLinear(192, 128, True, name)
     layer.quantise(_weight(), torch.device("cpu"))
-    x = torch.randn(20, 192, requires_grad=True)
-    with PretendedDevice([x, *layer.stored]) as device:
+    layer.to("cuda")
+    x = torch.randn(20, 192, device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         layer(x).sum().backward()
         SCHEMES[name].unpack(layer.stored, torch.bfloat16)
-    assert device.waits == []
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

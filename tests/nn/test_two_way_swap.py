@@ -27,7 +27,6 @@ from tests.nn.test_block_swap import CPU, WIDTH, NoRing, run_checkpointed, run_p
 from tests.strict_copier import StrictCopier
 from tests.warm_gpu import warm_gpu
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 RUNS = {"plain": run_plain, "checkpointed": run_checkpointed}
 
 
@@ -705,7 +704,7 @@ def test_compiled_blocks(monkeypatch, tmp_path):
 # A GPU
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("mode", RUNS)
@@ -727,7 +726,7 @@ def test_on_a_gpu(mode, fused, pinned):
         torch.testing.assert_close(one.cpu(), other.cpu(), rtol=2e-2, atol=2e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_gpu_holds_the_ring_and_few_gradients(pinned):
     warm_gpu()

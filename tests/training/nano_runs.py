@@ -35,6 +35,7 @@ class Runs:
 
     def __init__(self, lumina: object, folder: Path, *, of_networks: bool = False) -> None:
         self._kinds = _OF_NETWORKS if of_networks else _OF_WEIGHTS
+        self.folder = folder
         photos = folder / "1_thing"
         photos.mkdir()
         for name in ("red", "green"):

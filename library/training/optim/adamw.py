@@ -125,8 +125,9 @@ class _Bundle:
 
     def dissolve(self, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
         """Give every parameter a count of its own; none if there was no step yet, like torch's class."""
+        unused = bool(self._step == 0)  # read once: on a GPU that is a wait
         for parameter in self._parameters:
-            if self._step == 0:
+            if unused:
                 del states[parameter]
             else:
                 states[parameter]["step"] = self._step.clone()

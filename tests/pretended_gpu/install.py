@@ -1,0 +1,20 @@
+"""Puts the pretended GPU in the place of a real one. To be called before torch is imported."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+from tests.pretended_gpu.build import library
+
+
+def install() -> None:
+    """Load the device, then torch, and tell `torch.cuda` of it."""
+    assert "torch" not in sys.modules, "the device's library must be there before torch"
+    # What it defines is found before what torch's libraries define under the same name.
+    device = ctypes.CDLL(str(library()), ctypes.RTLD_GLOBAL)
+
+    from tests.pretended_gpu import attention, cuda_module
+
+    cuda_module.install(device)
+    attention.install(device)

@@ -45,7 +45,8 @@ def test_it_ends_the_same(python: WarmPython | ColdPython, tmp_path: Path, end: 
 
 def test_what_a_launcher_starts_are_its_own_children(python: WarmPython | ColdPython, tmp_path: Path) -> None:
     child, launcher = tmp_path / "child.py", tmp_path / "launching.py"
-    child.write_text("import os, sys; print(os.environ['RANK'], os.getppid(), flush=True); sys.exit(5)")
+    one_write = "sys.stdout.write(f'{os.environ[\"RANK\"]} {os.getppid()}\\n')"  # the other one writes too
+    child.write_text(f"import os, sys; {one_write}; sys.exit(5)")
     launcher.write_text(
         "import os, subprocess, sys\n"
         f"command = [sys.executable, '-u', {str(child)!r}]\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 
 from tests.pretended_gpu.build import library
@@ -13,6 +14,9 @@ def install() -> None:
     assert "torch" not in sys.modules, "the device's library must be there before torch"
     # What it defines is found before what torch's libraries define under the same name.
     device = ctypes.CDLL(str(library()), ctypes.RTLD_GLOBAL)
+
+    # It tells, with a traceback, that it cannot load its kernels for CUDA.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
     from tests.pretended_gpu import attention, cuda_module
 

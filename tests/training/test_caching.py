@@ -62,6 +62,10 @@ def files_in(folder):
     return sorted(folder.rglob("*.safetensors"))
 
 
+def whole_files_in(folder):
+    return [path for path in files_in(folder) if not path.name.startswith(".tmp-")]
+
+
 # --- what is kept is what the encoder gave ---
 
 
@@ -632,12 +636,12 @@ def test_two_processes_on_one_cache_tear_and_lose_nothing(many):
 def test_a_killed_process_leaves_only_whole_entries(many):
     process = start_slow_pass(many)
     process.stdout.readline()
-    while len(files_in(many)) < 12:
+    while len(whole_files_in(many)) < 12:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kept = len([path for path in files_in(many) if not path.name.startswith(".tmp-")])
+    kept = len(whole_files_in(many))
     assert 12 <= kept < 60
     _, encoders, counts = fill_latents(manifest_of(many))
     assert counts == Counts(cached=kept, encoded=60 - kept)

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from library.nn.stand_in import device_kind
-
 aten = torch.ops.aten
 
 
@@ -227,17 +225,8 @@ def _index_room(x: Tensor, indices: Sequence[Tensor | None]) -> int:
     return sum(8 * i.numel() for i in indices if i is not None and i.dtype == torch.int32)
 
 
-def _fp8_room(x_NK: Tensor, codes_KM: Tensor, *_: object) -> int:
-    """A CPU puts the codes in order, makes both factors fp32, scales them, and multiplies these."""
-    if device_kind(x_NK) != "cpu":
-        return 0
-    x, codes, product = x_NK.numel(), codes_KM.numel(), len(x_NK) * codes_KM.shape[1]
-    return codes + 4 * max(2 * x, x + 2 * codes, x + codes + product)
-
-
 _ROOMS: dict[str, Callable[..., int]] = {
     "aten::index": _index_room,
-    "aten::_scaled_mm": _fp8_room,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_room,
     "torch_attn::_varlen_attn_backward": _varlen_backward_room,
 }

@@ -164,7 +164,7 @@ class _ScaledRMSNorm(torch.autograd.Function):
         for rows, sample in row_blocks(lengths, dim):
             x = cast(x_TD[rows], rstd_T1.dtype)
             rstd = _reciprocal_rms(x, eps, rstd_T1[rows])
-            with wide_room(y_TD[rows]) as y:
+            with wide_room(y_TD[rows], x) as y:
                 torch.mul(x, rstd, out=y).mul_(gain_BD[sample])
                 if stream_TD is not None:
                     y.add_(stream_TD[rows])
@@ -258,7 +258,7 @@ class _NormAndRotate(torch.autograd.Function):
         for rows in _blocks(x_THF):
             x = cast(x_THF[rows], rstd_TH1.dtype)
             rstd = _reciprocal_rms(x, eps, rstd_TH1[rows])
-            with wide_room(y_THF[rows]) as y:
+            with wide_room(y_THF[rows], x) as y:
                 torch.mul(x, rstd, out=y).mul_(gain_HF)
                 if turns_T1P is not None:
                     _pairs(y).mul_(turns_T1P[rows])
@@ -371,9 +371,10 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def wide_room(result: Tensor) -> Iterator[Tensor]:
-    """Lend room to compute `result` in fp32: its own memory, or scratch that is rounded into it after."""
-    room = result if result.dtype == wide(result) else torch.empty_like(result, dtype=wide(result))
+def wide_room(result: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """Lend room to compute `result` in the dtype of `x`: its own memory; or, if that is wider, the memory of
+    x, a copy that nobody needs after, which is rounded into the result."""
+    room = result if result.dtype == x.dtype else x
     yield room
     if room is not result:
         result.copy_(room)

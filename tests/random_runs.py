@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,25 +212,23 @@ class Runner:
         return Outcome(done.returncode, done.stdout + done.stderr, out / "it.safetensors")
 
 
-def differences(one: Path, other: Path, *, exact: bool) -> str:
-    """Say how two files of weights differ; nothing if they are the same, or close unless `exact`."""
+def differences(one: Path, other: Path) -> str:
+    """Say how two files of weights differ; nothing if they are the same."""
     import torch
     from safetensors.torch import load_file
 
     ours, theirs = load_file(one), load_file(other)
     if ours.keys() != theirs.keys():
         return "other names"
-    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
-    far = [
-        name
-        for name, tensor in ours.items()
-        if not torch.allclose(tensor.float(), theirs[name].float(), equal_nan=True, **tolerance)
-    ]
+    far = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
     return f"{len(far)} of {len(ours)} tensors differ, such as {far[0]}" if far else ""
 
 
 def findings(runner: Runner, drawn: Drawn, *, pretended_gpu: bool) -> Iterator[str]:
     """Run a command line, then with less memory; yield what is wrong, with the flags to try again."""
+    if pretended_gpu and drawn.script.endswith("_train.py"):
+        # Swapped blocks have their gradients on the CPU: two devices add up the norm in another order.
+        drawn = replace(drawn, flags=(*drawn.flags, "--max_grad_norm=0"))
     plain = runner.run(drawn)
     if plain.trouble:
         yield f"{plain.trouble}\n  {shlex.join([drawn.script, *drawn.flags])}"
@@ -239,9 +237,7 @@ def findings(runner: Runner, drawn: Drawn, *, pretended_gpu: bool) -> Iterator[s
     saving = runner.run(drawn, *drawn.memory)
     found = saving.trouble
     if saving.code == 0 and not found:
-        # Gradients on two devices are added up in another order, which their norm shows.
-        exact = not (pretended_gpu and drawn.script.endswith("_train.py"))
-        found = differences(plain.saved, saving.saved, exact=exact)
+        found = differences(plain.saved, saving.saved)
     if found:
         yield f"{found}\n  {shlex.join([drawn.script, *drawn.flags])}\n  then with {shlex.join(drawn.memory)}"
     for outcome in (plain, saving):

@@ -27,7 +27,7 @@ def test_a_run_killed_at_random_moments_gives_the_same_network(start, nano, conf
     legs.train(legs.words(nano, config, whole, "--ema", EPOCHS))
     flags = ("--ema", EPOCHS, "--save_state", "--save_every_n_steps=1", "--save_last_n_steps=3")
     metrics = output / f"{NAME}.metrics.jsonl"
-    draw, kills, began, half = random.Random(), 0, time.monotonic(), 0.5
+    draw, kills, began, half = random.Random(), 0, time.monotonic(), 0.15
     while True:
         before = metrics.stat().st_size if metrics.exists() else 0
         process = start(output, *flags, "--resume=latest")

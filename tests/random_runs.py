@@ -29,6 +29,16 @@ REFUSED = (2, 71)
 SECONDS = 300  # that a run may take
 
 Choice = tuple[float, Sequence[str]]  # how often something is chosen at all, and between what
+OPTIMIZERS = (
+    "AdamW",
+    "Adafactor",
+    "Lion",
+    "Prodigy",
+    "SGDNesterov",
+    "Adam",
+    "torch.optim.RAdam",
+    "DAdaptAdam",
+)
 ANY_RUN: tuple[Choice, ...] = (
     (
         1.0,
@@ -39,14 +49,7 @@ ANY_RUN: tuple[Choice, ...] = (
             "--mixed_precision=fp16",
         ],
     ),
-    (
-        0.6,
-        [
-            f"--optimizer_type={name}"
-            for name in ("AdamW", "Adafactor", "Lion", "Prodigy", "SGDNesterov", "Adam")
-        ],
-    ),
-    (0.3, [f"--optimizer_type={name}" for name in ("torch.optim.RAdam", "DAdaptAdam", "AdamWScheduleFree")]),
+    (0.7, [f"--optimizer_type={name}" for name in OPTIMIZERS]),
     (0.2, ["--gradient_accumulation_steps=2"]),
     (0.3, ["--max_grad_norm=0.01", "--max_grad_norm=0"]),
     (0.2, ["--loss_type=huber --huber_c=0.1", "--loss_type=smooth_l1"]),

@@ -372,8 +372,8 @@ def wide(x: Tensor) -> torch.dtype:
 
 @contextmanager
 def wide_room(result: Tensor, x: Tensor) -> Iterator[Tensor]:
-    """Lend room to compute `result` in the dtype of `x`: its own memory; or, if that is wider, the memory of
-    x, a copy that nobody needs after, which is rounded into the result."""
+    """Lend room to compute `result` from `x`, in the dtype of x: the result's own memory; or, where x is a
+    wider copy, which nobody needs after, the memory of x, which is rounded into the result."""
     room = result if result.dtype == x.dtype else x
     yield room
     if room is not result:

@@ -21,9 +21,11 @@ from library.training.look.measure import measure
 from library.training.run import TrainingRun
 from library.training.state.stop import StopSignals
 from library.training.watch.metrics import Metrics
+from tests.training.assembled import command, started, write_pictures
 from tests.training.nano_runs import Runs
 
 FAMILIES = ("lumina", "kandinsky")
+NOT_CACHED = "latents are not cached"
 PROMPTS = "a red square --w 64 --h 96 --s 2 --d 1\n"
 
 
@@ -114,10 +116,10 @@ def test_quantised_blocks_can_be_swapped(networks: Runs, family: str, scheme: st
     "flags",
     [
         ["--mixed_precision=bf16", "--gradient_checkpointing", "--ema"],
-        ["--mixed_precision=fp16", "--gradient_accumulation_steps=2", "--max_batch_tokens=80"],
+        ["--mixed_precision=fp16", "--gradient_accumulation_steps=2", "--max_batch_tokens=30"],
         ["--ip_noise_gamma=0.1", "--loss_type=huber", "--scale_weight_norms=0.1", "--tread_routes=1:-2:0.5"],
         ["--scheduled_sampling_max_step_offset=3", "--scheduled_sampling_probability=0.8"],
-        ["--noise_offset=0.1", "--adaptive_noise_scale=0.1", "--multires_noise_iterations=2"],
+        ["--noise_offset=0.1", "--adaptive_noise_scale=0.1", "--multires_noise_iterations=2", NOT_CACHED],
         ["--base_quant=nf4", "--gradient_checkpointing", "--blocks_to_swap=2"],
         ["--mixed_precision=bf16", "--max_grad_norm=1e-3", *SWAPPED],
         ["--network_dropout=0.1", "--network_args", "rank_dropout=0.1"],
@@ -125,10 +127,26 @@ def test_quantised_blocks_can_be_swapped(networks: Runs, family: str, scheme: st
     ],
     ids=["bf16", "fp16", "norms", "walks", "noise", "nf4", "swap", "dropout", "dora"],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_waits_once(
-    networks: Runs, family: str, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+    nano: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
+    words = command(nano, write_pictures(tmp_path / "pictures"), tmp_path / "out", *flags)
+    if NOT_CACHED in words:
+        words = [word for word in words if word not in (NOT_CACHED, "--cache_latents")]
+    assert_waits(started(words), monkeypatch)
+
+
+@pytest.mark.parametrize("flags", [["--mixed_precision=bf16"], ["--mixed_precision=bf16", *SWAPPED]])
+def test_a_step_of_kandinsky_waits_once(
+    networks: Runs, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    where = f"--output_dir={elsewhere_of(networks)}"
+    context = networks.context("kandinsky", "--max_train_steps=4", where, *flags)
+    assert_waits(TrainingRun(context, StopSignals()), monkeypatch)
+
+
+def assert_waits(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run four steps, each of which waits once, for its numbers."""
     found: list[list[str]] = []
     loop, step = TrainingRun._loop, Metrics.step
 
@@ -140,9 +158,8 @@ def test_a_step_waits_once(
             torch.cuda.set_sync_debug_mode("default")
 
     def watched_step(metrics: Metrics, *numbers: object) -> None:
-        found.append(
-            [f"{Path(w.filename).name}: {w.message}" for w in seen if "synchronizing" in str(w.message)]
-        )
+        waits = [warning for warning in seen if "synchronizing" in str(warning.message)]
+        found.append([Path(wait.filename).name for wait in waits])
         seen.clear()
         step(metrics, *numbers)
 
@@ -150,10 +167,11 @@ def test_a_step_waits_once(
     monkeypatch.setattr(Metrics, "step", watched_step)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        trained(networks, family, *flags)
+        run.run()
     assert len(found) == 4
-    for waits in found[1:]:  # the first one makes what is made once
-        assert [wait.partition(":")[0] for wait in waits] == ["update.py"], waits
+    # What encodes pictures on the way is read from its file when the first of them comes.
+    found[0] = [where for where in found[0] if where != "tensor_reader.py"]
+    assert found == [["update.py"]] * 4
 
 
 @pytest.mark.parametrize("kind", ["networks", "weights"])

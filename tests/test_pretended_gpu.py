@@ -37,9 +37,10 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     [
         ["tests/pretended_gpu/itself.py"],
         ["tests/pretended_gpu/runs.py"],
+        ["tests/pretended_gpu/compiled.py"],
         ["-m", "gpu", *(f"tests/nn/test_{name}.py" for name in WITH_GPU_TESTS)],
     ],
-    ids=["itself", "runs", "gpu"],
+    ids=["itself", "runs", "compiled", "gpu"],
 )
 def test_all_passes_on_it(words: list[str]) -> None:
     result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words)

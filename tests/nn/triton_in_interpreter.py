@@ -4,10 +4,8 @@
 imported, and holds for all that imports it.
 """
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from triton.runtime import interpreter
 
 from library.models.kandinsky5_dit import Kandinsky5DiT
@@ -30,6 +28,7 @@ from library.nn.kernels import replace_parts
 from library.nn.packing import Packing
 from library.nn.recompute import Remaking
 from networks.lora import LoRANetwork, LoRASize
+from tests.triton_interpreter import mended
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTHS = (18, 1, 4)  # more and fewer than a program takes
@@ -39,32 +38,9 @@ EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def exact_bf16(monkeypatch):
-    """Round to bf16 as GPUs do; the interpreter cuts off."""
-    theirs = interpreter._convert_float
-
-    def convert(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return theirs(data, source, target, mode)
-        rounded = torch.from_numpy(np.ascontiguousarray(data, np.float32)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-
-
-@pytest.fixture(autouse=True)
-def scalars_are_indices(monkeypatch):
-    """Let a number of the interpreter, an array of one element, be a loop's bound.
-
-    Triton 3.6 passes such an array to `int`, which NumPy refuses from 2.4 on.
-    """
-    theirs = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        theirs(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+def as_on_a_gpu(monkeypatch):
+    for name, function in mended().items():
+        monkeypatch.setattr(interpreter, name, function)
 
 
 def draw(*shape, dtype=torch.float32, seed=0, wanted=True):

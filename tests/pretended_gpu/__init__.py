@@ -10,6 +10,8 @@ Programs find one CUDA device. Its memory is the computer's, and torch's kernels
   rubbish;
 - waits of the program for the device, and bytes of tensors on the device, are counted.
 
-It has no Triton, no compiler, one device, no end of memory, and says nothing about speed. What kernels of a
-real GPU ask of their operands, such as alignment, is not looked at.
+Triton's kernels, also those that `torch.compile` writes for GPUs, run in Triton's interpreter: slowly.
+
+There is one device and no end of memory, and it says nothing about speed. What kernels of a real GPU ask of
+their operands, such as alignment, is not looked at.
 """

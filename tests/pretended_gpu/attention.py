@@ -5,20 +5,19 @@ Shape legend: B batch, H query heads, K key/value heads, T and S tokens of queri
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tests.pretended_gpu.memory import on_cpu, used
+
 _library = torch.library.Library("aten", "IMPL")  # its kernels are there as long as it is
 
 
-def install(device: ctypes.CDLL) -> None:
+def install() -> None:
     """Register the kernels."""
-    global _device
-    _device = device
     for key in ("CUDA", "AutogradCUDA"):
         _library.impl("scaled_dot_product_attention", _sdpa, key, allow_override=True)
     for name, kernel in {
@@ -92,15 +91,15 @@ class _How:
     bias: Tensor | None = None
 
     def settings(self) -> dict[str, object]:
-        bias = None if self.bias is None else _on_cpu(self.bias)
+        bias = None if self.bias is None else on_cpu(self.bias)
         return {"is_causal": self.is_causal, "attn_mask": bias, "scale": self.scale}
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, how: _How) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
     sums = torch.empty(q.shape[:3], device=q.device)
-    _used("attention", reads=(q, k, v), writes=(out, sums))
-    _forward(*map(_on_cpu, (q, k, v, out, sums)), **how.settings())
+    used("attention", reads=(q, k, v), writes=(out, sums))
+    _forward(*map(on_cpu, (q, k, v, out, sums)), **how.settings())
     return out, sums
 
 
@@ -108,8 +107,8 @@ def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, how: _How
 ) -> tuple[Tensor, ...]:
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    _used("attention's backward", reads=(grad, q, k, v, out, sums), writes=grads)
-    _backward(*map(_on_cpu, (grad, q, k, v, out, sums)), [_on_cpu(x) for x in grads], **how.settings())
+    used("attention's backward", reads=(grad, q, k, v, out, sums), writes=grads)
+    _backward(*map(on_cpu, (grad, q, k, v, out, sums)), [on_cpu(x) for x in grads], **how.settings())
     return grads
 
 
@@ -123,14 +122,14 @@ def _varlen(
     assert q.dtype != torch.float32 and q_ends.dtype == k_ends.dtype == torch.int32
     out = torch.empty_like(q)
     sums = torch.empty(q.shape[1], q.shape[0], device=q.device)
-    _used("attention", reads=(q, k, v, q_ends, k_ends), writes=(out, sums))
-    tensors = [_on_cpu(x) for x in (q, k, v, out)]
+    used("attention", reads=(q, k, v, q_ends, k_ends), writes=(out, sums))
+    tensors = [on_cpu(x) for x in (q, k, v, out)]
     for queries, keys in _sequences(q_ends, k_ends, longest_q, longest_k):
         one = [
             x[rows].transpose(0, 1)[None]
             for x, rows in zip(tensors, (queries, keys, keys, queries), strict=True)
         ]
-        _forward(*one, _on_cpu(sums)[None, :, queries], scale=scale)
+        _forward(*one, on_cpu(sums)[None, :, queries], scale=scale)
     none = torch.empty(0, device=q.device)
     return out, sums, none, none, none
 
@@ -141,21 +140,19 @@ def _varlen_backward(
     **__: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    _used("attention's backward", reads=(grad, q, k, v, out, sums, q_ends, k_ends), writes=grads)
-    tensors = [_on_cpu(x) for x in (grad, q, k, v, out, *grads)]
+    used("attention's backward", reads=(grad, q, k, v, out, sums, q_ends, k_ends), writes=grads)
+    tensors = [on_cpu(x) for x in (grad, q, k, v, out, *grads)]
     for queries, keys in _sequences(q_ends, k_ends, longest_q, longest_k):
         places = (queries, queries, keys, keys, queries, queries, keys, keys)
         one = [x[rows].transpose(0, 1)[None] for x, rows in zip(tensors, places, strict=True)]
-        _backward(*one[:5], _on_cpu(sums)[None, :, queries], one[5:], scale=scale)
+        _backward(*one[:5], on_cpu(sums)[None, :, queries], one[5:], scale=scale)
     return grads
 
 
 def _sequences(
     q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int
 ) -> Iterator[tuple[slice, slice]]:
-    pairs = [
-        list(map(slice, ends[:-1], ends[1:])) for ends in (_on_cpu(x).tolist() for x in (q_ends, k_ends))
-    ]
+    pairs = [list(map(slice, ends[:-1], ends[1:])) for ends in (on_cpu(x).tolist() for x in (q_ends, k_ends))]
     for queries, keys in zip(*pairs, strict=True):
         assert queries.stop - queries.start <= longest_q and keys.stop - keys.start <= longest_k
         yield queries, keys
@@ -184,17 +181,3 @@ def _backward(
 
 def _for_each_query(q: Tensor, *others: Tensor) -> list[Tensor]:
     return [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in others]
-
-
-def _on_cpu(x: Tensor) -> Tensor:
-    """Return a tensor of the CPU with the memory of one on the device."""
-    storage = x.untyped_storage()
-    memory = (ctypes.c_byte * storage.nbytes()).from_address(storage.data_ptr())
-    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
-
-
-def _used(name: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
-    """Tell the device what a kernel reads and writes."""
-    for tensors, written in ((reads, False), (writes, True)):
-        for x in tensors:
-            _device.pretended_used(name.encode(), ctypes.c_void_p(x.untyped_storage().data_ptr()), written)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,7 @@ def install(device: ctypes.CDLL) -> None:
         setattr(torch.cuda, name, function)
     for name, function in _below().items():
         setattr(torch._C, name, function)
+    torch._C._dynamo.guards._empty_strided_cuda = _empty_strided  # which compiled graphs ask for memory
     Tensor.record_stream = _record_stream
 
 
@@ -156,6 +157,8 @@ def _questions() -> dict[str, object]:
         "current_device": lambda: 0,
         "device": OnlyDevice,
         "device_of": OnlyDevice,
+        "_exchange_device": lambda number: 0,
+        "_maybe_exchange_device": lambda number: 0,
         "get_device_name": lambda device=None: properties.name,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),
         "get_device_properties": lambda device=None: properties,
@@ -201,6 +204,10 @@ def _below() -> dict[str, object]:
         "_cuda_get_sync_debug_mode": lambda: _device.pretended_get_on_wait(),
         "_cuda_getCurrentRawStream": lambda number: _device.pretended_stream(),
     }
+
+
+def _empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=DEVICE)
 
 
 def _record_stream(tensor: Tensor, stream: Stream) -> None:

@@ -249,8 +249,13 @@ class Call {
   std::vector<void*> reads_, writes_;
 };
 
+std::string fault() {
+  const auto found = order().take_fault();
+  return found.empty() ? found : "not in order on a GPU: " + found;
+}
+
 void raise_faults() {
-  if (auto fault = order().take_fault(); !fault.empty()) TORCH_CHECK(false, "not in order on a GPU: ", fault);
+  if (const auto found = fault(); !found.empty()) TORCH_CHECK(false, found);
 }
 
 // ---- the kernel of every operation ----
@@ -436,7 +441,10 @@ API void pretended_forget_peak() { pretended::peak_bytes = pretended::live_bytes
 API void pretended_set_on_wait(int mode) { pretended::on_wait = static_cast<pretended::OnWait>(mode); }
 API int pretended_get_on_wait() { return static_cast<int>(pretended::on_wait.load()); }
 API void pretended_tell_allocator(void* address, int stream) { pretended::order().told_allocator(address, stream); }
-API void pretended_used(const char* operation, void* address, bool written) {
+API const char* pretended_used(const char* operation, void* address, bool written) {
+  thread_local std::string fault;
   std::vector<void*> one{address}, none;
   pretended::order().operation(operation, written ? none : one, written ? one : none);
+  fault = pretended::fault();
+  return fault.c_str();
 }

@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import nn
 
 GPU = torch.device("cuda")
@@ -46,6 +48,55 @@ def test_attention_is_the_formula(dtype):
     assert (out.float() - formula).abs().max() < tolerance
     for mine, theirs in zip(found, wanted, strict=True):
         assert (mine - theirs).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rms_norm_is_the_formula_and_keeps_little(dtype, weighted):
+    x = torch.randn(2, 5, 64, dtype=dtype, device=GPU, requires_grad=True)
+    weight = torch.randn(64, dtype=dtype, device=GPU, requires_grad=True) if weighted else None
+    direction = torch.randn_like(x)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = F.rms_norm(x, (64,), weight, 1e-5)
+    assert sum(kept.values()) == x.nbytes + 10 * 4 + (weight.nbytes if weighted else 0)
+    wide = [y.detach().cpu().double().requires_grad_() for y in (x, weight) if y is not None]
+    exact = F.rms_norm(wide[0], (64,), wide[1] if weighted else None, 1e-5)
+    found = torch.autograd.grad(out, [y for y in (x, weight) if y is not None], direction)
+    wanted = torch.autograd.grad(exact, wide, direction.cpu().double())
+    tolerance = 1e-6 if dtype == torch.float32 else 0.01
+    for mine, theirs in zip((out, *found), (exact, *wanted), strict=True):
+        assert mine.device.type == "cuda" and mine.dtype == dtype
+        assert (mine.cpu() - theirs).norm() < tolerance * theirs.norm()
+
+
+@triton.jit
+def _add_one(source, target, SIZE: tl.constexpr):
+    places = tl.arange(0, SIZE)
+    tl.store(target + places, tl.load(source + places) + 1)
+
+
+def test_kernels_of_triton_are_in_order(side):
+    x, y = torch.ones(4, device=GPU), torch.zeros(8, device=GPU)
+    _add_one[(1,)](x, y[4:], SIZE=4)
+    assert y.tolist() == [0] * 4 + [2] * 4
+    _add_one[(1,)](x, y, SIZE=4)
+    with pytest.raises(RuntimeError, match=f"{OUT_OF_ORDER}: _add_one on stream .* reads what .* writes"):
+        with torch.cuda.stream(side):
+            _add_one[(1,)](y, x, SIZE=4)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _add_one[(1,)](y, y, SIZE=4)
+        _add_one[(1,)](x, y, SIZE=4)  # reads x, which others may do, too
+    with pytest.raises(RuntimeError, match=f"{OUT_OF_ORDER}: .* reads what _add_one on stream .* writes"):
+        y + 1
+    assert (x * 2).tolist() == [2] * 4
+    torch.cuda.synchronize()
 
 
 def test_devices_do_not_mix():

@@ -179,14 +179,14 @@ def assert_waits(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_takes_the_memory_that_was_foretold(
     family: str, kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With pictures so large that activations are most of it."""
     runs = request.getfixturevalue(kind)
-    where = f"--output_dir={elsewhere_of(runs)}"
-    rows = json.loads(
-        measure(runs.context(family, "--mixed_precision=bf16", "--vram_budget=2GB", where)).read_text()
-    )
+    flags = ("--mixed_precision=bf16", "--vram_budget=2GB", "--resolution=384")
+    context = runs.context(family, *flags, f"--output_dir={elsewhere_of(runs)}")
+    rows = json.loads(measure(context).read_text())
     assert len(rows) >= 6
     for row in rows:
-        assert row["foretold_bytes"] == pytest.approx(row["found_bytes"], rel=0.05), row
+        assert row["foretold_bytes"] == pytest.approx(row["found_bytes"], rel=0.01), row
     assert "<- chosen" in capsys.readouterr().out
 
 

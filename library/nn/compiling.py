@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 import sys
@@ -45,7 +46,7 @@ def check_compiler(options: ComputeOptions, device: torch.device) -> None:
     if not options.compiles or options.dynamo_backend != "inductor":
         return
     if device.type == "cuda":
-        if not torch.utils._triton.has_triton_package():
+        if importlib.util.find_spec("triton") is None:
             raise MissingPackageError("triton", "--torch_compile on a GPU")
         if torch.cuda.get_device_capability(device) < (7, 0):
             name = torch.cuda.get_device_name(device)

@@ -1,6 +1,9 @@
 """Compiled blocks: whole, few graphs for all sizes, the same numbers, and a clear word where it cannot be."""
 
+import importlib.util
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from networks.lycoris.layer import LycorisSize
 from tests.models.lumina2_pairs import make_inputs
 from tests.nn.test_runner import make_model, train
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ONE = ((9,), (8, 6))
 SEVERAL = [((5, 3), (8, 8)), ((9, 30, 4), (6, 8)), ((40, 2, 3, 1), (12, 8)), ((1, 1), (4, 12))]
@@ -257,9 +261,19 @@ class TestWhatCannotBe:
 
     def test_no_triton(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)
-        torch.utils._triton.has_triton_package.cache_clear()
         with pytest.raises(MissingPackageError, match="--torch_compile on a GPU .* `pip install triton`"):
             check_compiler(self.options, CUDA)
+
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+    def test_the_check_needs_nothing_that_only_the_compiler_imports(self):
+        """In a process of its own: here other tests have imported it."""
+        program = (
+            "import torch; from library.nn.compiling import check_compiler as check, ComputeOptions; "
+            "torch.cuda.get_device_capability = lambda _: (8, 0); "
+            "check(ComputeOptions(torch_compile=True), torch.device('cuda'))"
+        )
+        result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
 
     def test_a_part_that_breaks_is_an_error_and_not_slow(self):
         def part(x):

@@ -112,3 +112,12 @@ def test_compiled_blocks(make: Callable[..., object], dtype: torch.dtype) -> Non
     assert distance(contest.step(), compiled) == 0
     assert distance(swapped.step(), compiled) == 0
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def test_products_of_odd_widths_are_compiled_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would measure whether to pad them, and fails where it finds a time of an earlier run."""
+    monkeypatch.setattr("torch._inductor.fx_passes.pad_mm._should_pad", lambda *_: pytest.fail("measures"))
+    shapes = ((24, 40), (24, 3), (40, 3))
+    x, y, weight = (torch.randn(*shape, device=GPU, dtype=torch.bfloat16) for shape in shapes)
+    compiled = part_compiler(ComputeOptions(torch_compile=True))(lambda x, y: torch.addmm(y, x, weight))
+    torch.testing.assert_close(compiled(x, y), torch.addmm(y, x, weight))

@@ -68,8 +68,8 @@ def part_compiler(options: ComputeOptions) -> Callable[[Callable[P, R]], Callabl
     os.environ.setdefault(_CACHE, str(default_ledger_path().with_name("compiled")))
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     torch._functorch.config.activation_memory_budget = options.activation_memory_budget
-    # Whether to pad a product, of a LoRA's odd rank say, torch decides by measuring: numbers would hang on the
-    # moment. And where it finds a time that an earlier run took, torch 2.13 fails (`_should_pad` in pad_mm.py).
+    # Whether to pad a product, of a LoRA's odd rank say, torch decides by measuring: numbers would hang on
+    # the moment. And where it finds a time that an earlier run took, torch 2.13 fails (its `pad_mm.py`).
     torch._inductor.config.shape_padding = False
     _log.info(
         "blocks are compiled by %s; compiled code is kept in %s", options.dynamo_backend, cache_folder()

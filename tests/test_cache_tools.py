@@ -7,16 +7,19 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from library.core.errors import UserError
 from library.data.sources import LatentSource, TextSource
-from library.models.gemma2 import encode_prompts, load_gemma2
+from library.models.gemma2 import Gemma2Encoder, encode_prompts, load_gemma2
 from library.models.gemma2_tokenizer import load_gemma2_tokenizer
+from library.options.compute import ComputeOptions
 from library.options.group import parse_options
 from library.training.context import RunContext
 from library.training.prepare import prepare
@@ -279,3 +282,26 @@ def test_several_processes_share_the_work(editing, tmp_path, python):
     assert script.exitcode == 0, log.read_text()
     assert counted(log.read_text()) == {"texts": (0, 9)}, "process 0 speaks, of its half"
     editing.encodes_nothing(BOTH[1])
+
+
+def test_a_compiled_autoencoder_makes_the_same_latents(lumina, tmp_path, monkeypatch, capsys):
+    """Compiled by the backend that computes what is not compiled; the pictures differ in size."""
+    made = partial(ComputeOptions, dynamo_backend="eager")
+    monkeypatch.setattr("library.training.inputs.ComputeOptions", made)
+    caches = []
+    for flags in ((), ("--vae_torch_compile", "--vae_batch_size=2")):
+        folder = tmp_path / f"cache{len(flags)}"
+        lumina.fill("cache_latents", f"--cache_directory={folder}", "--cache_dtype=fp32", *flags)
+        tensors = [load_file(path) for path in sorted(folder.rglob("*.safetensors"))]
+        caches.append([tensor for each in tensors for tensor in each.values()])
+    assert "compiling with eager" in capsys.readouterr().err and len(caches[0]) > 0
+    for plain, compiled in zip(*caches, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_whether_it_can_be_compiled_is_found_out_first(lumina, monkeypatch):
+    monkeypatch.setattr("library.nn.compiling.shutil.which", lambda name: None)
+    monkeypatch.setattr(Gemma2Encoder, "__init__", lambda *_: pytest.fail("texts are encoded first"))
+    context = lumina.run("--vae_torch_compile", *BOTH)
+    with pytest.raises(UserError, match=r"--vae_torch_compile needs a C\+\+ compiler .* leave it out\."):
+        context.inputs.fill_caches(context.prepared.manifest)

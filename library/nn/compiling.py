@@ -14,7 +14,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -43,27 +43,36 @@ def check_compiler(options: ComputeOptions, device: torch.device) -> None:
         ConfigError: there is no compiler, or the GPU is too old.
         MissingPackageError: Triton is not installed.
     """
-    if not options.compiles or options.dynamo_backend != "inductor":
-        return
+    if options.compiles and options.dynamo_backend == "inductor":
+        check_inductor("--torch_compile", device)
+
+
+def check_inductor(flag: str, device: torch.device) -> None:
+    """Find out whether inductor can compile here, for what `flag` asks. Raises as `check_compiler` does."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
-            raise MissingPackageError("triton", "--torch_compile on a GPU")
+            raise MissingPackageError("triton", f"{flag} on a GPU")
         if torch.cuda.get_device_capability(device) < (7, 0):
             name = torch.cuda.get_device_name(device)
-            raise ConfigError(f"--torch_compile needs a newer GPU than {name}, Volta or later; leave it out.")
+            raise ConfigError(f"{flag} needs a newer GPU than {name}, Volta or later; leave it out.")
         wanted = [os.environ.get("CC"), "gcc", "clang", "cl"]
         kind = "a C compiler (gcc or clang), with which Triton builds its launchers"
     else:
         wanted = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
         kind = f"a C++ compiler ('{wanted[0]}', or what the variable CXX names)"
     if not any(name and shutil.which(name) for name in wanted):
-        raise ConfigError(f"--torch_compile needs {kind}, and there is none; install one or leave it out.")
+        raise ConfigError(f"{flag} needs {kind}, and there is none; install one or leave it out.")
 
 
-def part_compiler(options: ComputeOptions) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def part_compiler(
+    options: ComputeOptions, symbolic: Sequence[int] = (0,)
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return what makes a compiled function of a function; it is compiled when it is first called.
 
     Settings of torch that hold for the whole process are made here.
+
+    Args:
+        symbolic: which dimensions of its tensors differ from call to call.
     """
     os.environ.setdefault(_CACHE, str(default_ledger_path().with_name("compiled")))
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
@@ -71,9 +80,7 @@ def part_compiler(options: ComputeOptions) -> Callable[[Callable[P, R]], Callabl
     # Whether to pad a product, of a LoRA's odd rank say, torch decides by measuring: numbers would hang on
     # the moment. And where it finds a time that an earlier run took, torch 2.13 fails (its `pad_mm.py`).
     torch._inductor.config.shape_padding = False
-    _log.info(
-        "blocks are compiled by %s; compiled code is kept in %s", options.dynamo_backend, cache_folder()
-    )
+    _log.info("compiling with %s; compiled code is kept in %s", options.dynamo_backend, cache_folder())
 
     def compiled(part: Callable[P, R]) -> Callable[P, R]:
         graphs = torch.compile(part, backend=options.dynamo_backend, fullgraph=True)
@@ -81,7 +88,7 @@ def part_compiler(options: ComputeOptions) -> Callable[[Callable[P, R]], Callabl
         @functools.wraps(part)
         def call(*inputs: P.args, **named: P.kwargs) -> R:
             for tensor in _tensors((inputs, tuple(named.values()))):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                torch._dynamo.maybe_mark_dynamic(tensor, list(symbolic))
             return graphs(*inputs, **named)
 
         return call

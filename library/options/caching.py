@@ -29,6 +29,9 @@ class LatentPassOptions(CachePlaceOptions):
     """Making the latent cache."""
 
     vae_batch_size: int = option(1, "pictures that go through the autoencoder together")
+    vae_torch_compile: bool = option(
+        False, "compile the autoencoder for it, which takes a while and can pay for thousands of pictures"
+    )
 
     def __post_init__(self) -> None:
         _require_positive("vae_batch_size", self.vae_batch_size)
@@ -98,7 +101,7 @@ class CachingOptions(LatentPassOptions, TextPassOptions):
         yield from super().adjustments()
         if not self.latents:
             reason = "it is about filling the latent cache, and --cache_latents is not given"
-            yield from self.without_effect(("vae_batch_size",), reason)
+            yield from self.without_effect(("vae_batch_size", "vae_torch_compile"), reason)
         if not self.texts:
             reason = "it is about filling the text cache, and --cache_text_encoder_outputs is not given"
             yield from self.without_effect(("text_encoder_batch_size",), reason)

@@ -16,8 +16,10 @@ from library.data.items import Item, Manifest
 from library.data.prompt import Prompt, SourcePicture
 from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import pixels_to_tensor
+from library.nn.compiling import check_inductor, part_compiler
+from library.options.compute import ComputeOptions
 from library.options.train import TrainOptions
-from library.training.caching import PassRun, cache_latents, cache_texts
+from library.training.caching import EncodePictures, PassRun, cache_latents, cache_texts
 from library.training.cut_texts import CutTexts
 from library.training.family import CacheIdentities
 from library.training.lending import Lending
@@ -58,7 +60,12 @@ class Inputs:
         return self._processes.device
 
     def fill_caches(self, manifest: Manifest) -> None:
-        """Encode what the caches lack, text first, and let the encoders go."""
+        """Encode what the caches lack, text first, and let the encoders go.
+
+        Raises ConfigError, or MissingPackageError, if the autoencoder cannot be compiled as it should be.
+        """
+        if self.latent_source is not None and self._options.caching.vae_torch_compile:
+            check_inductor("--vae_torch_compile", self.device)
         items = [manifest.items[i] for i in (*manifest.train, *manifest.validation)]
         if self.text_source is not None:
             self._fill_texts(self.text_source, items)
@@ -175,9 +182,16 @@ class Inputs:
         self._cut_texts.tell(self._processes)
 
     def _fill_latents(self, source: LatentSource, items: Sequence[Item]) -> None:
-        def load_encoder():
+        def load_encoder() -> EncodePictures:
             vae, device = self.vae.get(), self._processes.device
-            return lambda pixels: self._trainer.encode_images(vae, pixels.to(device, non_blocking=True))
+
+            def encode(pixels_BCHW: Tensor) -> Tensor:
+                return self._trainer.encode_images(vae, pixels_BCHW)
+
+            if self._options.caching.vae_torch_compile:
+                vae.to(memory_format=torch.channels_last)  # on CUDA torch's own group norm would undo it
+                encode = part_compiler(ComputeOptions(torch_compile=True), symbolic=(0, 2, 3))(encode)
+            return lambda pixels: encode(pixels.to(device, non_blocking=True))
 
         cache_latents(source, items, load_encoder, self._pass_run(self._options.caching.vae_batch_size))
         self.vae.release()

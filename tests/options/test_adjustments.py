@@ -25,8 +25,12 @@ def parse(*words, data="--train_data_dir=photos"):
 # The words, then how each sentence begins: the flags named, and a part of the reason.
 WITHOUT_EFFECT = {
     "batches of a cache that is not made": (
-        ["--vae_batch_size=4", "--text_encoder_batch_size=2"],
-        {"vae_batch_size": "--cache_latents is not", "text_encoder_batch_size": "--cache_text_encoder_out"},
+        ["--vae_batch_size=4", "--vae_torch_compile", "--text_encoder_batch_size=2"],
+        {
+            "vae_batch_size": "--cache_latents is not",
+            "vae_torch_compile": "--cache_latents is not",
+            "text_encoder_batch_size": "--cache_text_encoder_out",
+        },
     ),
     "check of a cache in memory": (
         ["--cache_latents", "--skip_cache_check"],

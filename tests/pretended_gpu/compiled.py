@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from library.models.flux_vae import FluxVAE
+from library.models.flux_vae_format import FluxVAEParams
 from library.nn.block_swap import BlockSwap
 from library.nn.compiling import part_compiler
 from library.nn.kernels import replace_parts, use_fused_kernels
@@ -112,6 +114,21 @@ def test_compiled_blocks(make: Callable[..., object], dtype: torch.dtype) -> Non
     assert distance(contest.step(), compiled) == 0
     assert distance(swapped.step(), compiled) == 0
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def test_the_autoencoder() -> None:
+    """In channels last, with one graph for all sizes of several pictures."""
+    torch.manual_seed(0)
+    vae = FluxVAE(FluxVAEParams(channels=(32, 32), blocks=1)).to(GPU, memory_format=torch.channels_last)
+
+    def encode(pixels_BCHW: Tensor) -> Tensor:
+        return vae.encode_mean(pixels_BCHW)
+
+    compiled = part_compiler(ComputeOptions(torch_compile=True), symbolic=(0, 2, 3))(encode)
+    for shape in ((2, 3, 8, 8), (3, 3, 8, 16)):
+        pixels = torch.randn(shape, device=GPU)
+        torch.testing.assert_close(compiled(pixels), encode(pixels), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_products_of_odd_widths_are_compiled_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

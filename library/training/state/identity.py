@@ -75,6 +75,7 @@ SILENT_GROUPS = {
 SILENT = {
     *("max_data_loader_n_workers", "persistent_data_loader_workers", "ddp_timeout", "lowram", "highvram"),
     *("dry_run", "debug_dataset", "ema_sample", "skip_cache_check", "cache_directory", "vae_batch_size"),
+    "vae_torch_compile",
     *("text_encoder_batch_size", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
     *("disable_mmap_load_safetensors", "tokenizer_cache_dir", "quantize_device"),
     *("stream_text_encoder", "scheduler_scale"),

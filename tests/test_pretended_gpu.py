@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.pretended_gpu.build import COMPILER, can_build
+from tests.training.assembled import command, write_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_GPU_TESTS = ("attention", "block_swap", "offload", "quant", "two_way_swap")
@@ -21,12 +25,12 @@ pytestmark = [
 ]
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
+def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     return subprocess.run(
         [sys.executable, "-m", "tests.pretended_gpu", *words],
         cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables,
         capture_output=True,
         text=True,
     )
@@ -67,3 +71,33 @@ def test_the_benchmark_runs_on_it() -> None:
     for way in ways:
         assert result.stdout.count(f"| 1 | {way} |") == 2, way  # a row of each family
     assert "FAILED" not in result.stdout
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SWAP = ("--blocks_to_swap=3", "--use_pinned_memory_for_block_swap")
+
+
+def test_two_processes_train_the_same_swapped_and_sharded(
+    nano: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a GPU of its own, as on a computer of its own; their gradients meet there."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    config, weights = write_pictures(tmp_path / "pictures"), []
+    for name, flags, variables in (("swapped", SWAP, {}), ("sharded", (), FSDP)):
+        words = command(nano, config, tmp_path / name, "--mixed_precision=bf16", *flags)
+        run_two("lumina_train_network.py", *words, **variables)
+        weights.append(load_file(tmp_path / name / "run.safetensors"))
+    swapped, sharded = weights
+    assert swapped.keys() == sharded.keys()
+    assert all(torch.equal(tensor, sharded[name]) for name, tensor in swapped.items())
+
+
+def run_two(*words: str, **variables: str) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    with ThreadPoolExecutor() as both:
+        runs = [both.submit(run, *words, **place, **variables, RANK=str(rank)) for rank in range(2)]
+    for result in (each.result() for each in runs):
+        assert result.returncode == 0, result.stdout + result.stderr

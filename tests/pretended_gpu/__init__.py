@@ -11,7 +11,8 @@ Programs find one CUDA device. Its memory is the computer's, and torch's kernels
 - waits of the program for the device, and bytes of tensors on the device, are counted.
 
 Triton's kernels, also those that `torch.compile` writes for GPUs, run in Triton's interpreter: slowly.
+Several processes, each with such a device, reach each other through what they take for NCCL (`group.py`).
 
-There is one device and no end of memory, and it says nothing about speed. What kernels of a real GPU ask of
-their operands, such as alignment, is not looked at.
+A process has one device, there is no end of memory, and nothing is said about speed. What kernels of a real
+GPU ask of their operands, such as alignment, is not looked at.
 """

@@ -441,6 +441,13 @@ API void pretended_forget_peak() { pretended::peak_bytes = pretended::live_bytes
 API void pretended_set_on_wait(int mode) { pretended::on_wait = static_cast<pretended::OnWait>(mode); }
 API int pretended_get_on_wait() { return static_cast<int>(pretended::on_wait.load()); }
 API void pretended_tell_allocator(void* address, int stream) { pretended::order().told_allocator(address, stream); }
+API void pretended_resize(void* storage, size_t bytes) {
+  auto* impl = static_cast<c10::StorageImpl*>(storage);
+  auto memory = pretended::device_allocator.allocate(bytes);
+  std::memcpy(memory.get(), impl->data(), std::min(bytes, impl->nbytes()));
+  impl->set_data_ptr_noswap(std::move(memory));
+  impl->set_nbytes(bytes);
+}
 API const char* pretended_used(const char* operation, void* address, bool written) {
   thread_local std::string fault;
   std::vector<void*> one{address}, none;

@@ -20,11 +20,12 @@ def install() -> None:
     # It tells, with a traceback, that it cannot load its kernels for CUDA.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
-    from tests.pretended_gpu import attention, convolution, cuda_module, memory, norm, triton_module
+    from tests.pretended_gpu import attention, convolution, cuda_module, group, memory, norm, triton_module
 
     cuda_module.install(device)
     memory.install(device)
     attention.install()
     convolution.install()
+    group.install(device)
     norm.install()
     triton_module.install()

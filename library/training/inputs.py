@@ -182,19 +182,20 @@ class Inputs:
         self._cut_texts.tell(self._processes)
 
     def _fill_latents(self, source: LatentSource, items: Sequence[Item]) -> None:
-        def load_encoder() -> EncodePictures:
-            vae, device = self.vae.get(), self._processes.device
-
-            def encode(pixels_BCHW: Tensor) -> Tensor:
-                return self._trainer.encode_images(vae, pixels_BCHW)
-
-            if self._options.caching.vae_torch_compile:
-                vae.to(memory_format=torch.channels_last)  # on CUDA torch's own group norm would undo it
-                encode = part_compiler(ComputeOptions(torch_compile=True), symbolic=(0, 2, 3))(encode)
-            return lambda pixels: encode(pixels.to(device, non_blocking=True))
-
-        cache_latents(source, items, load_encoder, self._pass_run(self._options.caching.vae_batch_size))
+        run = self._pass_run(self._options.caching.vae_batch_size)
+        cache_latents(source, items, self._load_autoencoder, run)
         self.vae.release()
+
+    def _load_autoencoder(self) -> EncodePictures:
+        vae, device = self.vae.get(), self._processes.device
+
+        def encode(pixels_BCHW: Tensor) -> Tensor:
+            return self._trainer.encode_images(vae, pixels_BCHW)
+
+        if self._options.caching.vae_torch_compile:
+            vae.to(memory_format=torch.channels_last)  # on CUDA torch's own group norm would undo it
+            encode = part_compiler(ComputeOptions(torch_compile=True), symbolic=(0, 2, 3))(encode)
+        return lambda pixels: encode(pixels.to(device, non_blocking=True))
 
     def _pass_run(self, batch_size: int) -> PassRun:
         processes = self._processes

@@ -25,6 +25,8 @@ from library.training.look import measure
 from library.training.look.memory_estimate import Manner, MemoryEstimate
 from library.training.look.meter import Speeds
 from library.training.look.planner import Plan, make_plan, planned
+from library.training.run import TrainingRun
+from library.training.state.stop import StopSignals
 from tests.training.nano_runs import Runs, weight_bytes_of
 from tests.training.test_memory_estimate import allocated
 
@@ -242,6 +244,16 @@ def test_no_block_is_swapped_whose_weights_nothing_could_step(
         context.trainer.trainee_kind.check_swapping(context.options)
     kept = plan(runs, estimate, 2**40, *words, "--blocks_to_swap=2")  # the run itself refuses what was given
     assert {choice.swap.count for choice in kept.choices} == {2}
+
+
+def test_nothing_is_swapped_where_the_compilers_backend_keeps_weights_for_backward(runs: Runs) -> None:
+    words = (BF16, "--torch_compile", "--blocks_to_swap=2")
+    TrainingRun(runs.context("kandinsky", *words, "--dynamo_backend=aot_eager"), StopSignals())
+    context = runs.context("kandinsky", *words, "--dynamo_backend=eager")
+    with pytest.raises(ConfigError, match="Block swap and --dynamo_backend eager do not go together"):
+        TrainingRun(context, StopSignals())
+    estimate = MemoryEstimate(context.trainer, context, speeds=Speeds())
+    assert "eager" in str(estimate.no_swap_because)
 
 
 def test_an_optimizer_that_cannot_step_at_all_is_told_as_such(runs: Runs, for_gpus: ModuleType) -> None:

@@ -74,8 +74,6 @@ class WeightsKind(TraineeKind):
                 "save memory: --blocks_to_swap, --full_bf16, and with one process --fused_backward_pass."
             )
         self.check_optimizer(context.options, context.device)
-        if context.options.swap.count:
-            self.check_swapping(context.options)
         _log.info("all weights of the DiT are trained, %s", _precision(context.options))
 
     def check_optimizer(self, options: TrainOptions, device: torch.device) -> None:
@@ -85,9 +83,10 @@ class WeightsKind(TraineeKind):
         check_weights_optimizer(options, device)
 
     def check_swapping(self, options: TrainOptions) -> None:
-        """Let the optimizer step where swapped blocks have their weights: in the computer's memory."""
+        """Let the optimizer step where swapped blocks have their weights, too: in the computer's memory."""
         import torch
 
+        super().check_swapping(options)
         try:
             self.check_optimizer(options, torch.device("cpu"))
         except ConfigError as error:

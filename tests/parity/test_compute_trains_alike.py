@@ -19,7 +19,7 @@ MODES = {
     "feed_forward, all swapped": CHECKPOINTS | {"checkpoint_mode": "feed_forward", "blocks_to_swap": 6},
     "outputs, all swapped": CHECKPOINTS | {"blocks_to_swap": 6},
 }
-COMPILED = {"torch_compile": True, "dynamo_backend": "eager"}
+COMPILED = {"torch_compile": True, "dynamo_backend": "aot_eager"}
 WITHOUT_DROPOUT = {
     "no dropout": {},
     "products in 8 bits": {"base_quant": "int8", "quant_matmul": True},

@@ -1,8 +1,9 @@
 """torch.compile for the parts of a model's blocks: few graphs, whatever the sizes of pictures and captions.
 
 - A part is compiled whole or not at all: what breaks a graph is an error, and no part falls back to Python.
-- The first dimension of every tensor (tokens, or samples) is symbolic, and nothing else is. So a graph is
-  made for each kind of block, with and without gradients, for one sample and for several, and that is all.
+- The first dimension of every tensor (tokens, or samples) is symbolic, and nothing else is; of pictures their
+  sizes are, too. So a graph is made for each kind of block, with and without gradients, for one sample and
+  for several, and that is all.
 - Blocks of the same kind share their graphs, because weights are inputs of a graph.
 - What is compiled is kept on disk between runs.
 """

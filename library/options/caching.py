@@ -30,7 +30,9 @@ class LatentPassOptions(CachePlaceOptions):
 
     vae_batch_size: int = option(1, "pictures that go through the autoencoder together")
     vae_torch_compile: bool = option(
-        False, "compile the autoencoder for it, which takes a while and can pay for thousands of pictures"
+        False,
+        "compile the autoencoder that fills the latent cache; takes a while, and can pay for thousands of "
+        "pictures",
     )
 
     def __post_init__(self) -> None:

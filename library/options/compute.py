@@ -136,6 +136,14 @@ class ComputeOptions(AttentionOptions):
                 "--gradient_checkpointing; with --activation_memory_budget 0.5 it keeps half."
             )
 
+    def check_swapping(self) -> None:
+        """Raise ConfigError if no block can be swapped because of how blocks are compiled."""
+        if self.compiles and self.dynamo_backend == "eager":
+            raise ConfigError(
+                "Block swap and --dynamo_backend eager do not go together: for backward that keeps weights "
+                "themselves, which are elsewhere by then. Use --dynamo_backend aot_eager or inductor."
+            )
+
     @property
     def compiles(self) -> bool:
         """Whether the blocks are compiled."""

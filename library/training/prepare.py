@@ -62,6 +62,8 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     check_uploads(options.hub, options.state)
     options.ema.check_samples(options.sampling)
     trainer.trainee_kind.check(options)
+    if options.swap.count:
+        options.compute.check_swapping()
     options.trainee.check_caches(options.caching)
     trainer.check_files()
     resumed = find_resumed(fetch_state(options.hub, options.state), options.saving)

@@ -45,8 +45,6 @@ class TrainingRun:
         if context.processes.sharding is not None:
             check_sharding(options)
         context.trainer.trainee_kind.check_device(context)
-        if options.swap.count:
-            context.trainer.trainee_kind.check_swapping(options)
         check_compiler(options.compute, context.device)
         prepare_kernel(options.compute.attention, context.device, context.dtype)
         if options.quant.quant_matmul and options.quant.transformer is not None:

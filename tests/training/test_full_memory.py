@@ -247,11 +247,12 @@ def test_no_block_is_swapped_whose_weights_nothing_could_step(
 
 
 def test_nothing_is_swapped_where_the_compilers_backend_keeps_weights_for_backward(runs: Runs) -> None:
-    words = (BF16, "--torch_compile", "--blocks_to_swap=2")
-    TrainingRun(runs.context("kandinsky", *words, "--dynamo_backend=aot_eager"), StopSignals())
-    context = runs.context("kandinsky", *words, "--dynamo_backend=eager")
+    words, swap = (BF16, "--torch_compile", "--dynamo_backend=eager"), "--blocks_to_swap=2"
+    TrainingRun(runs.context("kandinsky", *words[:2], "--dynamo_backend=aot_eager", swap), StopSignals())
     with pytest.raises(ConfigError, match="Block swap and --dynamo_backend eager do not go together"):
-        TrainingRun(context, StopSignals())
+        runs.context("kandinsky", *words, swap)
+    context = runs.context("kandinsky", *words)
+    TrainingRun(context, StopSignals())
     estimate = MemoryEstimate(context.trainer, context, speeds=Speeds())
     assert "eager" in str(estimate.no_swap_because)
 

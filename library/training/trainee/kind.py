@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from library.core.errors import ConfigError
 from library.data.items import Manifest
 from library.options.train import TrainOptions
 
@@ -89,12 +88,7 @@ class TraineeKind(ABC):
 
     def check_swapping(self, options: TrainOptions) -> None:
         """Check that blocks can be swapped, however many. Raises ConfigError with the reason if none can."""
-        compute = options.compute
-        if compute.compiles and compute.dynamo_backend == "eager":
-            raise ConfigError(
-                "Block swap and --dynamo_backend eager do not go together: for backward that keeps weights "
-                "themselves, which are elsewhere by then. Use --dynamo_backend aot_eager or inductor."
-            )
+        options.compute.check_swapping()
 
     @abstractmethod
     def make(

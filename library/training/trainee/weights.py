@@ -74,6 +74,8 @@ class WeightsKind(TraineeKind):
                 "save memory: --blocks_to_swap, --full_bf16, and with one process --fused_backward_pass."
             )
         self.check_optimizer(context.options, context.device)
+        if context.options.swap.count:
+            self.check_swapping(context.options)
         _log.info("all weights of the DiT are trained, %s", _precision(context.options))
 
     def check_optimizer(self, options: TrainOptions, device: torch.device) -> None:

@@ -29,7 +29,8 @@ from library.core.errors import UserError  # noqa: E402
 from library.models.kandinsky5_format import Kandinsky5Params  # noqa: E402
 from library.models.lumina2_format import NextDiTParams  # noqa: E402
 from library.nn import activations, layers, modulated  # noqa: E402
-from library.nn.kernels import use_fused_kernels  # noqa: E402
+from library.nn.kernel_choice import use_fused_kernels  # noqa: E402
+from library.nn.kernels import replace_parts  # noqa: E402
 from library.nn.packing import Packing  # noqa: E402
 
 SAMPLES = 4
@@ -128,7 +129,7 @@ def measure(part: Part, contestants: tuple[str, ...], device: torch.device, benc
     """Measure one part, forward and backward, with each contestant."""
     expected: list[Tensor] = []
     for contestant in contestants:
-        use_fused_kernels("triton" if contestant == "triton" else "torch", device)
+        replace_parts("triton" if contestant == "triton" else "torch")
         function = torch.compile(part.function) if contestant == "compiled" else part.function
         output = function(*part.inputs)
         grad = torch.ones_like(output) + output.detach()
@@ -145,7 +146,7 @@ def measure(part: Part, contestants: tuple[str, ...], device: torch.device, benc
         pairs = zip(part.inputs, found[1:], strict=True)  # a stream's gradient is passed on as it is
         moved = [tensor for pair in pairs if pair[1].data_ptr() != grad.data_ptr() for tensor in pair]
         yield Figure(part.name, "backward", contestant, bench(backward), _bytes(grad, *moved) / 1e6, off)
-    use_fused_kernels("torch", device)
+    replace_parts("torch")
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -179,7 +180,7 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        use_fused_kernels("triton", device)
+        use_fused_kernels("triton", device, dtype_named(args.dtype))
     except UserError as error:
         print(f"Nothing to measure here: {error}", file=sys.stderr)
         return error.exit_code

@@ -69,7 +69,8 @@ from library.core.device import device_named, empty_cache  # noqa: E402
 from library.core.errors import ConfigError, UserError  # noqa: E402
 from library.nn.attention import prepare_kernel  # noqa: E402
 from library.nn.compiling import check_compiler, part_compiler  # noqa: E402
-from library.nn.kernels import use_fused_kernels  # noqa: E402
+from library.nn.kernel_choice import use_fused_kernels  # noqa: E402
+from library.nn.kernels import replace_parts  # noqa: E402
 from library.options.compute import ComputeOptions  # noqa: E402
 from library.options.quant import QuantOptions  # noqa: E402
 from library.options.swap import SwapOptions  # noqa: E402
@@ -122,7 +123,7 @@ class Bench:
                 traceback.print_exc()
                 trouble = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
-            use_fused_kernels("torch", self.device)
+            replace_parts("torch")
         self.free()  # by now the error is gone, and with it what it held
         return Found(trouble=trouble, failed=failed)
 
@@ -139,7 +140,7 @@ class Bench:
         if way.who == "ours":
             contestant.model.use_attention(way.attention)
             contestant.model.runner.keep(way.mode)
-            use_fused_kernels(way.kernels, self.device)
+            replace_parts(way.kernels)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         found = self._first_step(case, contestant, work)
@@ -176,8 +177,8 @@ class Bench:
             raise ConfigError(f"{missing} not installed.")
         prepare_kernel(way.attention, self.device, way.dtype)
         torch.backends.cuda.enable_cudnn_sdp(way.who != "ours")  # rivals leave it as torch has it
-        use_fused_kernels(way.kernels, self.device)
-        use_fused_kernels("torch", self.device)
+        use_fused_kernels(way.kernels, self.device, way.dtype)
+        replace_parts("torch")
 
     def _contestant_for(self, case: Case, settings: Settings) -> Contestant:
         built = (case.family, *case.way.build)

@@ -3,16 +3,17 @@
     python benchmarks/step.py                          # Lumina, bf16, batch 1, one CPU thread
     python benchmarks/step.py --family kandinsky5
     python benchmarks/step.py --dtype fp32 --batch 4
-    python benchmarks/step.py --device cuda --size full --triton
+    python benchmarks/step.py --device cuda --size full
 
 All train LoRA of rank 16 on the same layers of the same random transformer, with AdamW and clipping by norm.
 Who takes part: see step_lumina.py, step_kandinsky5.py; who needs a package that is missing (`diffusers` and
 `peft` are in requirements-dev.txt) does not, and without any rival ours is compared with itself.
 
 Time: steps of ours, theirs and ours again (the control, which shows the noise) take turns in one process;
-medians. With --triton ours takes part a third time, with `--fused_kernels triton`. With one CPU thread it is
-the process's CPU time, which other work on the machine disturbs least; with several threads it is wall time;
-on CUDA it is device time. The first step of each is not counted.
+medians. Where ours is computed by Triton kernels, as on most GPUs, it takes part a third time with
+`--fused_kernels torch`. With one CPU thread it is the process's CPU time, which other work on the machine
+disturbs least; with several threads it is wall time; on CUDA it is device time. The first step of each is not
+counted.
 Matmul share: the products that the step cannot do without (no weight gradients of frozen weights, attention
 backward = 2 x forward, real text tokens only) over the time that a 1536^3 product, measured between the
 steps in the fastest dtype that this processor has for it, says they should take.
@@ -40,22 +41,23 @@ from benchmarks.step_kandinsky5 import KANDINSKY5  # noqa: E402
 from benchmarks.step_lumina import LUMINA  # noqa: E402
 from benchmarks.step_parts import Clock, Settings, make_step, taking_part  # noqa: E402
 from library.core.errors import UserError  # noqa: E402
-from library.nn.kernels import use_fused_kernels  # noqa: E402
+from library.nn.kernel_choice import use_fused_kernels  # noqa: E402
+from library.nn.kernels import replace_parts, uses_triton  # noqa: E402
 from library.nn.products import product_dtype  # noqa: E402
 
 FAMILIES = {family.name: family for family in (LUMINA, KANDINSKY5)}
 MATMUL = 1536
 
 
-def measure_time(settings: Settings, reps: int, *, triton: bool) -> list[Result]:
+def measure_time(settings: Settings, reps: int) -> list[Result]:
     """Print medians of interleaved steps; return them against each rival."""
     family, clock = settings.family, Clock(settings.device)
     work = family.work(settings)
     turns = {name: make_step(make(settings), work) for name, make in taking_part(family).items()}
     rivals = list(turns)[1:] or ["ours"]
     turns["control"] = turns["ours"]
-    if triton:
-        turns["ours, --fused_kernels triton"] = _by_triton(turns["ours"], settings.device)
+    if uses_triton():
+        turns["ours, --fused_kernels torch"] = _by_torch(turns["ours"])
     times: dict[str, list[float]] = {name: [] for name in turns}
     rates: list[float] = []
     square = torch.randn(MATMUL, MATMUL, device=settings.device, dtype=settings.dtype)
@@ -82,13 +84,13 @@ def measure_time(settings: Settings, reps: int, *, triton: bool) -> list[Result]
     return results
 
 
-def _by_triton(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def _by_torch(step: Callable[[], object]) -> Callable[[], object]:
     def call() -> object:
-        use_fused_kernels("triton", device)
+        replace_parts("torch")
         try:
             return step()
         finally:
-            use_fused_kernels("torch", device)
+            replace_parts("triton")
 
     return call
 
@@ -140,7 +142,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
-    parser.add_argument("--triton", action="store_true", help="measure --fused_kernels triton, too")
+    parser.add_argument("--fused_kernels", choices=("auto", "torch", "triton"), default="auto")
     parser.add_argument("--only", choices=("time", "memory"), help="measure just this")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     add_arguments(parser, rounds=6)
@@ -154,17 +156,17 @@ def main(arguments: list[str]) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     family, device = FAMILIES[args.family], torch.device(args.device)
     settings = Settings(family, args.size, dtype, args.batch, device, args.checkpointing)
-    if args.triton:
-        try:
-            use_fused_kernels("triton", device)  # is it possible here?
-        except UserError as error:
-            raise SystemExit(str(error)) from None
-        use_fused_kernels("torch", device)
+    try:
+        obstacle = use_fused_kernels(args.fused_kernels, device, dtype)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    if obstacle is not None:
+        print(f"Ours is computed by torch, and not by kernels of Triton: {obstacle}.", file=sys.stderr)
     if args.memory_of:
         print(json.dumps(peak_above_weights(settings, args.memory_of)))
         return
     print(f"{settings}, {args.threads} thread(s)")
-    results = [] if args.only == "memory" else measure_time(settings, args.rounds, triton=args.triton)
+    results = [] if args.only == "memory" else measure_time(settings, args.rounds)
     if args.only != "time":
         peaks = measure_memory(settings, arguments)
         title = f"Peak memory of a step above what was there before: {settings}"

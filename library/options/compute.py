@@ -57,10 +57,11 @@ class ComputeOptions(AttentionOptions):
         "0 to 1; the compiler chooses what to compute again",
     )
     fused_kernels: str = option(
-        "torch",
+        "auto",
         "what computes norms, gates, rotary embedding and SwiGLU: torch, or triton, with one kernel for each "
-        "chain of operations, on NVIDIA GPUs of the Ampere generation and later",
-        choices=("torch", "triton"),
+        "chain of operations, on NVIDIA GPUs of the Ampere generation and later; auto: triton where it can "
+        "be had and --torch_compile does not write such kernels itself",
+        choices=("auto", "torch", "triton"),
     )
     sdpa: bool = option(False, "the same as --attn_mode torch")
     use_sage_attn: bool = refused(
@@ -148,6 +149,11 @@ class ComputeOptions(AttentionOptions):
     def compiles(self) -> bool:
         """Whether the blocks are compiled."""
         return self.torch_compile and self.dynamo_backend != "no"
+
+    @property
+    def kernels(self) -> str:
+        """Who computes the memory-bound parts: "torch", "triton", or "auto", whichever the device allows."""
+        return "torch" if self.compiles else self.fused_kernels
 
     @property
     def keeps(self) -> str:

@@ -13,7 +13,7 @@ from library.core.dist import Processes, run_seed
 from library.core.log import logger, setup_logging
 from library.data.loader import LoaderSettings
 from library.data.plan import Plan
-from library.nn.kernels import use_fused_kernels
+from library.nn.kernel_choice import use_fused_kernels
 from library.options.config_file import config_text
 from library.options.train import TrainOptions
 from library.training.events import Moment
@@ -59,7 +59,10 @@ class RunContext:
             file=logging.console_log_file,
             simple=logging.console_log_simple,
         )
-        use_fused_kernels(options.compute.fused_kernels, processes.device)
+        dtype = dtype_named(options.training.mixed_precision)
+        obstacle = use_fused_kernels(options.compute.kernels, processes.device, dtype)
+        if obstacle is not None:
+            _log.info("torch computes norms and gates, and not kernels of Triton: %s", obstacle)
         require_one_start(processes, resumed)
         seed = resumed.record.seed if resumed else run_seed(options.training.seed, processes)
         accumulation = options.training.gradient_accumulation_steps
@@ -72,7 +75,6 @@ class RunContext:
         )
         epochs = options.training.max_train_epochs
         steps = options.training.max_train_steps if epochs is None else epochs * plan.steps_per_epoch
-        dtype = dtype_named(options.training.mixed_precision)
         return cls(
             trainer=trainer,
             prepared=prepared,

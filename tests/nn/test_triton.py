@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from library.core.errors import ConfigError, MissingPackageError
-from library.nn import kernels
-from library.nn.kernels import fused, use_fused_kernels
+from library.nn import kernel_choice
+from library.nn.kernel_choice import use_fused_kernels
+from library.nn.kernels import fused, replace_parts, uses_triton
 from library.nn.packing import Packing
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"
 }  # fmt: skip
@@ -200,57 +201,65 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Pretended GPU")
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(kernels, "_run_a_kernel", lambda _: None)
+    monkeypatch.setattr(kernel_choice, "_differing_parts", lambda *_: [])
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield monkeypatch
-    use_fused_kernels("torch", CPU)
+    replace_parts("torch")
 
 
 @with_triton
-def test_the_choice_is_for_all_parts_and_can_be_taken_back(gpu):
+@pytest.mark.parametrize("wanted", ["triton", "auto"])
+def test_the_choice_is_for_all_parts_and_can_be_taken_back(gpu, wanted):
     parts = ("scaled_rms_norm", "normed_residual", "swiglu", "swiglu_back", "norm_and_rotate")
     parts += ("modulated_layer_norm", "gated_residual")
-    use_fused_kernels("triton", CUDA)
+    assert use_fused_kernels(wanted, CUDA, BF16) is None and uses_triton()
     assert all(fused(name, min).__module__.startswith("library.nn.triton_") for name in parts)
     assert fused("gelu", min) is min
-    use_fused_kernels("torch", CPU)
+    assert use_fused_kernels("torch", CUDA, BF16) is None and not uses_triton()
     assert all(fused(name, min) is min for name in parts)
 
 
 @with_triton
 def test_a_part_that_is_compiled_stays_as_it_is(gpu):
-    use_fused_kernels("triton", CUDA)
+    use_fused_kernels("triton", CUDA, BF16)
     part = torch.compile(lambda x: fused("swiglu", torch.neg)(x), backend="eager", fullgraph=True)
     assert torch.equal(part(torch.ones(3)), -torch.ones(3))
 
 
-def test_refused_on_a_cpu():
+def test_a_cpu_has_none_and_need_not_say_so():
+    assert use_fused_kernels("auto", CPU, BF16) is None and not uses_triton()
+    with pytest.raises(ConfigError, match="they need an NVIDIA GPU, and this run is on cpu"):
+        use_fused_kernels("triton", CPU, BF16)
+
+
+def refused(part_of_sentence):
+    """Asked for, they are refused; otherwise torch's are chosen, and the reason is told."""
     with pytest.raises(
-        ConfigError, match="--fused_kernels triton needs an NVIDIA GPU, and this run is on cpu"
-    ):
-        use_fused_kernels("triton", CPU)
+        ConfigError, match=f"--fused_kernels triton cannot be used: .*{part_of_sentence}"
+    ) as told:
+        use_fused_kernels("triton", CUDA, BF16)
+    assert "\n" not in str(told.value) and not uses_triton()
+    assert re.search(part_of_sentence, use_fused_kernels("auto", CUDA, BF16)) and not uses_triton()
 
 
 def test_refused_where_something_is_missing(gpu):
-    gpu.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MissingPackageError, match="--fused_kernels triton needs the package 'triton'"):
-        use_fused_kernels("triton", CUDA)
     gpu.setattr(importlib.util, "find_spec", lambda name: name)
     gpu.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(ConfigError, match="needs a C compiler"):
-        use_fused_kernels("triton", CUDA)
+    refused("C compiler")
     gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(ConfigError, match="Pretended GPU is older"):
-        use_fused_kernels("triton", CUDA)
-    assert not kernels._replaced
+    refused("Pretended GPU is older")
+    gpu.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match="--fused_kernels triton needs the package 'triton'"):
+        use_fused_kernels("triton", CUDA, BF16)
+    assert "needs" not in use_fused_kernels("auto", CUDA, BF16) and not uses_triton()
 
 
 @with_triton
 def test_a_compiler_may_be_named(gpu):
     gpu.setattr(shutil, "which", lambda _: None)
     gpu.setenv("CC", "/opt/bin/cc")
-    use_fused_kernels("triton", CUDA)
-    assert kernels._replaced
+    assert use_fused_kernels("auto", CUDA, BF16) is None and uses_triton()
 
 
 @with_triton
@@ -267,21 +276,31 @@ def test_a_compiler_may_be_named(gpu):
 def test_refused_where_a_kernel_cannot_be_built(gpu, error):
     """At the start, in one sentence, and not from the middle of the first step."""
 
-    def fail(_):
+    def fail(*_):
         raise error
 
-    gpu.setattr(kernels, "_run_a_kernel", fail)
-    with pytest.raises(ConfigError, match="cannot build or run a kernel on Pretended GPU") as refused:
-        use_fused_kernels("triton", CUDA)
-    assert "\n" not in str(refused.value) and "python3-dev" in str(refused.value)
-    assert not kernels._replaced
+    gpu.setattr(kernel_choice, "_differing_parts", fail)
+    refused("cannot build or run them on Pretended GPU .*python3-dev")
+
+
+@with_triton
+def test_refused_where_kernels_do_not_compute_what_torch_does(gpu):
+    gpu.setattr(kernel_choice, "_differing_parts", lambda *_: ["swiglu", "gated_residual"])
+    refused(r"on Pretended GPU they differ from torch's \(swiglu, gated_residual\)")
+
+
+@with_triton
+def test_its_interpreter_has_to_be_asked_for(gpu):
+    gpu.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET is set" in use_fused_kernels("auto", CUDA, BF16) and not uses_triton()
+    assert use_fused_kernels("triton", CUDA, BF16) is None and uses_triton()
 
 
 def test_triton_is_not_imported_unless_it_is_chosen():
     code = (
         "import sys, library.models.nextdit, library.models.kandinsky5_dit\n"
-        "from library.nn.kernels import use_fused_kernels\nimport torch\n"
-        "use_fused_kernels('torch', torch.device('cpu'))\n"
+        "from library.nn.kernel_choice import use_fused_kernels\nimport torch\n"
+        "use_fused_kernels('auto', torch.device('cpu'), torch.bfloat16)\n"
         "sys.exit('library.nn.triton_launch' in sys.modules or 'triton' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

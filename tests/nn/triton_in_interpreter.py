@@ -19,6 +19,7 @@ from library.nn import (
     layers,
     modulated,
     products,
+    triton_check,
     triton_launch,
     triton_layers,
     triton_modulated,
@@ -120,6 +121,47 @@ def test_the_way_back_through_swiglu_makes_its_value_again(dtype):
     with torch.no_grad():
         grads = triton_layers.swiglu_back(inputs, grad, lambda y, rows: values.append(y[rows]))
     assert all(torch.equal(*pair) for pair in zip((*values, *grads), (value, *expected), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_check_at_the_start_finds_nothing(dtype):
+    assert triton_check.differing_parts(torch.device("cpu"), dtype) == []
+
+
+def scaled_back(function, *, only):
+    """The same results, of which one has another gradient."""
+
+    def changed(*inputs):
+        result = function(*inputs)
+        inputs[only].register_hook(lambda grad: grad * 1.1)
+        return result
+
+    changed.__name__ = function.__name__
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scaled_rms_norm", lambda function: lambda x, gain, *rest: function(x, gain[:1], *rest)),
+        ("normed_residual", lambda function: scaled_back(function, only=2)),
+        ("norm_and_rotate", lambda function: lambda x, gain, table, eps: function(x, gain, None, eps)),
+        ("swiglu", lambda function: lambda a, b: function(a, b) * float("nan")),
+        ("swiglu_back", lambda function: lambda inputs, grad, use: function(inputs[::-1], grad, use)),
+    ],
+)
+def test_the_check_at_the_start_finds_a_wrong_kernel(name, change, monkeypatch):
+    function = change(getattr(triton_layers, name))
+    function.__name__ = name
+    monkeypatch.setattr(triton_layers, name, function)
+    assert triton_check.differing_parts(torch.device("cpu"), torch.bfloat16) == [name]
+
+
+@pytest.mark.parametrize("name", ["modulated_layer_norm", "gated_residual"])
+def test_the_check_at_the_start_finds_a_wrong_modulation(name, monkeypatch):
+    function = scaled_back(getattr(triton_modulated, name), only=0)
+    monkeypatch.setattr(triton_modulated, name, function)
+    assert triton_check.differing_parts(torch.device("cpu"), torch.float32) == [name]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -116,4 +116,9 @@ def test_what_cannot_be_is_refused(given, reason):
 
 def test_kernels_of_our_own_go_with_a_compiler_that_is_switched_off():
     options = ComputeOptions(fused_kernels="triton", torch_compile=True, dynamo_backend="no")
-    assert not options.compiles and ComputeOptions().fused_kernels == "torch"
+    assert not options.compiles and options.kernels == "triton"
+
+
+def test_compiled_blocks_need_no_kernels_of_our_own():
+    assert ComputeOptions().kernels == "auto"
+    assert ComputeOptions(torch_compile=True).kernels == "torch"

@@ -16,7 +16,8 @@ from library.models.flux_vae import FluxVAE
 from library.models.flux_vae_format import FluxVAEParams
 from library.nn.block_swap import BlockSwap
 from library.nn.compiling import part_compiler
-from library.nn.kernels import replace_parts, use_fused_kernels
+from library.nn.kernel_choice import use_fused_kernels
+from library.nn.kernels import replace_parts
 from library.options.compute import ComputeOptions
 from networks.lora import LoRANetwork, LoRASize
 from tests.nn.triton_in_interpreter import kandinsky, lumina, randomised, train
@@ -91,7 +92,7 @@ def test_fused_kernels(make: Callable[..., object], dtype: torch.dtype) -> None:
     """The same bits whatever is kept for backward, and with block swap."""
     contest = Contest(make, dtype)
     plain, exact = contest.step(), contest.step_in_fp32()
-    use_fused_kernels("triton", GPU)
+    use_fused_kernels("triton", GPU, dtype)
     fused = contest.step()
     assert_as_exact(fused, plain, exact)
     for mode in ("selective", "full"):

@@ -20,11 +20,12 @@ from library.core.errors import ConfigError, ResourceError
 from library.nn.gradient_return import UNDER_WAY
 from library.nn.runner import MODES
 from library.options.swap import SwapOptions
+from library.training.context import RunContext
 from library.training.guards import loading_advice, training_advice
 from library.training.look import measure
 from library.training.look.memory_estimate import Manner, MemoryEstimate
 from library.training.look.meter import Speeds
-from library.training.look.planner import Plan, make_plan, planned
+from library.training.look.planner import PRECISIONS, Plan, make_plan, planned, precisions_for
 from library.training.run import TrainingRun
 from library.training.state.stop import StopSignals
 from tests.training.nano_runs import Runs, weight_bytes_of
@@ -336,13 +337,28 @@ def test_measuring_makes_real_updates_and_quantises_nothing(
     runs: Runs, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "MODES", ("none", "offload"))  # to save time
-    context = runs.context("lumina", BF16, FUSED)
+    context = runs.context("lumina", BF16, FUSED, "--vram_budget=601MB")  # too little
     saving = replace(context.options.saving, output_dir=tmp_path)
     context = replace(context, trainer=context.trainer.with_options(replace(context.options, saving=saving)))
-    measure.measure(context)
+    with pytest.raises(ResourceError, match="601MB leaves .* takes at least") as caught:
+        measure.measure(context)
+    assert "quant" not in str(caught.value)
     told = capsys.readouterr().out
     rows = re.findall(r"^as given +(\w+) +(\d+) .* ([\d.]+) +[\d.]+$", told, re.MULTILINE)
     assert {mode for mode, *_ in rows} == {"none", "full", "offload"}
     assert {int(swapped) for _, swapped, _ in rows} == {0, BLOCKS // 2}
     assert all(0.95 < float(ratio) < 1.05 for *_, ratio in rows)
     assert "int8" not in told
+
+
+def test_precisions_to_choose_from_are_those_that_a_run_can_have(runs: Runs, nano, tmp_path: Path) -> None:
+    def had(resumed: str | None, context: RunContext) -> tuple[str | None, ...]:
+        settings = {**context.prepared.settings, "base_quant": resumed}
+        prepared = replace(context.prepared, resumed=SimpleNamespace(), settings=settings)
+        return precisions_for(replace(context, prepared=prepared))
+
+    of_network = Runs(nano, tmp_path, of_networks=True).context("lumina")
+    assert precisions_for(of_network) == PRECISIONS
+    assert [had(quant, of_network) for quant in PRECISIONS] == [(quant,) for quant in PRECISIONS]
+    of_weights = runs.context("lumina")
+    assert precisions_for(of_weights) == had(None, of_weights) == (None,)

@@ -24,7 +24,7 @@ from library.training.context import RunContext
 from library.training.guards import is_out_of_memory
 from library.training.look.memory_estimate import Manner, MemoryEstimate, quant_flags, shown
 from library.training.look.meter import Meter, Speeds
-from library.training.look.planner import Calibration, allowed_bytes, make_plan
+from library.training.look.planner import Calibration, allowed_bytes, make_plan, precisions_for
 from library.training.look.simulate import Simulation
 from library.training.optim.optimizer import set_learning_rates
 from library.training.trainee.learner import Learner
@@ -214,7 +214,7 @@ def _print_choice(context: RunContext, estimate: MemoryEstimate, rows: list[Meas
         memory=max((row.found / row.foretold for row in plain), default=1.0),
         seconds={row.manner: row.seconds for row in plain},
     )
-    plan = make_plan(estimate, context.options, allowed, Speeds(), calibration)
+    plan = make_plan(estimate, context.options, allowed, Speeds(), precisions_for(context), calibration)
     print("\n".join(plan.lines()))
 
 

@@ -202,19 +202,30 @@ def _rest(budget: str, size: int, reserve: int) -> int:
     return round((size - reserve) / SLACK)
 
 
+def precisions_for(context: RunContext) -> tuple[str | None, ...]:
+    """Return the schemes of `library.nn.quant` that may be chosen for a run, unless it is given one.
+
+    A model whose own weights are trained keeps its precision, and a resumed run keeps what it had.
+    """
+    prepared = context.prepared
+    if not context.options.trainee.freezes_dit:
+        return (None,)
+    return PRECISIONS if prepared.resumed is None else (prepared.settings["base_quant"],)
+
+
 def make_plan(
     estimate: MemoryEstimate,
     options: TrainOptions,
     allowed: int,
     speeds: Speeds,
+    precisions: Sequence[str | None],
     calibration: Calibration = _UNCALIBRATED,
-    precisions: Sequence[str | None] = PRECISIONS,
 ) -> Plan:
     """Choose. Whatever `options` ask for is kept.
 
     Args:
         allowed: bytes for tensors. speeds: those of the estimate.
-        precisions: schemes of `library.nn.quant` to choose from, unless `options` ask for one.
+        precisions: to choose from, unless `options` ask for one; see `precisions_for`.
 
     Raises:
         ResourceError: nothing fits.
@@ -256,10 +267,7 @@ def planned(context: RunContext) -> RunContext:
     allowed = min(context.processes.gather(mine))  # all processes run alike
     speeds = Speeds()
     estimate = MemoryEstimate(context.trainer, context, speeds=speeds)
-    prepared = context.prepared
-    had = PRECISIONS if prepared.resumed is None else (prepared.settings["base_quant"],)
-    had = had if options.trainee.freezes_dit else (None,)
-    plan = make_plan(estimate, options, allowed, speeds, precisions=had)
+    plan = make_plan(estimate, options, allowed, speeds, precisions_for(context))
     plan = replace(plan, warnings=tuple(_warnings(estimate, plan, options, device)))
     _log.info("--vram_budget %s\n%s", budget.vram_budget, "\n".join(f"  {line}" for line in plan.lines()))
     chosen = context.processes.agree(plan.chosen)

@@ -24,7 +24,6 @@ from networks.fit import OTHER_WIDTH, TAKE_SIZES
 from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA, linear_layers
 from networks.names import ALPHA, DORA, DOWN, ON_INPUT, UP, is_anchored, kohya_name
 
-Originals = dict[str, nn.Parameter | tuple[Tensor, ...]]  # by path; a quantised weight in stored form
 _NO_DROPOUT = Dropouts()
 _WIDTH_AT = {DOWN: 1, UP: 0}  # which number of a shape is a width of the layer, and not the rank
 # What has one dtype in every file: rounding m of a DoRA would change the weight itself.
@@ -193,9 +192,9 @@ class LoRANetwork(nn.Module):
                 setattr(parent, leaf, layer.base)
         self._places.clear()
 
-    def merge_into(self, model: nn.Module) -> Originals:
+    def merge_into(self, model: nn.Module) -> None:
         """Add the network to the weights of `model`, at its present multiplier; see `merge`."""
-        return merge(model, [self])
+        merge(model, [self])
 
     def parameter_groups(self, lr: float) -> list[dict[str, object]]:
         """Return optimizer groups: `params`, `lr`, `name`. Layers without a rate of their own learn at `lr`.
@@ -337,13 +336,10 @@ def _check_layer(
 
 
 @torch.no_grad()
-def merge(model: nn.Module, networks: Iterable[LoRANetwork]) -> Originals:
+def merge(model: nn.Module, networks: Iterable[LoRANetwork]) -> None:
     """Add networks to the weights of `model`: summed in fp32, then rounded once to the weight's dtype.
 
-    Where the weights are quantised, they are quantised anew.
-
-    Returns:
-        What was replaced, by path, for `unmerge`. Drop it to free its memory.
+    Where the weights are quantised, they are quantised anew. What is replaced is not kept.
     """
     layers = linear_layers(model)
     active: dict[str, list[LoRA]] = {}
@@ -351,32 +347,16 @@ def merge(model: nn.Module, networks: Iterable[LoRANetwork]) -> Originals:
         for name, path in network.paths.items():
             if network.loras[name].scale != 0.0:
                 active.setdefault(path, []).append(network.loras[name])
-    originals: Originals = {}
     for path, loras in active.items():
         layer = layers[path]
         weight, bias = layer.weight, layer.bias
         total = weight.float() + sum(lora.delta(weight) for lora in loras)
         if isinstance(layer, QuantLinear):
-            originals[f"{path}.weight"] = layer.stored
             layer.quantise(total, weight.device)
         else:
-            originals[f"{path}.weight"] = weight
             layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
         deltas = [lora.bias_delta() for lora in loras if not isinstance(lora, LoRA)]
         changes = [delta.to(weight.device) for delta in deltas if delta is not None]
         if changes:
             moved = (bias.float() + sum(changes)).to(bias.dtype)
             layer.bias = nn.Parameter(moved, requires_grad=False)
-            originals[f"{path}.bias"] = bias
-    return originals
-
-
-def unmerge(model: nn.Module, originals: Originals) -> None:
-    """Put back the weights that `merge` returned: the same tensors, so nothing is lost to rounding."""
-    layers = linear_layers(model)
-    for path, original in originals.items():
-        layer, _, name = path.rpartition(".")
-        if isinstance(original, tuple):
-            layers[layer].take(original)
-        else:
-            setattr(layers[layer], name, original)

@@ -16,7 +16,7 @@ from library.nn.quant import SCHEMES, QuantLinear
 from library.nn.runner import MODES
 from library.options.quant import PRODUCTS, QuantOptions
 from library.options.swap import SwapOptions
-from networks.lora import LoRANetwork, LoRASize, merge, unmerge
+from networks.lora import LoRANetwork, LoRASize, merge
 from tests.models.kandinsky5_pairs import Inputs, make_inputs, make_params, make_theirs
 from tests.models.scaled_fp8 import in_scaled_fp8
 from tests.strict_copier import StrictCopier
@@ -215,17 +215,14 @@ class TestQuantised:
         ):
             torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
 
-    def test_merging_and_back(self, files):
+    def test_merging_quantises_anew(self, files):
         model = load(files["t2i"], scheme="int8")
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         network = with_lora(model)
         applied, _ = step(model, network)
         network.remove()
-        originals = merge(model, [network])
+        merge(model, [network])
         merged = _flat(make_inputs(model.params, (9, 4), (8, 6), (4, 4)).ours(model))
         assert (merged - applied).norm() / applied.norm() < LIMITS["int8"]
-        unmerge(model, originals)
-        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_a_quantised_file_is_the_model_that_was_saved(self, files, tmp_path, scheme):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.core.errors import CheckpointError
 from networks.layer import LoRALinear, linear_layers
-from networks.lora import LoRANetwork, LoRASize, merge, unmerge
+from networks.lora import LoRANetwork, LoRASize, merge
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Make = Callable[..., nn.Module]
@@ -154,22 +154,26 @@ def test_merging_adds_in_fp32_and_rounds_once(
     assert torch.equal(merged, weight.float().to(torch.bfloat16))
 
 
-def test_unmerging_restores_every_bit(lumina_like: Make, sizes_of: Callable, randomise: Callable) -> None:
-    model = lumina_like().to(torch.bfloat16)
-    before = copy.deepcopy(model.state_dict())
-    network = LoRANetwork(model, sizes_of(model))
-    randomise(network)
-    originals = network.merge_into(model)
-    assert not torch.equal(model.state_dict()["x_embedder.weight"], before["x_embedder.weight"])
-    unmerge(model, originals)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+def test_each_weight_goes_when_it_is_replaced(model: nn.Module, network: LoRANetwork) -> None:
+    weights = [weakref.ref(layer.weight) for layer in linear_layers(model).values()]
+    *_, last = network.loras.values()
+    there: list[int] = []
+    delta = last.delta
+
+    def counted(weight: Tensor) -> Tensor:
+        there.append(sum(reference() is not None for reference in weights))
+        return delta(weight)
+
+    last.delta = counted
+    network.merge_into(model)
+    assert there == [1] and not any(reference() is not None for reference in weights)
 
 
 def test_merging_a_network_that_is_off_changes_nothing(model: nn.Module, network: LoRANetwork) -> None:
+    before = list(model.parameters())
     network.multiplier = 0.0
-    assert network.merge_into(model) == {}
+    network.merge_into(model)
+    assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
 
 
 def test_exports_kohyas_keys_and_loads_them_again(

@@ -69,31 +69,6 @@ class LoRASize:
         return lora.to(device)
 
 
-@dataclass(frozen=True)
-class MaxNorm:
-    """What `LoRANetwork.apply_max_norm` did. Norms are of alpha / rank * up down, after it.
-
-    `numbers` (3,) may still be in the making on the device; to ask for one of them waits for that.
-    """
-
-    numbers: Tensor
-
-    @property
-    def scaled(self) -> int:
-        """How many LoRAs were above the limit."""
-        return int(self.numbers[0])
-
-    @property
-    def average(self) -> float:
-        """The mean of the norms."""
-        return self.numbers[1].item()
-
-    @property
-    def largest(self) -> float:
-        """The largest norm."""
-        return self.numbers[2].item()
-
-
 class LoRANetwork(nn.Module):
     """LoRAs for some linear layers of a model: what is trained, saved and applied.
 
@@ -192,10 +167,6 @@ class LoRANetwork(nn.Module):
                 setattr(parent, leaf, layer.base)
         self._places.clear()
 
-    def merge_into(self, model: nn.Module) -> None:
-        """Add the network to the weights of `model`, at its present multiplier; see `merge`."""
-        merge(model, [self])
-
     def parameter_groups(self, lr: float) -> list[dict[str, object]]:
         """Return optimizer groups: `params`, `lr`, `name`. Layers without a rate of their own learn at `lr`.
 
@@ -222,17 +193,21 @@ class LoRANetwork(nn.Module):
         return groups
 
     @torch.no_grad()
-    def apply_max_norm(self, limit: float) -> MaxNorm:
+    def apply_max_norm(self, limit: float) -> Tensor:
         """Scale down each LoRA whose norm is above `limit`, to it (max-norm regularisation).
 
         Norms are Frobenius norms of alpha / rank * up down, whatever the multiplier.
+
+        Returns:
+            (3,): how many were above the limit, and the mean and the largest of the norms after it; perhaps
+            still in the making on the device.
         """
         norms = torch.stack([lora.norm() for lora in self.loras.values()])
         ratios = limit / norms.clamp_min(limit)
         for lora, ratio in zip(self.loras.values(), ratios.unbind(), strict=True):
             lora.shrink(ratio)
         kept = norms * ratios
-        return MaxNorm(torch.stack([(ratios < 1).sum(), kept.mean(), kept.max()]))
+        return torch.stack([(ratios < 1).sum(), kept.mean(), kept.max()])
 
     def parameter_count(self) -> int:
         """Return how many numbers are trained."""

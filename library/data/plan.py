@@ -66,10 +66,6 @@ class Plan:
         """The sizes of the pictures that one process has in the batch with the most pixels."""
         return max(self._cut.sizes(), key=lambda sizes: sum(width * height for width, height in sizes))
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch, from 0, that a step (from 0) belongs to."""
-        return step // self.steps_per_epoch
-
     def step(self, step: int) -> tuple[MicroBatch, ...]:
         """Return the micro-batches of a step (from 0, over the whole run)."""
         return self._made_step(step)

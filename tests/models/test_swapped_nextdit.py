@@ -11,7 +11,7 @@ from library.models.lumina2 import load_nextdit
 from library.nn.block_swap import BlockSwap
 from library.nn.runner import MODES
 from library.options.swap import SwapOptions
-from networks.lora import LoRANetwork
+from networks.lora import LoRANetwork, merge
 from networks.lora_lumina import create_network
 from networks.request import NetworkRequest
 from tests.strict_copier import StrictCopier
@@ -96,7 +96,7 @@ def test_merging_reaches_swapped_blocks(nano):
         network = create_network(model, NetworkRequest(dim=2, alpha=2, seed=1))
         for lora in network.loras.values():
             lora.up.data.fill_(0.01)
-        network.merge_into(model)
+        merge(model, [network])
         random = torch.Generator().manual_seed(0)
         x, caption = torch.randn(16, 4, 4, generator=random), torch.randn(3, model.params.cap_feat_dim)
         with torch.no_grad():

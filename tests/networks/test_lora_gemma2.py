@@ -172,7 +172,7 @@ def test_both_networks_are_one(
     create_network_from_file(model, path).apply_to(model)
     assert torch.allclose(features(encoder), acting[0], atol=1e-6)
     assert torch.allclose(model(*inputs), acting[1], atol=1e-6)
-    assert network.apply_max_norm(0.01).scaled == len(network.loras)
+    assert network.apply_max_norm(0.01)[0] == len(network.loras)
 
 
 def test_loras_of_the_last_layer_have_no_effect_and_are_left_out(

@@ -16,7 +16,7 @@ from library.models.nextdit import NextDiT
 from library.nn.runner import MODES
 from library.options.network import NetworkOptions
 from networks.layer import Dropouts, linear_layers
-from networks.lora import LoRANetwork
+from networks.lora import LoRANetwork, merge
 from networks.lora_lumina import check_layers, create_network
 from networks.request import NetworkRequest
 
@@ -149,6 +149,6 @@ def test_merging_equals_applying(randomise: Callable) -> None:
     applied = predict(model)
     network.remove()
     assert torch.equal(predict(model), plain)
-    network.merge_into(model)
+    merge(model, [network])
     assert torch.allclose(predict(model), applied, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(applied, plain, rtol=1e-2, atol=1e-2)

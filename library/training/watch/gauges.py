@@ -135,7 +135,7 @@ class NormLimit:
 
     def apply(self) -> None:
         """Scale down what is above the limit."""
-        self._done = self._network.apply_max_norm(self._limit).numbers
+        self._done = self._network.apply_max_norm(self._limit)
 
     def measure(self, step: int) -> Tensor:
         """Return what was done after the step before, if there was one."""

@@ -151,6 +151,11 @@ class Item:
     source: Source | None = None
     held_out: bool = False
 
+    @property
+    def preserved(self) -> bool:
+        """Whether it is trained towards the base model's own output."""
+        return bool(self.subset.custom_attributes.get(PRESERVED))
+
 
 @dataclass(frozen=True)
 class Manifest:

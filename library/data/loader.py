@@ -18,7 +18,7 @@ from library.data.batch import Batch, Condition
 from library.data.captions import draw_caption
 from library.data.delivery import carrier_for, delivered
 from library.data.images import drawn_source, is_flipped, load_pixels, load_source
-from library.data.items import PRESERVED, Draw, DrawKey, Item, Manifest
+from library.data.items import Draw, DrawKey, Item, Manifest
 from library.data.plan import Plan
 from library.data.prompt import SourcePicture
 from library.data.sources import LatentSource, TextSource
@@ -144,7 +144,7 @@ class BatchLoader:
             source_latents=sources if cached else None,
             source_pixels=None if cached else sources,
             network_multiplier=items[0].dataset.network_multiplier,
-            preserved=tuple(bool(item.subset.custom_attributes.get(PRESERVED)) for item in items),
+            preserved=tuple(item.preserved for item in items),
         )
 
     def _places(self, start: int, stop: int) -> Iterator[tuple[int, int, tuple[Draw, ...]]]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from library.core.errors import ConfigError
+from library.core.log import LEVELS, setup_logging
 from library.options.group import REQUIRED, OptionGroup, option
 
 _FOLDERS = ("diffusers", "diffusers_safetensors")
 KOHYA, DIFFUSERS = "kohya", "diffusers"  # whose names a network's file has
 ORIGINAL = "original"  # or DIFFUSERS: the layout of a model's file
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ class LoggingOptions(OptionGroup):
         None, "TOML file with tables [tensorboard] and [wandb]: arguments for SummaryWriter and wandb.init"
     )
     log_config: bool = option(False, "show the run's configuration in the trackers too")
-    console_log_level: str = option("INFO", "least severe message to show", choices=LOG_LEVELS)
+    console_log_level: str = option("INFO", "least severe message to show", choices=LEVELS)
     console_log_file: Path | None = option(None, "append messages to this file instead of showing them")
     console_log_simple: bool = option(False, "show messages without time and level")
 
@@ -182,6 +182,19 @@ class LoggingOptions(OptionGroup):
         if "wandb" not in self.trackers:
             names = ("wandb_run_name", "wandb_api_key")
             yield from self.without_effect(names, "nothing is logged to W&B (--log_with wandb)")
+
+    def set_up(self, *, is_main: bool = True) -> None:
+        """Send messages where they are to go; of processes other than the main one only errors.
+
+        Raises:
+            ConfigError: the file for them cannot be written.
+        """
+        setup_logging(
+            self.console_log_level,
+            is_main=is_main,
+            file=self.console_log_file,
+            simple=self.console_log_simple,
+        )
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from library.core.log import logger
-from library.data.items import PRESERVED
 from library.data.loader import BatchLoader, Sources
 from library.nn.compiling import part_compiler
 from library.nn.transformer import Transformer
@@ -170,7 +169,7 @@ def _shard(context: RunContext, model: nn.Module, noising: Noising) -> Uniform |
         return None
     shard(model, processes.sharding, processes)
     items = context.prepared.manifest.items
-    preserves = any(item.subset.custom_attributes.get(PRESERVED) for item in items)
+    preserves = any(item.preserved for item in items)
     if not context.options.rollout.on:
         return Uniform(preserves)
     return Uniform(preserves, Passes(context.plan, context.prepared.manifest, noising))

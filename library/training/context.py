@@ -10,7 +10,7 @@ import torch
 
 from library.core.device import dtype_named
 from library.core.dist import Processes, run_seed
-from library.core.log import logger, setup_logging
+from library.core.log import logger
 from library.data.loader import LoaderSettings
 from library.data.plan import Plan
 from library.nn.kernel_choice import use_fused_kernels
@@ -52,13 +52,7 @@ class RunContext:
         """
         options, resumed = trainer.options, prepared.resumed
         processes = Processes.start(options.training.ddp_timeout)
-        logging = options.logging
-        setup_logging(
-            logging.console_log_level,
-            is_main=processes.is_main,
-            file=logging.console_log_file,
-            simple=logging.console_log_simple,
-        )
+        options.logging.set_up(is_main=processes.is_main)
         dtype = dtype_named(options.training.mixed_precision)
         obstacle = use_fused_kernels(options.compute.kernels, processes.device, dtype)
         if obstacle is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from library.core.hashing import HashLedger
 from library.core.launch import complete_launch
-from library.core.log import logger, setup_logging
+from library.core.log import logger
 from library.data.items import Manifest
 from library.data.scan import scan, without_sources
 from library.training.family import CacheIdentities
@@ -26,8 +26,7 @@ def fill_caches(trainer: NetworkTrainer, *, latents: bool = False, texts: bool =
     """
     complete_launch()
     options = trainer.options
-    logging = options.logging
-    setup_logging(logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)
+    options.logging.set_up()
     if texts:
         options.trainee.check_caches(options.caching)
     datasets, ledger = described_datasets(trainer), HashLedger()
@@ -48,14 +47,9 @@ def _encode(trainer: NetworkTrainer, manifest: Manifest, identities: CacheIdenti
     from library.training.guards import caching_advice, memory_explained
     from library.training.inputs import Inputs
 
-    options, logging = trainer.options, trainer.options.logging
+    options = trainer.options
     processes = Processes.start(options.training.ddp_timeout)
-    setup_logging(
-        logging.console_log_level,
-        is_main=processes.is_main,
-        file=logging.console_log_file,
-        simple=logging.console_log_simple,
-    )
+    options.logging.set_up(is_main=processes.is_main)
     for sentence in manifest.skipped:
         _log.warning("left out: %s", sentence)
     alone = without_sources(manifest) if trainer.edits_pictures() else ()

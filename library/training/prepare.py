@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from library.core.files import require_name_fits, require_writable_directory
 from library.core.hashing import HashLedger
 from library.core.launch import compiler_wishes
-from library.core.log import setup_logging
 from library.data.cache_keys import check_latents_cacheable, check_texts_cacheable
 from library.data.items import Dataset, Manifest
 from library.data.prompt_files import load_sample_prompts, sources_of
@@ -53,8 +52,7 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     Raises UserError for what is wrong.
     """
     options = trainer.options
-    logging = options.logging
-    setup_logging(logging.console_log_level, file=logging.console_log_file, simple=logging.console_log_simple)
+    options.logging.set_up()
     require_writable_directory(options.saving.output_dir, "--output_dir")
     require_name_fits(options.saving.output_dir, _longest_name(options.saving), "--output_name")
     check_state_folders(options.state, options.saving)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.core.device import sent
 from library.data.batch import Condition
-from library.data.items import PRESERVED, Manifest
+from library.data.items import Manifest
 from library.data.plan import Plan
 from library.flow.rollout import Bias, probability
 from library.options.rollout import RolloutOptions
@@ -97,7 +97,7 @@ class Passes:
         draws = self.plan.step(step)[micro].draws
         items = [self.manifest.items[draw.item] for draw in draws]
         sizes = [item.geometry.bucket for item in items]
-        preserved = [bool(item.subset.custom_attributes.get(PRESERVED)) for item in items]
+        preserved = [item.preserved for item in items]
         return passes_of(self.noising.walks_of_others(draws, sizes, preserved))
 
 

@@ -6,7 +6,7 @@ Kinds of trainees can be imported before torch; what needs it is imported where 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from library.data.items import Manifest
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from library.training.output.trainee_file import TraineeFile
     from library.training.trainee.learner import Learner
     from library.training.trainer import NetworkTrainer
-
-Shapes = Mapping[str, tuple[int, int]]  # (out, in) of linear layers, by path
+    from networks.fit import Shapes
 
 
 class Trainee(Protocol):

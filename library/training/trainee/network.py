@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from library.options.train import TrainOptions
-from library.training.trainee.kind import FoundModel, Shapes, Trainee, TraineeKind
+from library.training.trainee.kind import FoundModel, Trainee, TraineeKind
 from networks.module import (
     check_layers,
     check_network,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from library.training.output.network_file import NetworkFile
     from library.training.trainee.learner import Learner
     from library.training.trainer import NetworkTrainer
+    from networks.fit import Shapes
     from networks.lora import LoRANetwork
 
 

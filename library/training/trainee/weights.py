@@ -11,7 +11,7 @@ from library.core.errors import ConfigError
 from library.core.log import logger
 from library.data.items import PRESERVED, Manifest
 from library.options.train import TrainOptions
-from library.training.trainee.kind import FoundModel, Shapes, Trainee, TraineeKind
+from library.training.trainee.kind import FoundModel, Trainee, TraineeKind
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from library.training.trainee.learner import Learner
     from library.training.trainee.whole_model import WholeModel
     from library.training.trainer import NetworkTrainer
+    from networks.fit import Shapes
 
 _log = logger("trainee")
 _LORA_INSTEAD = "train a LoRA on it with the ..._train_network.py script"
@@ -55,7 +56,7 @@ class WeightsKind(TraineeKind):
     def check_data(self, manifest: Manifest) -> None:
         """Refuse what asks for the untrained model, or for a network's strength."""
         for item in manifest.items:
-            if item.subset.custom_attributes.get(PRESERVED):
+            if item.preserved:
                 raise ConfigError(
                     f"{PRESERVED} asks the untrained model, which is not there any more once its own "
                     f"weights are trained. Take it out of the dataset file, or {_LORA_INSTEAD}."

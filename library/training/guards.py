@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,17 @@ _OUT_OF_MEMORY = (
 )
 # What torch has of a GPU and cannot use, in pieces too small for what was asked for. Less is told in MiB.
 _IN_PIECES = re.compile(r"([\d.]+ GiB) is reserved by PyTorch but unallocated")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What the user can do, and what that changes."""
+
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what}, which {self.why}"
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -68,7 +80,7 @@ def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
     elif options.compute.keeps not in ("full", "offload"):
         advice.append("--checkpoint_mode full, which keeps one activation a block")
     advice += _precision_advice(options)
-    advice += upkeep_advice(options)
+    advice += map(str, upkeep_advice(options))
     batch_size = max(dataset.batch_size for dataset in manifest.trained_datasets)
     if options.training.max_batch_tokens is not None:
         advice.append(f"a lower --max_batch_tokens than {options.training.max_batch_tokens}")
@@ -83,13 +95,13 @@ def training_advice(options: TrainOptions, manifest: Manifest) -> list[str]:
     if not options.caching.latents:
         advice.append("--cache_latents_to_disk, so that the autoencoder is not in memory")
     if options.trainee.freezes_dit:
-        advice += _swap_advice(options)
+        advice.append(str(_swap_advice(options)))
     width, height = max((item.geometry.bucket for item in manifest.items), key=lambda size: size[0] * size[1])
     advice.append(f"a lower resolution in the dataset (the largest pictures are now {width}x{height})")
     return advice
 
 
-def upkeep_advice(options: TrainOptions, *, swapping: bool = True) -> list[str]:
+def upkeep_advice(options: TrainOptions, *, swapping: bool = True) -> list[Advice]:
     """Return what makes training of a model's own weights smaller, beside activations; the mildest first.
 
     Nothing for a network: what is kept of it is small. `swapping`: whether block swap may be among it.
@@ -100,13 +112,15 @@ def upkeep_advice(options: TrainOptions, *, swapping: bool = True) -> list[str]:
     if not options.trainee.fused:
         accumulation = options.training.gradient_accumulation_steps
         without = " without --gradient_accumulation_steps" if accumulation > 1 else ""
-        advice.append(f"--fused_backward_pass{without}, which drops each gradient as soon as it is used")
+        advice.append(Advice(f"--fused_backward_pass{without}", "drops each gradient as soon as it is used"))
     if swapping:
-        advice += _swap_advice(options)
+        advice.append(_swap_advice(options))
     name = options.optimizer.optimizer_name
     if "8bit" not in name and name != "Adafactor":
         advice.append(
-            "--optimizer_type AdamW8bit or Adafactor, which remember 2 bytes of each number, or next to none"
+            Advice(
+                "--optimizer_type AdamW8bit or Adafactor", "remember 2 bytes of each number, or next to none"
+            )
         )
     return advice + _rest_advice(options)
 
@@ -130,7 +144,7 @@ def loading_advice(options: TrainOptions) -> list[str]:
             "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, so that no encoder is loaded "
             "beside it"
         )
-    advice += _swap_advice(options) + _rest_advice(options)
+    advice += map(str, [_swap_advice(options), *_rest_advice(options)])
     return [*advice, "other programs on the device ended"]
 
 
@@ -147,16 +161,16 @@ def _precision_advice(options: TrainOptions) -> list[str]:
     return ["--mixed_precision bf16, which halves the models and the activations"]
 
 
-def _rest_advice(options: TrainOptions) -> list[str]:
+def _rest_advice(options: TrainOptions) -> list[Advice]:
     training = options.training
     if options.trainee.freezes_dit or training.mixed_precision != "bf16" or training.full_bf16:
         return []
-    return ["--full_bf16, which keeps nothing of a weight that bf16 cannot hold"]
+    return [Advice("--full_bf16", "keeps nothing of a weight that bf16 cannot hold")]
 
 
-def _swap_advice(options: TrainOptions) -> list[str]:
+def _swap_advice(options: TrainOptions) -> Advice:
     more = f"above {options.swap.count}" if options.swap.count else "8 or more"
-    return [f"--blocks_to_swap {more}, which keeps the weights of so many blocks in the computer's memory"]
+    return Advice(f"--blocks_to_swap {more}", "keeps the weights of so many blocks in the computer's memory")
 
 
 def _joining_advice(error: BaseException) -> list[str]:

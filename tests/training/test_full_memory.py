@@ -25,7 +25,7 @@ from library.training.guards import loading_advice, training_advice
 from library.training.look import measure
 from library.training.look.memory_estimate import Manner, MemoryEstimate
 from library.training.look.meter import Speeds
-from library.training.look.planner import PRECISIONS, Plan, make_plan, planned, precisions_for
+from library.training.look.planner import PRECISIONS, MemoryPlan, make_plan, planned, precisions_for
 from library.training.run import TrainingRun
 from library.training.state.stop import StopSignals
 from tests.training.nano_runs import Runs, weight_bytes_of
@@ -94,7 +94,7 @@ def test_training_takes_what_was_foretold(
     context = runs.context(family, *words, f"--blocks_to_swap={swapped}")
     estimate, swap = MemoryEstimate(context.trainer, context, kind="cpu"), SwapOptions(blocks_to_swap=swapped)
     manner = Manner(None, mode)
-    device, computer = estimate.steps(manner, swap), estimate.in_computer(manner, swap)
+    device, computer = estimate.bytes_of_steps(manner, swap), estimate.in_computer(manner, swap)
     assert bool(computer) == bool(swapped)
     real = measure.RealSteps(context, estimate, mode)
     there = weight_bytes_of(real)
@@ -191,7 +191,7 @@ def test_gradients_are_gone_while_pictures_are_drawn(runs: Runs, tmp_path: Path)
 # --- planning ---
 
 
-def plan(runs: Runs, estimate: MemoryEstimate, allowed: float, *words: str) -> Plan:
+def plan(runs: Runs, estimate: MemoryEstimate, allowed: float, *words: str) -> MemoryPlan:
     return make_plan(estimate, runs.options("lumina", *words), round(allowed), Speeds(), precisions=(None,))
 
 

@@ -86,7 +86,7 @@ def _steps(context: RunContext, estimate: MemoryEstimate) -> Iterator[Measured]:
     """Make two steps of each kind: every mode, then with half of the blocks swapped, then quantised; the
     latter two where they can be."""
     given = context.options.quant.transformer
-    half = SwapOptions(blocks_to_swap=estimate.blocks // 2)
+    half = SwapOptions(blocks_to_swap=estimate.block_count // 2)
     yield from _steps_of(context, estimate, given, SwapOptions(), MODES)
     if estimate.no_swap_because is None:
         yield from _steps_of(context, estimate, given, half, ("none", "full"))
@@ -103,7 +103,7 @@ def _steps_of(
     context = replace(context, trainer=context.trainer.with_options(options))
     for mode in modes:
         manner = Manner(quant, mode)
-        foretold = sum(estimate.steps(manner, swap).values())
+        foretold = sum(estimate.bytes_of_steps(manner, swap).values())
         if context.device.type == "cpu":  # where the device's memory is the computer's
             foretold += sum(estimate.in_computer(manner, swap).values())
         try:

@@ -80,8 +80,7 @@ class MemoryEstimate:
         self.work = Work(context.plan.largest_batch, min(limit, tokens or limit), routes)
         self.trains_text = options.trainee.trains_text_encoder
         self._trainer, self._context, self._kind, self._speeds = trainer, context, kind, speeds
-        self._simulations: dict[str | None, Simulation] = {}
-        self._holdings: dict[str | None, Holdings] = {}
+        self._models: dict[str | None, tuple[Simulation, Holdings]] = {}
         self._steps: dict[Manner, Step] = {}
         self._encoders: nn.Module | None = None
         self._vae: nn.Module | None = None
@@ -89,9 +88,9 @@ class MemoryEstimate:
     def training(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what training takes."""
         averages, _ = self._averages(manner.quant, swap)
-        return self.steps(manner, swap) | averages | self._encoders_in_training
+        return self.bytes_of_steps(manner, swap) | averages | self._encoders_in_training
 
-    def steps(self, manner: Manner, swap: SwapOptions) -> Parts:
+    def bytes_of_steps(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what bare steps take: the model, what is trained, and how."""
         return self.holdings(manner.quant).in_steps(self.step(manner), swap)
 
@@ -140,7 +139,7 @@ class MemoryEstimate:
         return self.holdings(quant).update_seconds(swap, self._speeds) if self._speeds else 0.0
 
     @property
-    def blocks(self) -> int:
+    def block_count(self) -> int:
         """How many blocks the model has."""
         return len(self.simulation(self._given_quant).model.runner.blocks)
 
@@ -175,12 +174,15 @@ class MemoryEstimate:
 
     def holdings(self, quant: str | None) -> Holdings:
         """Return what is kept, with the model in a precision."""
-        self.simulation(quant)
-        return self._holdings[quant]
+        return self._model_in(quant)[1]
 
     def simulation(self, quant: str | None) -> Simulation:
         """Return the model in a precision, with the network on it."""
-        if quant not in self._simulations:
+        return self._model_in(quant)[0]
+
+    def _model_in(self, quant: str | None) -> tuple[Simulation, Holdings]:
+        """Return the model in a precision, with the network on it and its text encoder; and what is kept."""
+        if quant not in self._models:
             options = self._trainer.options
             trainer = self._trainer.with_options(
                 replace(options, quant=replace(options.quant, **quant_flags(quant)))
@@ -191,14 +193,15 @@ class MemoryEstimate:
                 trainee = trainer.trainee_kind.make(
                     options, model, lambda: self.encoders, seed=self._context.seed, started=False
                 )
-            self._simulations[quant] = Simulation(trainer, model, trainee, kind=self._kind)
-            self._holdings[quant] = Holdings(
+            simulation = Simulation(trainer, model, trainee, kind=self._kind)
+            holdings = Holdings(
                 *(model, trainee, blocks, self._upkeep),
                 in_backward=options.trainee.fused,
                 several=options.training.gradient_accumulation_steps > 1,
                 under_way=1 if self._kind == "cpu" else UNDER_WAY,
             )
-        return self._simulations[quant]
+            self._models[quant] = simulation, holdings
+        return self._models[quant]
 
     @property
     def encoders(self) -> nn.Module:
@@ -250,7 +253,6 @@ class MemoryEstimate:
         return here, there
 
     def _kept_of_texts(self) -> int:
-        self.simulation(self._given_quant)  # puts the network on the text encoder
         return self._encoding_texts(len(self.work.sizes), trained=True)[1]
 
     def _caching_texts(self, count: int) -> int:
@@ -274,7 +276,7 @@ class MemoryEstimate:
             with torch.set_grad_enabled(trained):
                 return self._trainer.encode_blank(self.encoders, self.work.tokens, count)
 
-        trained_ones = (self.trainee,) if trained else ()
+        trained_ones = (self.trainee,) if trained else ()  # on the encoder from when it is asked for
         return peak_of(encode, self.encoders, *trained_ones)
 
     def _encoding_pictures(self, count: int) -> int:

@@ -134,7 +134,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """What tensors may take, and what was looked at: a choice for each manner, the cheapest first."""
 
     allowed: int
@@ -220,7 +220,7 @@ def make_plan(
     speeds: Speeds,
     precisions: Sequence[str | None],
     calibration: Calibration = _UNCALIBRATED,
-) -> Plan:
+) -> MemoryPlan:
     """Choose. Whatever `options` ask for is kept.
 
     Args:
@@ -231,7 +231,7 @@ def make_plan(
         ResourceError: nothing fits.
     """
 
-    def choice(manner: Manner) -> Choice:
+    def swapping_enough(manner: Manner) -> Choice:
         return _with_swap(estimate, manner, options.swap, allowed, speeds, calibration)
 
     found: list[Choice] = []
@@ -240,8 +240,8 @@ def make_plan(
         if _fits(found, allowed) and _best(found, allowed) < RELUCTANCE[precision] * _fastest(found):
             break  # it would not be chosen even if it were as fast as the fastest
         for mode in _modes(options):
-            found.append(choice(Manner(precision, *mode)))
-        found += _mixtures(found, precision, allowed, options.compute, choice)
+            found.append(swapping_enough(Manner(precision, *mode)))
+        found += _mixtures(found, precision, allowed, options.compute, swapping_enough)
     if not _fits(found, allowed):
         smallest = min(found, key=lambda choice: choice.memory)
         reason = _unswapped(estimate, options.swap)
@@ -251,7 +251,7 @@ def make_plan(
             f"{_way_out(options)}, or a higher budget.{f' {reason}' if reason else ''}"
         )
     found.sort(key=lambda choice: (choice.cost, choice.memory))
-    return Plan(allowed, tuple(found))
+    return MemoryPlan(allowed, tuple(found))
 
 
 def planned(context: RunContext) -> RunContext:
@@ -297,7 +297,7 @@ def _way_out(options: TrainOptions) -> str:
     }
     return ", ".join(
         [
-            *(advice.partition(", which")[0] for advice in upkeep_advice(options, swapping=False)),
+            *(advice.what for advice in upkeep_advice(options, swapping=False)),
             "a lower resolution or batch_size",
             *(flag for flag, there in caches.items() if not there),
         ]
@@ -323,7 +323,7 @@ def _mixtures(
     precision: str | None,
     allowed: int,
     compute: ComputeOptions,
-    choice: Callable[[Manner], Choice],
+    swapping_enough: Callable[[Manner], Choice],
 ) -> Iterator[Choice]:
     """Yield choices that checkpoint half of the blocks, where that could be better than what was found."""
     of_mode = {choice.manner.mode: choice for choice in found if choice.manner.quant == precision}
@@ -335,7 +335,7 @@ def _mixtures(
             continue
         hoped = (of_mode[between].seconds + of_mode[mode].seconds) / 2 * RELUCTANCE[precision]
         if not _fits(found, allowed) or hoped < _best(found, allowed):
-            yield choice(Manner(precision, mode, every))
+            yield swapping_enough(Manner(precision, mode, every))
 
 
 def _with_swap(
@@ -347,7 +347,7 @@ def _with_swap(
     calibration: Calibration,
 ) -> Choice:
     """Return a way of making steps with as few blocks swapped as make it fit, or with all of them."""
-    most = 0 if _unswapped(estimate, given) else estimate.blocks
+    most = 0 if _unswapped(estimate, given) else estimate.block_count
     counts = range(most + 1) if given.blocks_to_swap is None else (given.count,)
     swap = given
     for count in counts:
@@ -377,7 +377,7 @@ def _unswapped(estimate: MemoryEstimate, given: SwapOptions) -> str | None:
 
 
 def _warnings(
-    estimate: MemoryEstimate, plan: Plan, options: TrainOptions, device: torch.device
+    estimate: MemoryEstimate, plan: MemoryPlan, options: TrainOptions, device: torch.device
 ) -> Iterator[str]:
     chosen = plan.chosen
     if reason := _unswapped(estimate, options.swap):

@@ -29,10 +29,11 @@ from library.training.state.contents import (
 )
 from library.training.state.identity import dataset_digest
 from library.training.state.stop import StopRequest
+from library.training.state.stop_vote import StopVote
 from library.training.trainee.kind import Trainee
 from library.training.trainee.learner import Learner
 from library.training.update import Gauge, Updater, UpdateSettings
-from library.training.watch.gauges import SigmaBands, StepClock, StopVote
+from library.training.watch.gauges import SigmaBands, StepClock
 from library.training.watch.grid import Grid
 from library.training.watch.metrics import Metrics
 from library.training.watch.trackers import make_trackers

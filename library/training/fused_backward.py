@@ -33,9 +33,8 @@ from library.core.device import sent
 from library.core.dist import Processes
 from library.nn.block_swap import BlockSwap
 from library.nn.gradient_return import GradientReturn
-from library.training.gradients import Gradients
+from library.training.gradients import Gradients, norms_of
 from library.training.optim.one_by_one import OneByOne, Workspace
-from library.training.watch.gauges import norms_of
 
 _TINY = 1e-6  # as torch's own clipping has it
 

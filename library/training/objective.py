@@ -14,10 +14,10 @@ from library.flow.loss import velocity_loss
 from library.flow.rollout import Bias, ReflexFlow
 from library.nn.routing import Routing
 from library.training.inputs import Inputs
+from library.training.modes import eval_mode, switched_off
 from library.training.noising import Noising, NoisyLatents
 from library.training.rollout import RolloutGauge, passes_of, roll_out
 from library.training.trainee.kind import Trainee
-from library.training.watch.preview import evaluating
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
@@ -178,7 +178,7 @@ class Objective:
         if passes == 0:
             return noisy, ()
         reflexive = self._rollout.scheduled_sampling_reflexflow
-        with evaluating([self._trainee]), torch.no_grad():
+        with eval_mode([self._trainee]), torch.no_grad():
             rolled = roll_out(noisy, batch.walks, conditions, self.velocities, reflexive=reflexive)
             for _ in range(passes - own):
                 self.idle()
@@ -189,12 +189,10 @@ class Objective:
         always = self._uniform is not None and self._uniform.preserves
         if not always and not any(batch.preserved):
             return noisy
-        self._trainee.enabled = False
-        with torch.no_grad():
+        with switched_off(self._trainee), torch.no_grad():
             if self._trainer.options.trainee.trains_text_encoder:
                 conditions = self._inputs.conditions(batch)
             base = self.velocities(noisy.x, noisy.sigma_B, conditions)
-        self._trainee.enabled = True
         triples = zip(base, noisy.target, batch.preserved, strict=True)
         return replace(noisy, target=[own if preserved else target for own, target, preserved in triples])
 

@@ -21,10 +21,10 @@ from library.flow import path
 from library.options.training import ValidationOptions
 from library.training.events import Interval, Moment
 from library.training.inputs import Inputs
+from library.training.modes import eval_mode
 from library.training.noising import add_noise
 from library.training.objective import Objective
 from library.training.state.stop import StopRequest
-from library.training.watch.preview import evaluating
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -69,7 +69,7 @@ class Validation:
         Raises:
             Stopped: a process was asked to stop; raised on all of them.
         """
-        with evaluating(self.modules), torch.no_grad():
+        with eval_mode(self.modules), torch.no_grad():
             means = self._measure().double().mean(dim=0).tolist()
         mean = sum(means) / len(means)
         curve = {f"loss/validation_sigma_{s}": value for s, value in zip(SIGMAS, means, strict=True)}

@@ -14,9 +14,10 @@ from library.training.assembly import Assembly
 from library.training.context import RunContext
 from library.training.events import Event
 from library.training.guards import drawing_advice, memory_explained
+from library.training.modes import switched_off
 from library.training.state.stop import StopRequest
 from library.training.validation import Validation, measured
-from library.training.watch.preview import Look, Previews, switched_off
+from library.training.watch.preview import Look, Previews
 
 Encoded = tuple[Sequence[Condition], Sequence[Condition]]
 

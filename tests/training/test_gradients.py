@@ -15,9 +15,8 @@ from library.core.dist import Processes
 from library.core.errors import NonFiniteError
 from library.data.batch import Batch
 from library.data.items import Draw
-from library.training.gradients import PlainGradients
+from library.training.gradients import PlainGradients, norms_of
 from library.training.update import PartlyUpdatedError, Share, Updater, UpdateSettings
-from library.training.watch.gauges import norms_of
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from library.core.errors import ConfigError, MissingPackageError
 from library.options.saving import LoggingOptions
-from library.training.watch.gauges import NormLimit, SigmaBands, StepClock, WeightNorms
+from library.training.trainee.norm_limit import NormLimit
+from library.training.watch.gauges import SigmaBands, StepClock, WeightNorms
 from library.training.watch.metrics import AverageLoss, Metrics, SmoothedLoss
 from library.training.watch.trackers import check_trackers, make_trackers
 from networks.lora import LoRANetwork, LoRASize

@@ -18,8 +18,9 @@ from library.flow.generate import ImageModel, generate
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Moment
+from library.training.modes import eval_mode
 from library.training.watch.grid import Grid
-from library.training.watch.preview import Previews, evaluating
+from library.training.watch.preview import Previews
 
 DEFAULTS = ImageRequest(width=32, height=32, steps=3, seed=100, discrete_flow_shift=3.0)
 
@@ -119,7 +120,7 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
 
 def test_modes_come_back_after_a_failure() -> None:
     net = Net()
-    with pytest.raises(RuntimeError), evaluating([net]):
+    with pytest.raises(RuntimeError), eval_mode([net]):
         assert not net.drop.training
         raise RuntimeError
     assert net.drop.training

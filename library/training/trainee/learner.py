@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from library.training.gradients import Gradients
 from library.training.state.contents import Part
+from library.training.trainee.norm_limit import NormLimit
 from library.training.update import Gauge
-from library.training.watch.gauges import NormLimit
 
 
 def _nothing() -> None:

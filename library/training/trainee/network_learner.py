@@ -11,7 +11,8 @@ from library.training.optim.optimizer import create_optimizer
 from library.training.state.contents import optimizer_part, weights_part
 from library.training.trainee.kind import Trainee
 from library.training.trainee.learner import Learner
-from library.training.watch.gauges import NormLimit, WeightNorms
+from library.training.trainee.norm_limit import NormLimit
+from library.training.watch.gauges import WeightNorms
 from networks.lora import LoRANetwork
 
 

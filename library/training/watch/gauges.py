@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from library.core.device import sent
-from networks.lora import LoRANetwork
+from library.training.gradients import norms_of
 
 EVERY = 10  # steps from one look at all weights to the next
-_LIMITED = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
 BANDS = 5  # of equal width, as far apart as validation's sigmas, which lie in their middles
 
 _BANDS = range(BANDS)
-_PIECE = 2**18  # numbers whose squares are added up in a row
 _NAMES = [f"loss/sigma_{band / BANDS:.1f}_{(band + 1) / BANDS:.1f}" for band in _BANDS]
 
 Item = TypeVar("Item")
@@ -118,75 +116,3 @@ class WeightNorms:
         if not numbers:
             return {}
         return {f"norm/{kind}": norm for kind, norm in zip(self._kinds, numbers, strict=True)}
-
-
-class NormLimit:
-    """Applies --scale_weight_norms after each update.
-
-    What it did is read together with the next step's numbers, so that no step waits for the device twice.
-    """
-
-    shared = False
-
-    def __init__(self, network: LoRANetwork, limit: float, device: torch.device) -> None:
-        self._network, self._limit = network, limit
-        self._nothing = torch.zeros(0, device=device)
-        self._done = self._nothing
-
-    def apply(self) -> None:
-        """Scale down what is above the limit."""
-        self._done = self._network.apply_max_norm(self._limit)
-
-    def measure(self, step: int) -> Tensor:
-        """Return what was done after the step before, if there was one."""
-        done, self._done = self._done, self._nothing
-        return done
-
-    def named(self, numbers: Sequence[float]) -> dict[str, float]:
-        """Name the numbers as the reference tool does."""
-        return dict(zip(_LIMITED, numbers, strict=True)) if numbers else {}
-
-    def last(self) -> dict[str, float]:
-        """Return what was done after the last step; this waits for the device."""
-        return self.named(self.measure(0).tolist())
-
-
-def norms_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm of each tensor, fp32."""
-    if not tensors:
-        return torch.zeros(0)
-    if tensors[0].device.type == "cpu" and max(map(Tensor.numel, tensors)) > _PIECE:
-        tensors = [_norm_by_pieces(tensor) if tensor.numel() > _PIECE else tensor for tensor in tensors]
-    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32))
-
-
-def _norm_by_pieces(tensor: Tensor) -> Tensor:
-    """Return the norm of a tensor on the CPU, (1,) fp32.
-
-    torch adds up the squares one by one there, which loses the third digit on tens of millions of numbers,
-    and takes seven times as long for bf16.
-    """
-    pieces = tensor.flatten().split(_PIECE)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.float()) for p in pieces]))[None]
-
-
-class StopVote:
-    """Whether a process of several was asked to stop: they find out together in each step, and then all know.
-
-    `reason` says why this one was asked, or None.
-    """
-
-    shared = True
-
-    def __init__(self, reason: Callable[[], str | None], device: torch.device) -> None:
-        self._reason, self._device = reason, device
-        self.wished = False  # by one of them, in the last step
-
-    def measure(self, step: int) -> Tensor:
-        """Return this process's vote."""
-        return sent(torch.tensor([float(self._reason() is not None)]), self._device)
-
-    def named(self, numbers: Sequence[float]) -> dict[str, float]:
-        """Remember the result, which is nothing for the log."""
-        self.wished = numbers[0] > 0
-        return {}

@@ -7,8 +7,8 @@ during a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic
@@ -25,7 +25,7 @@ from library.flow.guidance import Condition
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Interval, Moment
-from library.training.trainee.kind import Trainee
+from library.training.modes import eval_mode
 from library.training.watch.grid import Grid
 
 # For each request, what its prompt and what its negative prompt are to the model.
@@ -90,7 +90,7 @@ class Previews(Generic[Condition]):
         except UserError as error:
             _log.warning("no sample pictures this time: %s", error)
             return
-        with evaluating(self.modules):
+        with eval_mode(self.modules):
             for look in self.looks:
                 with look.in_place():
                     self._draw_all(moment, look, requests)
@@ -132,29 +132,6 @@ class Previews(Generic[Condition]):
         return f"e{moment.epoch:06d}" if by_epoch else f"{moment.step:06d}"
 
 
-@contextmanager
-def switched_off(trainee: Trainee) -> Iterator[None]:
-    """Leave the network out of its model for a while."""
-    trainee.enabled = False
-    try:
-        yield
-    finally:
-        trainee.enabled = True
-
-
 def _row(place: int, request: ImageRequest) -> str:
     """Name a row of the grid by all that decides its pictures, so that an edited prompt starts a new one."""
     return f"{place:02d} {request}"
-
-
-@contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put modules and all their parts into eval mode; afterwards each part is in its own mode again."""
-    parts = {part: part.training for module in modules for part in module.modules()}
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, training in parts.items():
-            part.training = training

@@ -11,14 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.core.errors import NonFiniteError
-from library.flow.guidance import Condition, Velocity, guided
+from library.flow.guidance import ConditionT, Velocity, guided
 from library.flow.path import initial_noise
 from library.flow.solver import sampler_sigmas, solve
 from library.options.request import ImageRequest
 
 
 @dataclass(frozen=True)
-class ImageModel(Generic[Condition]):
+class ImageModel(Generic[ConditionT]):
     """A model family as the sampler sees it.
 
     velocity: (x_BCHW fp32, sigma_B fp32, B conditions) -> velocity_BCHW, as defined in `flow.path`.
@@ -27,7 +27,7 @@ class ImageModel(Generic[Condition]):
     sequential: prompt and negative prompt go through the model one after the other, which takes less memory.
     """
 
-    velocity: Velocity[Condition]
+    velocity: Velocity[ConditionT]
     decode: Callable[[Tensor], Tensor]
     device: torch.device
     latent_channels: int = 16
@@ -38,10 +38,10 @@ class ImageModel(Generic[Condition]):
 
 @torch.no_grad()  # not inference_mode: tables that the network caches here must stay usable in training
 def generate(
-    model: ImageModel[Condition],
+    model: ImageModel[ConditionT],
     requests: Sequence[ImageRequest],
-    conditions: Sequence[Condition],
-    negatives: Sequence[Condition],
+    conditions: Sequence[ConditionT],
+    negatives: Sequence[ConditionT],
     *,
     progress: bool = True,
 ) -> list[Tensor]:
@@ -85,7 +85,7 @@ def _settings(request: ImageRequest) -> ImageRequest:
     return replace(request, prompt="", negative_prompt="", seed=None)
 
 
-def _start(model: ImageModel[Condition], request: ImageRequest) -> Tensor:
+def _start(model: ImageModel[ConditionT], request: ImageRequest) -> Tensor:
     assert request.seed is not None, "seeds are filled in before drawing"
     assert request.width is not None and request.height is not None, "so are sizes"
     height, width = request.height // model.latent_stride, request.width // model.latent_stride

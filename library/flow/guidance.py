@@ -11,16 +11,16 @@ from torch import Tensor
 from library.flow.solver import VelocityAt
 from library.options.request import ImageRequest
 
-Condition = TypeVar("Condition")
+ConditionT = TypeVar("ConditionT")
 # (x_BCHW, sigma_B, conditions) -> velocity_BCHW
-Velocity = Callable[[Tensor, Tensor, Sequence[Condition]], Tensor]
+Velocity = Callable[[Tensor, Tensor, Sequence[ConditionT]], Tensor]
 _NO_GUIDANCE = 1e-6  # how near to 1 a scale is none, as in the official sampler of Kandinsky
 
 
 def guided(
-    velocity: Velocity[Condition],
-    conditions: Sequence[Condition],
-    negatives: Sequence[Condition],
+    velocity: Velocity[ConditionT],
+    conditions: Sequence[ConditionT],
+    negatives: Sequence[ConditionT],
     request: ImageRequest,
     *,
     sequential: bool = False,

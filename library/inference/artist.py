@@ -10,26 +10,26 @@ from typing import Generic, TypeVar
 
 from library.data.png import free_path, time_stamp, write_png
 from library.flow.generate import ImageModel, generate
-from library.flow.guidance import Condition
+from library.flow.guidance import ConditionT
 from library.options.request import ImageRequest
 
-Prompt = TypeVar("Prompt")  # what is encoded, hashable: a text, or a text with the picture that it speaks of
+PromptT = TypeVar("PromptT")  # what is encoded, hashable: a text, perhaps with the picture it speaks of
 
 
-class Artist(Generic[Prompt, Condition]):
+class Artist(Generic[PromptT, ConditionT]):
     """Draws one request at a time; a prompt is encoded once, however often it is drawn."""
 
     def __init__(
         self,
-        model: ImageModel[Condition],
-        prompts: Callable[[ImageRequest], tuple[Prompt, Prompt]],
-        encode: Callable[[Sequence[Prompt]], Sequence[Condition]],
+        model: ImageModel[ConditionT],
+        prompts: Callable[[ImageRequest], tuple[PromptT, PromptT]],
+        encode: Callable[[Sequence[PromptT]], Sequence[ConditionT]],
     ) -> None:
         """`prompts` returns a request's prompt and negative prompt as the encoder takes them."""
         self._model = model
         self._prompts = prompts
         self._encode = encode
-        self._conditions: dict[Prompt, Condition] = {}
+        self._conditions: dict[PromptT, ConditionT] = {}
 
     def prepare(self, requests: Iterable[ImageRequest]) -> None:
         """Encode the prompts of many requests at once, so that the text encoder is needed only once."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from library.core.device import device_named, dtype_named
 from library.data.batch import Condition
 from library.flow.generate import ImageModel
-from library.inference.artist import Artist, Prompt
+from library.inference.artist import Artist, PromptT
 from library.inference.models import Models
 from library.nn.attention import prepare_kernel
 from library.options.request import ImageRequest
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from library.inference.script import InferenceScript
 
 
-class Drawing(Generic[Prompt]):
+class Drawing(Generic[PromptT]):
     """The models of a script at work."""
 
-    def __init__(self, script: InferenceScript[Prompt]) -> None:
+    def __init__(self, script: InferenceScript[PromptT]) -> None:
         """Raises UserError: `--device` names none that is there, or it cannot do what --attn_mode says."""
         self._script, self._options = script, script.options
         where = self._options.where

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from library.inference.drawing import Drawing
     from library.inference.models import Models
 
-Prompt = TypeVar("Prompt")  # what the text encoder is given: hashable
+PromptT = TypeVar("PromptT")  # what the text encoder is given: hashable
 _log = logger("inference")
 
 
-class InferenceScript(ABC, Generic[Prompt]):
+class InferenceScript(ABC, Generic[PromptT]):
     """Draws what the command line asks for. A family writes the hooks; nothing else may be overridden.
 
     Conventions are those of training: sigma 0 clean and 1 noise, velocity = noise - x0, scaled latents.
@@ -61,11 +61,11 @@ class InferenceScript(ABC, Generic[Prompt]):
         """Load the autoencoder, which has `decode_tiled`."""
 
     @abstractmethod
-    def prompts_of(self, request: ImageRequest) -> tuple[Prompt, Prompt]:
+    def prompts_of(self, request: ImageRequest) -> tuple[PromptT, PromptT]:
         """Return prompt and negative prompt as they are encoded."""
 
     @abstractmethod
-    def encode(self, models: Models, prompts: Sequence[Prompt]) -> list[Condition]:
+    def encode(self, models: Models, prompts: Sequence[PromptT]) -> list[Condition]:
         """Encode different prompts with the models that this needs, so that each is used once."""
 
     @abstractmethod
@@ -131,7 +131,7 @@ class InferenceScript(ABC, Generic[Prompt]):
             raise ConfigError(f"--m gives {given} multipliers, but --lora_weights names {loras} LoRAs.")
         return self.completed(request)
 
-    def _draw_typed(self, drawing: Drawing[Prompt]) -> None:
+    def _draw_typed(self, drawing: Drawing[PromptT]) -> None:
         """Draw what is typed; a mistake costs one picture."""
         for request in typed_requests(self.options.picture.request(), self._checked):
             try:

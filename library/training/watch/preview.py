@@ -21,7 +21,7 @@ from library.core.log import logger
 from library.data.png import free_path, time_stamp, write_png
 from library.data.prompt_files import load_sample_prompts
 from library.flow.generate import ImageModel, batches, generate
-from library.flow.guidance import Condition
+from library.flow.guidance import ConditionT
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Interval, Moment
@@ -29,7 +29,7 @@ from library.training.modes import eval_mode
 from library.training.watch.grid import Grid
 
 # For each request, what its prompt and what its negative prompt are to the model.
-EncodeRequests = Callable[[Sequence[ImageRequest]], tuple[Sequence[Condition], Sequence[Condition]]]
+EncodeRequests = Callable[[Sequence[ImageRequest]], tuple[Sequence[ConditionT], Sequence[ConditionT]]]
 
 # Takes the step, a name, pixels_HWC (uint8, RGB) and the prompt, and shows the picture somewhere.
 ShowPicture = Callable[[int, str, np.ndarray, str], None]
@@ -54,7 +54,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Previews(Generic[Condition]):
+class Previews(Generic[ConditionT]):
     """The event that draws sample pictures: `folder/<name>_<epoch or step>_<number>_<time>_<seed>.png`, with
     every network of `looks`, and a grid of all of them.
 
@@ -68,8 +68,8 @@ class Previews(Generic[Condition]):
     folder: Path
     name: str
     defaults: ImageRequest
-    model: ImageModel[Condition]
-    encode: EncodeRequests[Condition]
+    model: ImageModel[ConditionT]
+    encode: EncodeRequests[ConditionT]
     modules: Sequence[nn.Module]
     grid: Grid
     looks: Sequence[Look] = (Look(),)

@@ -34,6 +34,7 @@ from library.options.request import ImageRequest
 from library.options.train_kandinsky5 import Kandinsky5TrainOptions
 from library.training.family import FamilySpec, ModelFiles
 from library.training.output.metadata import weight_file
+from library.training.trainee.kind import CheckedModel
 from library.training.trainer import NetworkTrainer
 
 if TYPE_CHECKING:
@@ -67,10 +68,10 @@ class Kandinsky5Trainer(NetworkTrainer):
     family = KANDINSKY5
     options: Kandinsky5TrainOptions
 
-    def check_files(self) -> None:
-        """Read the headers of the four weight files and the tokenizers; check that what is trained fits."""
+    def check_files(self) -> CheckedModel:
+        """Read the headers of the four weight files, and the tokenizers."""
         models = self.options.model
-        transformer = check_models(
+        found = check_models(
             models.pretrained_model_name_or_path,
             models.text_encoder_qwen,
             models.text_encoder_clip,
@@ -78,10 +79,11 @@ class Kandinsky5Trainer(NetworkTrainer):
             task=models.task,
             quant=self.options.quant,
         )
-        self.trainee_kind.check_model(self, transformer, linear_layers(transformer.params))
-        self.options.swap.check(transformer.params.n_blocks)
-        self.options.tread.check(transformer.params.n_visual_blocks)
         self._tokenizers = build_tokenizers(models)  # a wrong one is told before an encoder is loaded
+        params = found.params
+        return CheckedModel(
+            found, linear_layers(params), blocks=params.n_blocks, routed=params.n_visual_blocks
+        )
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
         """Identify the weight files for states, and describe them for the metadata."""

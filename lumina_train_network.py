@@ -24,6 +24,7 @@ from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
 from library.training.family import FamilySpec, ModelFiles
 from library.training.output.metadata import weight_file
+from library.training.trainee.kind import CheckedModel
 from library.training.trainer import NetworkTrainer
 from networks.module import apply_base_text_weights, base_text_identity
 
@@ -57,14 +58,13 @@ class LuminaTrainer(NetworkTrainer):
     family = LUMINA2
     options: LuminaTrainOptions
 
-    def check_files(self) -> None:
-        """Read the headers of the three weight files, and check that what is trained fits the model."""
+    def check_files(self) -> CheckedModel:
+        """Read the headers of the three weight files."""
         models = self.options.model
         files = (models.pretrained_model_name_or_path, models.gemma2, models.ae)
-        transformer = check_models(*files, self.options.quant)
-        self.trainee_kind.check_model(self, transformer, linear_layers(transformer.params))
-        self.options.swap.check(transformer.params.n_blocks)
-        self.options.tread.check(transformer.params.n_layers)
+        found = check_models(*files, self.options.quant)
+        params = found.params
+        return CheckedModel(found, linear_layers(params), blocks=params.n_blocks, routed=params.n_layers)
 
     def model_files(self, ledger: HashLedger) -> ModelFiles:
         """Identify the weight files for states, and describe them for the metadata."""

@@ -63,7 +63,7 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     if options.swap.count:
         options.compute.check_swapping()
     options.trainee.check_caches(options.caching)
-    trainer.check_files()
+    _check_model(trainer)
     resumed = find_resumed(fetch_state(options.hub, options.state), options.saving)
     datasets, edits = described_datasets(trainer), trainer.edits_pictures()
     ledger = HashLedger()
@@ -115,6 +115,14 @@ def described_datasets(trainer: NetworkTrainer) -> tuple[Dataset, ...]:
     if options.caching.texts:
         check_texts_cacheable(datasets)
     return datasets
+
+
+def _check_model(trainer: NetworkTrainer) -> None:
+    """Check the weight files, and that what is asked of the DiT can be done with it."""
+    model = trainer.check_files()
+    trainer.trainee_kind.check_model(trainer, model.found, model.layers)
+    trainer.options.swap.check(model.blocks)
+    trainer.options.tread.check(model.routed)
 
 
 def _longest_name(saving: SavingOptions) -> str:

@@ -21,7 +21,7 @@ from library.options.group import OptionGroup
 from library.options.request import ImageRequest
 from library.options.train import TrainOptions
 from library.training.family import FamilySpec, ModelFiles
-from library.training.trainee.kind import TraineeKind
+from library.training.trainee.kind import CheckedModel, TraineeKind
 from library.training.trainee.network import NetworkKind
 
 if TYPE_CHECKING:
@@ -52,8 +52,9 @@ class NetworkTrainer(ABC):
     # --- what a family must write ---
 
     @abstractmethod
-    def check_files(self) -> None:
-        """Check the weight files by their headers. Torch-free; raises CheckpointError."""
+    def check_files(self) -> CheckedModel:
+        """Check the weight files by their headers; return what the DiT's tells. What is trained, swapped and
+        routed is checked against that afterwards. Torch-free; raises UserError."""
 
     @abstractmethod
     def model_files(self, ledger: HashLedger) -> ModelFiles:

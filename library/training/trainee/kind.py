@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from library.data.items import Manifest
@@ -56,6 +57,20 @@ class FoundModel(Protocol):
     def params(self) -> object: ...
     @property
     def quant(self) -> FoundQuant: ...
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """What a DiT has, to check against it what is asked of it.
+
+    found: its weight file. layers: its linear layers. blocks: how many there are. routed: how many of these
+    tokens can skip.
+    """
+
+    found: FoundModel
+    layers: Shapes
+    blocks: int
+    routed: int
 
 
 class TraineeKind(ABC):

@@ -32,10 +32,12 @@ from safetensors.torch import save_file  # noqa: E402
 from benchmarks.report import Result, add_arguments, missing_packages, show, take_turns, write  # noqa: E402
 from library.core.hashing import HashLedger  # noqa: E402
 from library.data.batch import Condition  # noqa: E402
+from library.data.cached import CachePlace  # noqa: E402
+from library.data.cached import LatentCache as LatentSource  # noqa: E402
+from library.data.cached import TextCache as TextSource  # noqa: E402
 from library.data.items import BucketOptions, CaptionOptions, Dataset, ImageOptions, Subset  # noqa: E402
 from library.data.prompt import Prompt  # noqa: E402
 from library.data.scan import scan  # noqa: E402
-from library.data.sources import CachePlace, LatentSource, TextSource  # noqa: E402
 from library.models.flux_vae import FluxVAE  # noqa: E402
 from library.models.flux_vae_format import FluxVAEParams, diffusers_name  # noqa: E402
 from library.models.gemma2 import Gemma2Encoder  # noqa: E402

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from library.core.errors import UserError
-from library.data.sources import LatentSource, TextSource
+from library.data.cached import LatentCache, TextCache
 from library.models.gemma2 import Gemma2Encoder, encode_prompts, load_gemma2
 from library.models.gemma2_tokenizer import load_gemma2_tokenizer
 from library.options.compute import ComputeOptions
@@ -61,14 +61,14 @@ class Command:
         trainer = family.trainer(parse_options(family.options, [*self.words, *self.training, *more]))
         return RunContext.decide(trainer, prepare(trainer))
 
-    def encodes_nothing(self, *more: str) -> tuple[LatentSource | None, TextSource | None]:
+    def encodes_nothing(self, *more: str) -> tuple[LatentCache | None, TextCache | None]:
         """Let training fill its caches, and fail if it loads an encoder; return what it reads."""
         context = self.run(*more)
         with pytest.MonkeyPatch.context() as patch:
             for hook in ("load_vae", "load_text_encoders"):
                 patch.setattr(type(context.trainer), hook, lambda *_: pytest.fail("something is missing"))
             context.inputs.fill_caches(context.prepared.manifest)
-        return context.inputs.latent_source, context.inputs.text_source
+        return context.inputs.latent_cache, context.inputs.text_cache
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,22 +135,22 @@ def test_training_finds_the_latents(lumina, capsys):
     lumina.fill("cache_latents", "--mixed_precision=bf16")
     assert counted(capsys.readouterr().err) == {"latents": (0, 3)}
     for flag in ("--cache_latents", "--cache_latents_to_disk"):
-        source, _ = lumina.encodes_nothing(flag, "--mixed_precision=bf16")
+        cache, _ = lumina.encodes_nothing(flag, "--mixed_precision=bf16")
         item = lumina.run().prepared.manifest.items[0]
-        assert source.get(item, flip=True).picture.shape == (16, 8, 8)
+        assert cache.get(item, flip=True).picture.shape == (16, 8, 8)
 
 
 def test_training_finds_the_text_features(lumina, nano, capsys):
     lumina.fill("cache_text_encoder_outputs", "--cache_dtype=fp32")
     told = capsys.readouterr().err
     assert counted(told) == {"texts": (0, 4)}, "three captions and the empty one"
-    _, source = lumina.encodes_nothing("--cache_text_encoder_outputs", "--cache_dtype=fp32")
+    _, cache = lumina.encodes_nothing("--cache_text_encoder_outputs", "--cache_dtype=fp32")
     trainer = (context := lumina.run()).trainer
     encoder = load_gemma2(nano.gemma2, device=CPU, dtype=torch.float32)
     tokenizer = load_gemma2_tokenizer(nano.gemma2)
     for item in context.prepared.manifest.items:
         (expected,) = encode_prompts(encoder, tokenizer, [trainer.format_prompt(item.text)], 256)
-        torch.testing.assert_close(source.condition(item, item.text).tokens_LD, expected.tokens_LD)
+        torch.testing.assert_close(cache.condition(item, item.text).tokens_LD, expected.tokens_LD)
 
 
 def test_base_weights_of_the_text_encoder_are_merged(lumina, nano, tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_base_weights_of_the_text_encoder_are_merged(lumina, nano, tmp_path, cap
     assert told == ["0", "0", "4"], "entries of its own, unless nothing of it is merged"
     (_, plain), (_, merged) = (lumina.encodes_nothing(BOTH[1], *more) for more in ((), (base,)))
     item = lumina.run().prepared.manifest.items[0]
-    features = [source.condition(item, item.text).tokens_LD.float() for source in (plain, merged)]
+    features = [cache.condition(item, item.text).tokens_LD.float() for cache in (plain, merged)]
     assert (features[0] - features[1]).abs().max() > 0.1
 
 

@@ -15,22 +15,22 @@ from torch import Tensor
 
 from library.core.ahead import map_ahead
 from library.data.batch import Batch, Condition
+from library.data.cached import LatentCache, TextCache
 from library.data.captions import draw_caption
 from library.data.delivery import carrier_for, delivered
 from library.data.images import drawn_source, is_flipped, load_pixels, load_source
 from library.data.items import Draw, DrawKey, Item, Manifest
 from library.data.plan import Plan
 from library.data.prompt import SourcePicture
-from library.data.sources import LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where latents and text features come from. None: batches hold pixels, or captions only."""
+class Caches:
+    """Latents and text features that are cached. None: batches hold pixels, or captions only."""
 
-    latents: LatentSource | None = None
-    texts: TextSource | None = None
+    latents: LatentCache | None = None
+    texts: TextCache | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class BatchLoader:
         self,
         manifest: Manifest,
         plan: Plan,
-        sources: Sources,
+        caches: Caches,
         settings: LoaderSettings,
         *,
         complete: Callable[[Batch], Batch] = lambda batch: batch,
@@ -89,7 +89,7 @@ class BatchLoader:
         """`complete` adds what else a training batch needs; the threads that prepare batches call it."""
         self._manifest = manifest
         self._plan = plan
-        self._sources = sources
+        self._caches = caches
         self._settings = settings
         self._complete = complete
         self._carrier = carrier_for(settings.device)
@@ -130,7 +130,7 @@ class BatchLoader:
         held = [self._picture(view) for view in views]
         pictures = tuple(each.picture for each in held)
         sources = tuple(each.source for each in held) if any(view.source for view in views) else None
-        cached = self._sources.latents is not None
+        cached = self._caches.latents is not None
         return Batch(
             draws=tuple(draws),
             names=tuple(str(item.path) for item in items),
@@ -169,8 +169,8 @@ class BatchLoader:
         return _View(item, self._caption(item, draw), key, flip, source)
 
     def _picture(self, view: _View) -> _Picture:
-        if self._sources.latents:
-            kept = self._sources.latents.get(view.item, flip=view.flip)
+        if self._caches.latents:
+            kept = self._caches.latents.get(view.item, flip=view.flip)
             source = kept.source if view.source else None
             return _Picture(kept.picture.float(), kept.mask, None if source is None else source.float())
         pixels, mask_HW = load_pixels(view.item, view.key, flip=view.flip)
@@ -187,11 +187,11 @@ class BatchLoader:
             repeat=draw.repeat,
             step=draw.step,
             total_steps=self._settings.total_steps,
-            max_variants=self._sources.texts.max_variants if self._sources.texts else None,
+            max_variants=self._caches.texts.max_variants if self._caches.texts else None,
         )
 
     def _conditions(self, views: Sequence[_View]) -> tuple[Condition, ...] | None:
-        texts = self._sources.texts
+        texts = self._caches.texts
         if texts is None:
             return None
         return tuple(texts.condition(view.item, view.caption, view.source) for view in views)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from library.core.log import logger
-from library.data.loader import BatchLoader, Sources
+from library.data.loader import BatchLoader, Caches
 from library.nn.compiling import part_compiler
 from library.nn.transformer import Transformer
 from library.training.context import RunContext
@@ -143,10 +143,10 @@ def _average(context: RunContext, trainee: Trainee, learner: Learner) -> Ema | N
 
 def _loader(context: RunContext, noising: Noising) -> BatchLoader:
     """Return what loads the run's batches, with their noise."""
-    sources = Sources(context.inputs.latent_source, context.inputs.text_source)
+    caches = Caches(context.inputs.latent_cache, context.inputs.text_cache)
     settings = context.loader_settings()
     manifest = context.prepared.manifest
-    return BatchLoader(manifest, context.plan, sources, settings, complete=noising.add_to)
+    return BatchLoader(manifest, context.plan, caches, settings, complete=noising.add_to)
 
 
 def _load_model(context: RunContext) -> Transformer:

@@ -21,9 +21,9 @@ from library.core.errors import NonFiniteError
 from library.core.log import logger
 from library.core.stopwatch import Stopwatch
 from library.data.cache import CacheStore
+from library.data.cached import Entries, Tensors
 from library.data.items import Item
 from library.data.prompt import Prompt
-from library.data.sources import Entries, Tensors
 
 WAITING_AT_MOST = 64  # entries that wait to be written; more keep the encoder waiting instead
 SHARED_AT_ONCE = 32  # entries that a process hands to the others in one exchange: some tens of MB

@@ -25,10 +25,12 @@ from library.core.ahead import map_ahead
 from library.core.log import logger
 from library.core.stopwatch import Stopwatch
 from library.data.batch import Condition
+from library.data.cached import FLIPPED, Tensors
+from library.data.cached import LatentCache as LatentSource
+from library.data.cached import TextCache as TextSource
 from library.data.images import drawn_source, load_pixels, load_source
 from library.data.items import Item
 from library.data.prompt import Prompt
-from library.data.sources import FLIPPED, LatentSource, Tensors, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
 from library.training.cache_pass import Counts, Job, Outputs, PassRun, fill
 

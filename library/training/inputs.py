@@ -11,10 +11,10 @@ from torch import Tensor
 
 from library.core.dist import Processes
 from library.data.batch import Batch, Condition
+from library.data.cached import CachePlace, LatentCache, TextCache
 from library.data.images import load_source
 from library.data.items import Item, Manifest
 from library.data.prompt import Prompt, SourcePicture
-from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import pixels_to_tensor
 from library.nn.compiling import check_inductor, part_compiler
 from library.options.compute import ComputeOptions
@@ -48,8 +48,8 @@ class Inputs:
         self._processes = processes
         self.vae = Lending(lambda: trainer.load_vae(device, dtype), device)
         self.encoders = Lending(lambda: trainer.load_text_encoders(device, dtype), device)
-        self.latent_source = _latent_source(options, identities)
-        self.text_source = _text_source(trainer, identities)
+        self.latent_cache = _latent_cache(options, identities)
+        self.text_cache = _text_cache(trainer, identities)
         self._cut_texts = CutTexts(trainer)
         self._prompts: dict[Prompt, Condition] = {}
         self._edited: dict[SourcePicture, Tensor] = {}
@@ -64,13 +64,13 @@ class Inputs:
 
         Raises ConfigError, or MissingPackageError, if the autoencoder cannot be compiled as it should be.
         """
-        if self.latent_source is not None and self._options.caching.vae_torch_compile:
+        if self.latent_cache is not None and self._options.caching.vae_torch_compile:
             check_inductor("--vae_torch_compile", self.device)
         items = [manifest.items[i] for i in (*manifest.train, *manifest.validation)]
-        if self.text_source is not None:
-            self._fill_texts(self.text_source, items)
-        if self.latent_source is not None:
-            self._fill_latents(self.latent_source, items)
+        if self.text_cache is not None:
+            self._fill_texts(self.text_cache, items)
+        if self.latent_cache is not None:
+            self._fill_latents(self.latent_cache, items)
 
     def latents(self, batch: Batch) -> Sequence[Tensor]:
         """Return a batch's scaled latents, (C, h, w) a picture, on this process's device."""
@@ -103,7 +103,7 @@ class Inputs:
         for start in range(0, len(new), at_once):
             some = new[start : start + at_once]
             self._prompts |= zip(some, self._encode(some), strict=True)
-        if new and self.text_source is not None:
+        if new and self.text_cache is not None:
             self.encoders.release()
         return [self._on_device(self._with_source(prompt)) for prompt in prompts]
 
@@ -113,7 +113,7 @@ class Inputs:
 
     def release_vae(self) -> None:
         """Let the autoencoder go after previews, unless training itself encodes with it."""
-        if self.latent_source is not None:
+        if self.latent_cache is not None:
             self.vae.release()
 
     def _text_conditions(self, batch: Batch) -> list[Condition]:
@@ -175,15 +175,15 @@ class Inputs:
     def _tokens(self, text: str) -> int:
         return min(self._trainer.count_tokens(Prompt(text)))  # the text's, or as many as the encoder takes
 
-    def _fill_texts(self, source: TextSource, items: Sequence[Item]) -> None:
+    def _fill_texts(self, cache: TextCache, items: Sequence[Item]) -> None:
         size = self._trainer.texts_at_once(self._options.caching.text_encoder_batch_size)
-        cache_texts(source, items, self._load_text_encoder, self._pass_run(size), length=self._tokens)
+        cache_texts(cache, items, self._load_text_encoder, self._pass_run(size), length=self._tokens)
         self.encoders.release()
         self._cut_texts.tell(self._processes)
 
-    def _fill_latents(self, source: LatentSource, items: Sequence[Item]) -> None:
+    def _fill_latents(self, cache: LatentCache, items: Sequence[Item]) -> None:
         run = self._pass_run(self._options.caching.vae_batch_size)
-        cache_latents(source, items, self._load_autoencoder, run)
+        cache_latents(cache, items, self._load_autoencoder, run)
         self.vae.release()
 
     def _load_autoencoder(self) -> EncodePictures:
@@ -215,19 +215,19 @@ class Inputs:
         return condition.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _latent_source(options: TrainOptions, identities: CacheIdentities) -> LatentSource | None:
+def _latent_cache(options: TrainOptions, identities: CacheIdentities) -> LatentCache | None:
     if identities.latents is None:
         return None
     caching = options.caching
     place = CachePlace(caching.cache_latents_to_disk, caching.cache_directory, caching.cache_dtype)
-    return LatentSource(place, identities.latents)
+    return LatentCache(place, identities.latents)
 
 
-def _text_source(trainer: NetworkTrainer, identities: CacheIdentities) -> TextSource | None:
+def _text_cache(trainer: NetworkTrainer, identities: CacheIdentities) -> TextCache | None:
     if identities.texts is None:
         return None
     caching = trainer.options.caching
-    return TextSource(
+    return TextCache(
         CachePlace(caching.cache_text_encoder_outputs_to_disk, caching.cache_directory, caching.cache_dtype),
         identities.texts,
         max_variants=caching.max_caption_variants,

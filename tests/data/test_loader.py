@@ -11,12 +11,12 @@ from torch import Tensor
 import library.data.loader as loader_module
 from library.core.errors import DataError
 from library.data.batch import Batch
+from library.data.cached import CachePlace, LatentCache, TextCache
 from library.data.captions import caption_variants
 from library.data.images import is_flipped, load_pixels
-from library.data.loader import BatchLoader, LoaderSettings, Sources
+from library.data.loader import BatchLoader, Caches, LoaderSettings
 from library.data.plan import Plan
 from library.data.prompt import Prompt
-from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
 from library.training.caching import PassRun, cache_latents, cache_texts
 from tests.data.test_delivery import Carrier
@@ -38,20 +38,20 @@ def manifest(folder):
     return manifest_of(folder, dataset="batch_size = 2", subset=SUBSET)
 
 
-def loader_of(manifest, sources=None, **settings):
+def loader_of(manifest, caches=None, **settings):
     plan = Plan(manifest, seed=SEED, world=settings.get("world", 1), accumulation=2)
     settings = {"seed": SEED, "total_steps": STEPS} | settings
     settings.pop("world", None)
-    return BatchLoader(manifest, plan, sources or Sources(), LoaderSettings(**settings))
+    return BatchLoader(manifest, plan, caches or Caches(), LoaderSettings(**settings))
 
 
 def cached(manifest, place, max_variants=4):
     encoders, run = Encoders(), PassRun(batch_size=2)
-    latents = LatentSource(place, "ae")
-    texts = TextSource(place, "gemma", max_variants=max_variants)
+    latents = LatentCache(place, "ae")
+    texts = TextCache(place, "gemma", max_variants=max_variants)
     cache_latents(latents, manifest.items, encoders.load_picture_encoder, run)
     cache_texts(texts, manifest.items, encoders.load_text_encoder, run)
-    return Sources(latents, texts)
+    return Caches(latents, texts)
 
 
 MEMORY, DISK = CachePlace(False, dtype="fp32"), CachePlace(True, dtype="fp32")
@@ -98,10 +98,10 @@ def test_any_step_can_come_first(manifest):
 
 @pytest.mark.parametrize("online", [True, False])
 def test_the_number_of_workers_changes_nothing(manifest, online):
-    sources = Sources() if online else cached(manifest, DISK)
-    alone = take(loader_of(manifest, sources, workers=0))
+    caches = Caches() if online else cached(manifest, DISK)
+    alone = take(loader_of(manifest, caches, workers=0))
     for workers in (1, 4):
-        assert_same_batches(take(loader_of(manifest, sources, workers=workers)), alone)
+        assert_same_batches(take(loader_of(manifest, caches, workers=workers)), alone)
 
 
 @pytest.mark.parametrize("options", ["random_crop = true", "color_aug = true"])
@@ -140,11 +140,11 @@ def test_a_process_without_pictures_gets_a_batch_without_draws(manifest):
 def test_caches_give_what_encoding_on_the_way_gives(folder, place):
     write_picture(folder / "cat.png", (64, 64), seed=50, alpha=True)
     manifest = manifest_of(folder, dataset="batch_size = 2", subset=f"{SUBSET}\nalpha_mask = true")
-    sources = cached(manifest, place)
-    online = take(loader_of(manifest, Sources(texts=sources.texts)))
+    caches = cached(manifest, place)
+    online = take(loader_of(manifest, Caches(texts=caches.texts)))
     encoders = Encoders()
     flips = 0
-    for (*_, batch), (*_, made) in zip(take(loader_of(manifest, sources)), online, strict=True):
+    for (*_, batch), (*_, made) in zip(take(loader_of(manifest, caches)), online, strict=True):
         assert made.latents is None and batch.pixels is None
         assert batch.names == made.names
         expected = encoders.encode_pictures(torch.stack(made.pixels))
@@ -172,8 +172,8 @@ def test_flipped_draws_show_the_mirrored_picture(manifest):
 
 
 def test_latents_are_fp32_whatever_the_cache_holds(manifest):
-    sources = cached(manifest, CachePlace(False, dtype="bf16"))
-    *_, batch = take(loader_of(manifest, sources), 0, 1)[0]
+    caches = cached(manifest, CachePlace(False, dtype="bf16"))
+    *_, batch = take(loader_of(manifest, caches), 0, 1)[0]
     for latents in batch.latents:
         assert latents.dtype == torch.float32
         assert torch.equal(latents, latents.bfloat16().float())
@@ -182,8 +182,8 @@ def test_latents_are_fp32_whatever_the_cache_holds(manifest):
 def test_captions_are_unlimited_on_the_way_and_variants_from_the_cache(folder):
     manifest = manifest_of(folder, subset="shuffle_caption = true\nnum_repeats = 40")
     online, from_cache = set(), set()
-    for sources, drawn in ((Sources(), online), (cached(manifest, MEMORY, max_variants=3), from_cache)):
-        loader = loader_of(manifest, sources)
+    for caches, drawn in ((Caches(), online), (cached(manifest, MEMORY, max_variants=3), from_cache)):
+        loader = loader_of(manifest, caches)
         for step in range(40):
             for micro in loader._plan.step(step):
                 batch = loader.batch(micro.draws)
@@ -235,11 +235,11 @@ def _draws(manifest):
 
 @pytest.mark.parametrize("kind", ["latents", "texts"])
 def test_a_cache_entry_that_goes_bad_is_named(manifest, folder, kind):
-    sources = cached(manifest, DISK)
+    caches = cached(manifest, DISK)
     for path in (folder / ".flow-cache" / kind).rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=rf"{kind}.*was damaged"):
-        take(loader_of(manifest, sources, workers=2))
+        take(loader_of(manifest, caches, workers=2))
 
 
 def test_stopping_early_ends_the_threads(manifest):
@@ -261,9 +261,9 @@ def test_pinning_moves_every_tensor_and_changes_no_value(folder, monkeypatch):
     monkeypatch.setattr(Tensor, "pin_memory", copy)
     monkeypatch.setattr(loader_module, "carrier_for", lambda device: Carrier())
     manifest = manifest_of(folder, dataset="batch_size = 2", subset="alpha_mask = true")
-    sources = cached(manifest, MEMORY)
-    (*_, plain), *_ = take(loader_of(manifest, sources), 0, 1)
-    loader = loader_of(manifest, sources, device=torch.device("cuda"))
+    caches = cached(manifest, MEMORY)
+    (*_, plain), *_ = take(loader_of(manifest, caches), 0, 1)
+    loader = loader_of(manifest, caches, device=torch.device("cuda"))
     (*_, batch), *_ = take(loader, 0, 1)
     assert_same(batch, plain)
     tensors = [*batch.latents, batch.weights_B, *batch.masks, *(c.tokens_LD for c in batch.conditions)]
@@ -284,7 +284,7 @@ def test_what_else_a_batch_needs_is_added_where_there_are_pictures(manifest):
         return replace(batch, sigmas=(0.5,) * len(batch.draws))
 
     settings = LoaderSettings(seed=SEED, total_steps=STEPS, rank=5, workers=2)
-    loader = BatchLoader(manifest, plan, Sources(), settings, complete=complete)
+    loader = BatchLoader(manifest, plan, Caches(), settings, complete=complete)
     batches = [batch for *_, batch in take(loader)]
     assert all(batch.sigmas == (0.5,) * len(batch.draws) for batch in batches)
     assert not all(batch.draws for batch in batches)
@@ -303,10 +303,10 @@ def test_held_out_pictures_come_one_by_one_and_are_always_the_same(folder, sourc
         subset += "\nrandom_crop = true\ncolor_aug = true"
     manifest = manifest_of(folder, dataset="batch_size = 2\nvalidation_count = 3", subset=subset)
     items = [manifest.items[index] for index in manifest.validation]
-    sources = cached(manifest, MEMORY) if source == "cache" else Sources()
+    caches = cached(manifest, MEMORY) if source == "cache" else Caches()
     seen = []
     for seed, workers in ((1, 0), (2, 3)):
-        loader = loader_of(manifest, sources, seed=seed, workers=workers)
+        loader = loader_of(manifest, caches, seed=seed, workers=workers)
         seen.append(list(loader.held_out(items)))
     for item, this, that in zip(items, *seen, strict=True):
         assert_same(this, that)

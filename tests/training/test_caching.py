@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from library.core.errors import DataError, NonFiniteError, StorageError
 from library.data.batch import Condition
 from library.data.cache import CacheStore
+from library.data.cached import CachePlace, LatentCache, TextCache
 from library.data.captions import draw_caption
 from library.data.images import load_pixels
 from library.data.prompt import Prompt
-from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import mask_to_latent_size, pixels_to_tensor
 from library.training import cache_pass
 from library.training.caching import Counts, PassRun, cache_latents, cache_texts
@@ -45,17 +45,17 @@ def folder(tmp_path):
 
 
 def fill_latents(manifest, place=DISK, identity="ae 1", run=RUN):
-    """Run the pass; return (source, encoders, counts)."""
-    encoders, source = Encoders(), LatentSource(place, identity)
-    counts = cache_latents(source, manifest.items, encoders.load_picture_encoder, run)
-    return source, encoders, counts
+    """Run the pass; return (cache, encoders, counts)."""
+    encoders, cache = Encoders(), LatentCache(place, identity)
+    counts = cache_latents(cache, manifest.items, encoders.load_picture_encoder, run)
+    return cache, encoders, counts
 
 
-def fill_texts(manifest, place=DISK, identity="gemma 1", run=RUN, **source_options):
+def fill_texts(manifest, place=DISK, identity="gemma 1", run=RUN, **cache_options):
     encoders = Encoders()
-    source = TextSource(place, identity, **({"max_variants": 16} | source_options))
-    counts = cache_texts(source, manifest.items, encoders.load_text_encoder, run)
-    return source, encoders, counts
+    cache = TextCache(place, identity, **({"max_variants": 16} | cache_options))
+    counts = cache_texts(cache, manifest.items, encoders.load_text_encoder, run)
+    return cache, encoders, counts
 
 
 def files_in(folder):
@@ -73,14 +73,14 @@ def whole_files_in(folder):
 @pytest.mark.parametrize("flip_aug", [False, True])
 def test_latents_are_those_of_the_encoder_bit_for_bit(folder, place, flip_aug):
     manifest = manifest_of(folder, subset="flip_aug = true" if flip_aug else "")
-    source, encoders, counts = fill_latents(manifest, place)
+    cache, encoders, counts = fill_latents(manifest, place)
     assert counts == Counts(cached=0, encoded=5)
     assert encoders.pictures == (10 if flip_aug else 5)
     for item in manifest.items:
         for flip in {False, flip_aug}:
             pixels, _ = load_pixels(item, None, flip=flip)
             expected = Encoders().encode_pictures(pixels_to_tensor(pixels)[None])[0]
-            latents, mask, edited = source.get(item, flip=flip)
+            latents, mask, edited = cache.get(item, flip=flip)
             assert torch.equal(latents, expected)
             assert mask is edited is None
 
@@ -88,12 +88,12 @@ def test_latents_are_those_of_the_encoder_bit_for_bit(folder, place, flip_aug):
 @pytest.mark.parametrize("place", [DISK, MEMORY])
 def test_text_features_are_those_of_the_encoder_bit_for_bit(folder, place):
     manifest = manifest_of(folder)
-    source, encoders, counts = fill_texts(manifest, place, prompt_of="You draw. {}".format)
+    cache, encoders, counts = fill_texts(manifest, place, prompt_of="You draw. {}".format)
     assert counts == Counts(cached=0, encoded=5)
     assert sorted(encoders.texts) == sorted(f"You draw. {text}" for text in CAPTIONS.values())
     for item in manifest.items:
         expected = tokens_of(Prompt(f"You draw. {item.text}"))
-        assert torch.equal(source.condition(item, item.text).tokens_LD, expected)
+        assert torch.equal(cache.condition(item, item.text).tokens_LD, expected)
 
 
 def test_a_pooled_vector_is_kept_too(folder):
@@ -102,10 +102,10 @@ def test_a_pooled_vector_is_kept_too(folder):
         return [Condition(torch.ones(len(text), 2), torch.tensor([float(len(text))])) for text in texts]
 
     manifest = manifest_of(folder)
-    source = TextSource(DISK, "with pooled", max_variants=4)
-    cache_texts(source, manifest.items, lambda: encode, RUN)
+    cache = TextCache(DISK, "with pooled", max_variants=4)
+    cache_texts(cache, manifest.items, lambda: encode, RUN)
     item = next(item for item in manifest.items if item.path.stem == "a")
-    assert source.condition(item, "a cat").pooled_D.tolist() == [5.0]
+    assert cache.condition(item, "a cat").pooled_D.tolist() == [5.0]
 
 
 @pytest.mark.parametrize("place", [CachePlace(True), CachePlace(False)])
@@ -126,11 +126,11 @@ def test_masks_are_kept_at_latent_size_and_mirrored_with_the_picture(tmp_path, s
     write_picture(folder / "see_through.png", (90, 60), seed=1, alpha=True)
     (folder / "see_through.txt").write_text("glass")
     manifest = manifest_of(folder, subset=subset)
-    source, _, _ = fill_latents(manifest)
+    cache, _, _ = fill_latents(manifest)
     (item,) = manifest.items
     for flip in {False, item.subset.images.flip_aug}:
         _, expected = load_pixels(item, None, flip=flip)
-        latents, mask, _ = source.get(item, flip=flip)
+        latents, mask, _ = cache.get(item, flip=flip)
         assert mask.shape == latents.shape[1:]
         assert torch.equal(mask, mask_to_latent_size(expected, 8))
         assert 0.2 < mask.mean() < 0.8
@@ -155,8 +155,8 @@ def test_the_longest_texts_come_first_by_the_encoders_measure(folder):
     manifest = manifest_of(folder)
     _, encoders, _ = fill_texts(manifest)
     assert [len(text) for text in encoders.texts] == sorted(map(len, encoders.texts), reverse=True)
-    by_words, source = Encoders(), TextSource(MEMORY, "gemma 2", max_variants=16)
-    cache_texts(source, manifest.items, by_words.load_text_encoder, RUN, length=lambda t: t.count("a"))
+    by_words, cache = Encoders(), TextCache(MEMORY, "gemma 2", max_variants=16)
+    cache_texts(cache, manifest.items, by_words.load_text_encoder, RUN, length=lambda t: t.count("a"))
     counts = [text.count("a") for text in by_words.texts]
     assert counts == sorted(counts, reverse=True)
 
@@ -175,7 +175,7 @@ def test_the_log_says_where_the_time_went(folder, caplog):
         time.sleep(0.2)
         return encode
 
-    counts = cache_latents(LatentSource(DISK, "ae"), manifest_of(folder).items, load_encoder, RUN)
+    counts = cache_latents(LatentCache(DISK, "ae"), manifest_of(folder).items, load_encoder, RUN)
     logger.removeHandler(caplog.handler)
     watch = counts.watch
     assert watch.seconds("load") >= 0.2
@@ -211,10 +211,8 @@ def test_decoding_encoding_and_writing_overlap(folder, monkeypatch):
 
     monkeypatch.setattr("library.training.caching.load_pixels", decode)
     monkeypatch.setattr(CacheStore, "write", write_late)
-    source = LatentSource(DISK, "ae")
-    assert (
-        cache_latents(source, manifest_of(folder).items, lambda: encode, PassRun(batch_size=1)).encoded == 5
-    )
+    cache = LatentCache(DISK, "ae")
+    assert cache_latents(cache, manifest_of(folder).items, lambda: encode, PassRun(batch_size=1)).encoded == 5
 
 
 # --- where entries are ---
@@ -245,14 +243,14 @@ def test_in_memory_entries_on_disk_are_used(folder):
     files_in(folder)[0].write_bytes(b"damaged")
     files_in(folder)[1].unlink()
     before = files_in(folder)
-    source, encoders, counts = fill_latents(manifest, MEMORY)
+    cache, encoders, counts = fill_latents(manifest, MEMORY)
     assert counts == Counts(cached=3, encoded=2)
     assert encoders.pictures == 2
     assert files_in(folder) == before
     for item in manifest.items:
         pixels, _ = load_pixels(item, None, flip=False)
         assert torch.equal(
-            source.get(item, flip=False)[0], Encoders().encode_pictures(pixels_to_tensor(pixels)[None])[0]
+            cache.get(item, flip=False)[0], Encoders().encode_pictures(pixels_to_tensor(pixels)[None])[0]
         )
 
 
@@ -378,11 +376,11 @@ def test_damaged_entries_are_noticed_and_made_again(folder):
     content[-7] ^= 4
     second.write_bytes(content)
     third.write_bytes(b"")
-    source, encoders, counts = fill_latents(manifest)
+    cache, encoders, counts = fill_latents(manifest)
     assert counts == Counts(cached=2, encoded=3)
     assert encoders.pictures == 3
     for item in manifest.items:
-        source.get(item, flip=False)
+        cache.get(item, flip=False)
 
 
 def test_without_the_check_an_entry_that_is_there_is_taken_until_it_is_read(folder):
@@ -393,11 +391,11 @@ def test_without_the_check_an_entry_that_is_there_is_taken_until_it_is_read(fold
     content[-7] ^= 4
     damaged.write_bytes(content)
     gone.unlink()
-    source, _, counts = fill_latents(manifest, run=PassRun(batch_size=2, check=False))
+    cache, _, counts = fill_latents(manifest, run=PassRun(batch_size=2, check=False))
     assert counts == Counts(cached=4, encoded=1)
     with pytest.raises(DataError, match="was damaged"):
         for item in manifest.items:
-            source.get(item, flip=False)
+            cache.get(item, flip=False)
 
 
 # --- captions ---
@@ -423,13 +421,13 @@ def test_every_caption_that_can_be_drawn_is_there(tmp_path, options, max_variant
         "plain": "plain",
     }
     manifest = manifest_of(write_pictures(tmp_path / "pictures", captions), subset=options)
-    source, _, counts = fill_texts(manifest, MEMORY, max_variants=max_variants)
+    cache, _, counts = fill_texts(manifest, MEMORY, max_variants=max_variants)
     drawn = set()
     for epoch in range(30):
         for item in manifest.items:
             place = {"seed": epoch % 3, "epoch": epoch, "repeat": 0, "step": epoch, "total_steps": 30}
             caption = draw_caption(item, **place, max_variants=max_variants)
-            assert torch.equal(source.condition(item, caption).tokens_LD, tokens_of(Prompt(caption)))
+            assert torch.equal(cache.condition(item, caption).tokens_LD, tokens_of(Prompt(caption)))
             drawn.add(caption)
     assert len(drawn) <= counts.encoded
     assert len(drawn) > 3 or max_variants == 1 or "prefix" in options
@@ -451,7 +449,7 @@ def test_sampled_captions_are_told_of(tmp_path, caplog):
 
 def test_nan_in_latents_names_the_picture_and_is_never_kept(folder):
     manifest = manifest_of(folder)
-    encoders, source = Encoders(), LatentSource(DISK, "ae")
+    encoders, cache = Encoders(), LatentCache(DISK, "ae")
 
     def encode(pixels):
         latents = encoders.encode_pictures(pixels)
@@ -459,7 +457,7 @@ def test_nan_in_latents_names_the_picture_and_is_never_kept(folder):
         return latents
 
     with pytest.raises(NonFiniteError, match=r"pictures/\w\.png"):
-        cache_latents(source, manifest.items, lambda: encode, PassRun(batch_size=1))
+        cache_latents(cache, manifest.items, lambda: encode, PassRun(batch_size=1))
     assert len(files_in(folder)) <= 2
     assert all(torch.isfinite(load_file(path)["latents"]).all() for path in files_in(folder))
 
@@ -469,14 +467,14 @@ def test_nan_or_infinity_in_text_features_names_the_caption(folder, value):
     def encode(prompts):
         return [Condition(torch.full((3, 2), value if "dogs" in p.text else 1.0)) for p in prompts]
 
-    source = TextSource(MEMORY, "gemma", max_variants=1)
+    cache = TextCache(MEMORY, "gemma", max_variants=1)
     with pytest.raises(NonFiniteError, match="two dogs, grass"):
-        cache_texts(source, manifest_of(folder).items, lambda: encode, RUN)
+        cache_texts(cache, manifest_of(folder).items, lambda: encode, RUN)
 
 
 def test_large_values_are_not_taken_for_infinite(folder):
-    source = LatentSource(CachePlace(False), "ae")
-    cache_latents(source, manifest_of(folder).items, lambda: lambda p: p[:, :, ::8, ::8] * 1e38, RUN)
+    cache = LatentCache(CachePlace(False), "ae")
+    cache_latents(cache, manifest_of(folder).items, lambda: lambda p: p[:, :, ::8, ::8] * 1e38, RUN)
 
 
 def test_a_picture_that_goes_bad_during_the_pass_is_named(folder):
@@ -504,7 +502,7 @@ def test_a_pass_that_dies_at_any_point_goes_on_where_it_was(folder):
             return first.encode_pictures(pixels)
 
         with pytest.raises(KeyboardInterrupt):
-            cache_latents(LatentSource(DISK, "ae"), manifest.items, lambda e=encode: e, PassRun(batch_size=1))
+            cache_latents(LatentCache(DISK, "ae"), manifest.items, lambda e=encode: e, PassRun(batch_size=1))
         kept = len(files_in(folder))
         _, encoders, counts = fill_latents(manifest, identity="ae")
         assert counts == Counts(cached=kept, encoded=5 - kept)
@@ -529,10 +527,10 @@ def test_processes_share_the_work_out(folder, world):
         assert max(parts) - min(parts) <= 1
     assert len(meetings) == 2 * world
     for rank in range(world):
-        source, encoders, _ = fill_latents(manifest, run=PassRun(2, rank, world))
+        cache, encoders, _ = fill_latents(manifest, run=PassRun(2, rank, world))
         assert encoders.loads == 0
         for item in manifest.items:
-            source.get(item, flip=False)
+            cache.get(item, flip=False)
 
 
 class Meeting:
@@ -595,7 +593,7 @@ def test_in_memory_each_process_makes_its_part_and_gets_the_others(folder, world
 SLOW_PASS = """
     import sys, time
     from pathlib import Path
-    from library.data.sources import CachePlace, LatentSource
+    from library.data.cached import CachePlace, LatentCache
     from library.training.caching import PassRun, cache_latents
     from tests.picture_sets import Encoders, manifest_of
 
@@ -603,10 +601,10 @@ SLOW_PASS = """
     def encode(pixels):
         time.sleep(0.01)
         return encoders.encode_pictures(pixels)
-    source = LatentSource(CachePlace(True, dtype="fp32"), "ae 1")
+    cache = LatentCache(CachePlace(True, dtype="fp32"), "ae 1")
     manifest = manifest_of(Path(sys.argv[1]))
     print("begin", flush=True)
-    cache_latents(source, manifest.items, lambda: encode, PassRun(batch_size=1))
+    cache_latents(cache, manifest.items, lambda: encode, PassRun(batch_size=1))
 """
 
 
@@ -625,12 +623,12 @@ def test_two_processes_on_one_cache_tear_and_lose_nothing(many):
     for process in processes:
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
-    source, encoders, counts = fill_latents(manifest_of(many))
+    cache, encoders, counts = fill_latents(manifest_of(many))
     assert counts == Counts(cached=60, encoded=0)
     for item in manifest_of(many).items:
         pixels, _ = load_pixels(item, None, flip=False)
         expected = encoders.encode_pictures(pixels_to_tensor(pixels)[None])[0]
-        assert torch.equal(source.get(item, flip=False)[0], expected)
+        assert torch.equal(cache.get(item, flip=False)[0], expected)
 
 
 def test_a_killed_process_leaves_only_whole_entries(many):

@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 
 from library.data.batch import Batch
+from library.data.cached import CachePlace, LatentCache, TextCache
 from library.data.images import drawn_source, is_flipped, load_source
 from library.data.items import Manifest
-from library.data.loader import BatchLoader, LoaderSettings, Sources
+from library.data.loader import BatchLoader, Caches, LoaderSettings
 from library.data.plan import Plan
 from library.data.prompt import Prompt
-from library.data.sources import CachePlace, LatentSource, TextSource
 from library.data.tensors import pixels_to_tensor
 from library.training.caching import Counts, PassRun, cache_latents, cache_texts
 from tests.picture_sets import Encoders, manifest_of, tokens_of, write_picture, write_pictures
@@ -52,20 +52,20 @@ def look(folder: Path, subset: str = SUBSET, dataset: str = "batch_size = 2") ->
 
 
 def fill(manifest: Manifest, place: CachePlace = MEMORY, dropout: float = 0.0, batch_size: int = 2):
-    """Run both passes; return (sources, encoders, counts of latents, counts of texts)."""
+    """Run both passes; return (caches, encoders, counts of latents, counts of texts)."""
     encoders, run = Encoders(), PassRun(batch_size)
-    latents = LatentSource(place, "ae")
-    texts = TextSource(place, "qwen", max_variants=4, source_dropout=dropout)
+    latents = LatentCache(place, "ae")
+    texts = TextCache(place, "qwen", max_variants=4, source_dropout=dropout)
     counts = (
         cache_latents(latents, manifest.items, encoders.load_picture_encoder, run),
         cache_texts(texts, manifest.items, encoders.load_text_encoder, run),
     )
-    return Sources(latents, texts), encoders, *counts
+    return Caches(latents, texts), encoders, *counts
 
 
-def batches(manifest: Manifest, sources: Sources, workers: int = 0, dropout: float = DROPOUT) -> list[Batch]:
+def batches(manifest: Manifest, caches: Caches, workers: int = 0, dropout: float = DROPOUT) -> list[Batch]:
     settings = LoaderSettings(seed=SEED, total_steps=STEPS, workers=workers, source_dropout=dropout)
-    loader = BatchLoader(manifest, Plan(manifest, seed=SEED), sources, settings)
+    loader = BatchLoader(manifest, Plan(manifest, seed=SEED), caches, settings)
     with closing(loader.batches(0, STEPS)) as made:
         return [batch for *_, batch in made]
 
@@ -77,13 +77,13 @@ def test_an_entry_has_the_latents_of_the_source_bit_for_bit(
 ) -> None:
     write_picture(folder.parent / "before" / "c.png", (64, 64), seed=30)
     manifest = look(folder)
-    sources, encoders, counts, _ = fill(manifest, place, batch_size=batch_size)
+    caches, encoders, counts, _ = fill(manifest, place, batch_size=batch_size)
     assert counts == Counts(cached=0, encoded=4)
     assert encoders.pictures == 2 * (4 + 3), "mirrored too"
     assert max(shape[0] for shape in encoders.picture_batches) <= batch_size
     for item in manifest.items:
         for flip in (False, True):
-            kept = sources.latents.get(item, flip=flip)
+            kept = caches.latents.get(item, flip=flip)
             if item.source is None:
                 assert kept.source is None
                 continue
@@ -113,7 +113,7 @@ def test_batches_hold_what_the_draw_shows(folder: Path, workers: int) -> None:
     """From files and from caches: four ways to the same inputs."""
     manifest = look(folder)
     cached, *_ = fill(manifest, dropout=DROPOUT)
-    ways = [Sources(latents, texts) for latents in (None, cached.latents) for texts in (None, cached.texts)]
+    ways = [Caches(latents, texts) for latents in (None, cached.latents) for texts in (None, cached.texts)]
     seen = set()
     for together in zip(*(batches(manifest, way, workers) for way in ways), strict=True):
         for (latents, texts), batch in zip([(way.latents, way.texts) for way in ways], together, strict=True):
@@ -170,12 +170,12 @@ def test_held_out_pictures_always_have_their_source(folder: Path) -> None:
     items = [manifest.items[index] for index in manifest.validation]
     assert any(item.source for item in items)
     settings = LoaderSettings(seed=SEED, total_steps=STEPS, source_dropout=1.0)
-    for sources in (Sources(), cached):
-        loader = BatchLoader(manifest, Plan(manifest, seed=SEED), sources, settings)
+    for caches in (Caches(), cached):
+        loader = BatchLoader(manifest, Plan(manifest, seed=SEED), caches, settings)
         for item, batch in zip(items, loader.held_out(items), strict=True):
             expected = drawn_source(item, None, flip=False)
             assert batch.sources == (() if expected is None else (expected,))
-            _check_pictures(batch, cached=sources.latents is not None)
+            _check_pictures(batch, cached=caches.latents is not None)
 
 
 def test_exactly_what_a_changed_source_touches_is_encoded_again(folder: Path) -> None:
@@ -240,6 +240,6 @@ def test_a_pass_on_a_gpu_tells_the_gpus_peak(
         return encoders.encode_pictures(pixels)
 
     run = PassRun(1, device=torch.device("cuda"))
-    cache_latents(LatentSource(MEMORY, "ae"), look(folder, "").items, lambda: encode, run)
+    cache_latents(LatentCache(MEMORY, "ae"), look(folder, "").items, lambda: encode, run)
     logger.removeHandler(caplog.handler)
     assert "at most 1.75 GiB of the GPU's memory" in caplog.text, "seven pictures"

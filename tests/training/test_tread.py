@@ -71,7 +71,7 @@ def test_processes_drop_what_one_alone_drops(run) -> None:
         plan = Plan(items, seed=context.seed, world=world, accumulation=1)
         loaders = [
             BatchLoader(
-                items, plan, parts.loader._sources, replace(context.loader_settings(), rank=rank),
+                items, plan, parts.loader._caches, replace(context.loader_settings(), rank=rank),
                 complete=complete,
             )
             for rank in range(world)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.core.collecting import uncollected
+from library.data.cached import Entries
 from library.data.captions import caption_variants
 from library.data.images import source_variants
 from library.data.items import Item, Manifest
 from library.data.prompt import Prompt
-from library.data.sources import Entries
 from library.data.token_batches import TokenBudget
 from library.training.context import RunContext
 from library.training.look.contact_sheet import PER_SHEET, Shown, first_draws, write_sheet, write_sheets
@@ -133,10 +133,10 @@ class Rehearsal:
     def _cached(self, prompts: dict[Prompt, Item]) -> dict[str, Cached]:
         """What is there of latents and texts, as far as they are cached."""
         found = {}
-        if (latents := self.inputs.latent_source) is not None:
+        if (latents := self.inputs.latent_cache) is not None:
             wanted = {latents.key(item): item for item in self._items()}
             found["latents"] = Cached.of(latents.entries, wanted)
-        if (features := self.inputs.text_source) is not None:
+        if (features := self.inputs.text_cache) is not None:
             wanted = {features.key(prompt): item for prompt, item in prompts.items()}
             found["texts"] = Cached.of(features.entries, wanted)
         return found

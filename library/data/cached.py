@@ -1,4 +1,4 @@
-"""Where the loader gets latents and text features from: entries in memory or in cache files."""
+"""Cached latents and text features, as the loader reads them: entries in memory or in cache files."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Latents(NamedTuple):
     source: Tensor | None
 
 
-class LatentSource:
+class LatentCache:
     """Latents and masks of pictures, as `library.training.caching.cache_latents` left them.
 
     `identity` names the autoencoder and its settings: any text that changes when its output would.
@@ -104,7 +104,7 @@ class LatentSource:
         )
 
 
-class TextSource:
+class TextCache:
     """Text features, as `library.training.caching.cache_texts` left them.
 
     Args:

@@ -18,7 +18,6 @@ from library.flow.generate import ImageModel, generate
 from library.options.request import ImageRequest
 from library.options.sampling import SampleOptions
 from library.training.events import Moment
-from library.training.modes import eval_mode
 from library.training.watch.grid import Grid
 from library.training.watch.preview import Previews
 
@@ -116,14 +115,6 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
     assert net.training and net.drop.training and not net.mix.training
     net(torch.randn(1, 16, 2, 2), torch.ones(1), [1.0]).sum().backward()
     assert net.mix.weight.grad is not None
-
-
-def test_modes_come_back_after_a_failure() -> None:
-    net = Net()
-    with pytest.raises(RuntimeError), eval_mode([net]):
-        assert not net.drop.training
-        raise RuntimeError
-    assert net.drop.training
 
 
 def test_prompts_are_read_again_every_time(tmp_path: Path) -> None:

@@ -77,18 +77,23 @@ def prepare_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> Non
             "Attention kernel 'varlen' is torch's own flash attention, which this build of torch lacks; "
             "use 'torch', or 'flash' with the package flash-attn."
         )
-    if kernel == "cudnn":
-        _try_cudnn(device, dtype)
+    _try(kernel, device, dtype)
 
 
-def _try_cudnn(device: torch.device, dtype: torch.dtype) -> None:
-    few_THD = torch.zeros(64, 2, 64, dtype=dtype, device=device, requires_grad=True)
+def _try(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Attend once, and back: a package may be built for another torch or for other GPUs."""
+    packing, trains = Packing.of((40, 24), device), kernel != "sage"
+    q_THD = torch.zeros(64, 4, 96, dtype=dtype, device=device, requires_grad=trains)
+    k_TKD = torch.zeros(64, 2, 96, dtype=dtype, device=device, requires_grad=trains)
     try:
-        _cudnn(few_THD, few_THD, few_THD).sum().backward()
-    except RuntimeError as error:
+        y_TF = attention(q_THD, k_TKD, k_TKD, packing, kernel)
+        if trains:
+            y_TF.sum().backward()
+    except (ImportError, OSError, RuntimeError, AssertionError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        name = torch.cuda.get_device_name(device)
         raise ConfigError(
-            f"Attention kernel 'cudnn' cannot be had on {torch.cuda.get_device_name(device)}: "
-            f"{str(error).splitlines()[0].rstrip('.')}; use 'torch'."
+            f"Attention kernel '{kernel}' cannot be had on {name}: {reason}; use 'torch'."
         ) from error
 
 

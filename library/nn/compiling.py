@@ -15,6 +15,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -70,17 +71,12 @@ def part_compiler(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return what makes a compiled function of a function; it is compiled when it is first called.
 
-    Settings of torch that hold for the whole process are made here.
-
     Args:
         symbolic: which dimensions of its tensors differ from call to call.
     """
     os.environ.setdefault(_CACHE, str(default_ledger_path().with_name("compiled")))
-    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
-    torch._functorch.config.activation_memory_budget = options.activation_memory_budget
-    # Whether to pad a product, of a LoRA's odd rank say, torch decides by measuring: numbers would hang on
-    # the moment. And where it finds a time that an earlier run took, torch 2.13 fails (its `pad_mm.py`).
-    torch._inductor.config.shape_padding = False
+    budget = options.activation_memory_budget
+    _settle(budget)
     _log.info("compiling with %s; compiled code is kept in %s", options.dynamo_backend, cache_folder())
 
     def compiled(part: Callable[P, R]) -> Callable[P, R]:
@@ -88,6 +84,8 @@ def part_compiler(
 
         @functools.wraps(part)
         def call(*inputs: P.args, **named: P.kwargs) -> R:
+            if _thread.budget != budget:
+                _settle(budget)
             for tensor in _tensors((inputs, tuple(named.values()))):
                 torch._dynamo.maybe_mark_dynamic(tensor, list(symbolic))
             return graphs(*inputs, **named)
@@ -95,6 +93,25 @@ def part_compiler(
         return call
 
     return compiled
+
+
+class _Thread(threading.local):
+    """What torch has been told in this thread. From 2.12 on settings are each thread's own, and on a GPU it
+    is one of autograd's that computes blocks again for backward, and compiles them if need be."""
+
+    budget: float | None = None
+
+
+_thread = _Thread()
+
+
+def _settle(budget: float) -> None:
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    torch._functorch.config.activation_memory_budget = budget
+    # Whether to pad a product, of a LoRA's odd rank say, torch decides by measuring: numbers would hang on
+    # the moment. And where it finds a time that an earlier run took, torch 2.13 fails (its `pad_mm.py`).
+    torch._inductor.config.shape_padding = False
+    _thread.budget = budget
 
 
 def unshared(result: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ Shape legend: N rows, I in features, O out features, G groups of an output row, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ _NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+_CODES = tuple(map(float, range(16)))
 
 
 class Scheme(Protocol):
@@ -62,7 +64,7 @@ class _ByRow:
     def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
         codes_OI, scale_O1 = stored
-        return codes_OI.to(dtype) * scale_O1.to(dtype)
+        return codes_OI.to(dtype).mul_(scale_O1.to(dtype))
 
 
 class Fp8(_ByRow):
@@ -98,7 +100,7 @@ class Int4:
     def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
         packed, step_OG1, low_OG1 = stored
-        codes_OGS = _one_a_byte(packed).unflatten(1, (step_OG1.shape[1], -1)).to(dtype)
+        codes_OGS = _looked_up(_CODES, packed, step_OG1, dtype)
         return torch.addcmul(low_OG1.to(dtype), codes_OGS, step_OG1.to(dtype)).flatten(1)
 
 
@@ -117,9 +119,7 @@ class Nf4:
     def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `Scheme`."""
         packed, scale_OG1 = stored
-        table = _on_device(torch.tensor(_NF4, dtype=dtype), packed.device)
-        numbers_OGS = table[_one_a_byte(packed).int()].unflatten(1, (scale_OG1.shape[1], -1))
-        return (numbers_OGS * scale_OG1.to(dtype)).flatten(1)
+        return _looked_up(_NF4, packed, scale_OG1, dtype).mul_(scale_OG1.to(dtype)).flatten(1)
 
 
 SCHEMES: dict[str, Scheme] = {"fp8": Fp8(), "int8": Int8(), "int4": Int4(), "nf4": Nf4()}
@@ -319,12 +319,6 @@ def stored_names(model: nn.Module) -> list[str]:
     return [f"{path}.{name}" for path, layer in layers for name in STORED[layer.scheme]]
 
 
-def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    """Return a copy there. Each product needs one, and a program that waits for it waits for all that a GPU
-    has been told before. Compiled code has it among its constants."""
-    return table.to(device) if torch.compiler.is_compiling() else sent(table, device)
-
-
 def _largest_of_rows(weight_OI: Tensor) -> Tensor:
     """Return the largest absolute value of each row (O, 1), in fp32 and never 0."""
     return weight_OI.float().abs().amax(1, keepdim=True).clamp_min(_TINY)
@@ -340,6 +334,28 @@ def _two_a_byte(codes: Tensor) -> Tensor:
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
-def _one_a_byte(packed: Tensor) -> Tensor:
-    """Undo `_two_a_byte`."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+def _looked_up(
+    numbers: tuple[float, ...], packed: Tensor, of_groups_OG1: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the numbers that codes stand for, (O, G, S), a fresh tensor.
+
+    A byte holds two codes, so both numbers are looked up at once, as one of twice the width.
+    """
+    if torch.compiler.is_compiling():  # compiled code has the table among its constants
+        table = _pairs(numbers, dtype).to(packed.device)
+    else:
+        table = _pairs_on(numbers, dtype, packed.device)
+    pairs = table.index_select(0, packed.flatten().int())
+    return pairs.view(dtype).view(*of_groups_OG1.shape[:2], -1)
+
+
+def _pairs(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """Return what each byte stands for, (256,): two numbers side by side, seen as an integer of both."""
+    pairs = [(numbers[byte & 15], numbers[byte >> 4]) for byte in range(256)]
+    wide = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
+    return torch.tensor(pairs, dtype=dtype).view(wide).flatten()
+
+
+@functools.cache  # copied once, and not for each product
+def _pairs_on(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return sent(_pairs(numbers, dtype), device)

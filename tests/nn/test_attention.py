@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 from library.core.errors import ConfigError, MissingPackageError
 from library.nn import products
 from library.nn.attention import (
-    _try_cudnn,
+    _try,
     _varlen_is_better,
     attention,
     plain_attention,
@@ -173,7 +173,37 @@ def test_a_device_that_cudnn_cannot_serve(monkeypatch):
     """Such as this one: torch has no way to run it on a CPU, and says so when it is called."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "the processor")
     with pytest.raises(ConfigError, match=r"'cudnn' cannot be had on the processor: .+; use 'torch'\.$"):
-        _try_cudnn(CPU, torch.bfloat16)
+        _try("cudnn", CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("flash_attn_2_cuda.so: undefined symbol: _ZNK3c1011StorageImpl"),
+        RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nException raised from"),
+        NotImplementedError(),
+        ValueError("No operator found"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("kernel", ["flash", "xformers", "sage"])
+def test_a_package_that_is_there_and_does_not_work(monkeypatch, kernel, error):
+    """At the start, and not after the model was loaded."""
+
+    def fail(*_):
+        raise error
+
+    module = types.ModuleType("stand-in")
+    for name in ("flash_attn_varlen_func", "memory_efficient_attention", "sageattn"):
+        setattr(module, name, fail if name != "sageattn" else lambda *_, tensor_layout: fail())
+    for name in ("flash_attn", "xformers", "xformers.ops", "sageattention"):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "the processor")
+    with pytest.raises(
+        ConfigError, match=f"'{kernel}' cannot be had on the processor: .*; use 'torch'"
+    ) as told:
+        _try(kernel, CPU, torch.bfloat16)
+    assert "\n" not in str(told.value) and ": ;" not in str(told.value)
 
 
 def test_a_build_of_torch_without_flash_attention(monkeypatch):
@@ -181,6 +211,7 @@ def test_a_build_of_torch_without_flash_attention(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("library.nn.attention.device_kind", lambda _: "cuda")
+    monkeypatch.setattr("library.nn.attention._try", lambda *_: None)
     q, *_ = qkv(4, 2, torch.bfloat16)
     packing = Packing.of(LENGTHS, CPU)
     for there in (False, True):
@@ -256,6 +287,8 @@ def test_packages_are_called_as_they_want_to_be(monkeypatch, kernel):
         if function is not None:
             setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, name, module)
+    _try(kernel, CPU, torch.bfloat16)
+    called.clear()
     q, k, v = (x.detach() for x in qkv(4, 2))
     packing = Packing.of(LENGTHS, CPU)
     torch.testing.assert_close(attention(q, k, v, packing, kernel), attention(q, k, v, packing, "torch"))

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def fresh(monkeypatch, tmp_path):
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = limit
     torch._functorch.config.activation_memory_budget = 1.0
+
+
+def test_settings_hold_in_every_thread_that_computes():
+    """Blocks are computed again for backward by a thread of autograd's, where torch 2.12 has none of them."""
+    part = part_compiler(ComputeOptions(torch_compile=True, activation_memory_budget=0.25))(torch.neg)
+    found = []
+
+    def compute():
+        part(torch.ones(3))
+        config = torch._inductor.config, torch._functorch.config, torch._dynamo.config
+        found.append((config[0].shape_padding, config[1].activation_memory_budget, config[2].recompile_limit))
+
+    for _ in range(2):
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+    assert found == [(False, 0.25, compiling._MOST_GRAPHS)] * 2
 
 
 def compiled_model(backend, **changes):

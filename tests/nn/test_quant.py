@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.core.errors import ConfigError
-from library.nn.quant import SCHEMES, QuantLinear, use_quant_layers
+from library.nn.quant import _NF4, SCHEMES, QuantLinear, use_quant_layers
 
 # The mean square error of a normal distribution's weights, relative: measured bounds with a little room.
 LIMITS = {"fp8": 0.03, "int8": 0.01, "int4": 0.09, "nf4": 0.10}
@@ -93,6 +93,19 @@ def test_the_reported_error_is_that_of_the_weight() -> None:
     layer, weight = QuantLinear(192, 128, False, "int4"), _weight()
     error = layer.quantise(weight, torch.device("cpu"))
     assert error == pytest.approx(((layer.weight - weight).norm() / weight.norm()).item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["int4", "nf4"])
+def test_every_byte_stands_for_two_numbers(name: str, dtype: torch.dtype) -> None:
+    """The lower half for the first, in one group of 512."""
+    packed = torch.arange(256, dtype=torch.uint8).unsqueeze(0)
+    codes = torch.stack((packed % 16, packed // 16), -1).flatten(1).long()
+    scale, low = torch.full((1, 1, 1), 0.75, dtype=torch.bfloat16), torch.zeros(1, 1, 1, dtype=torch.bfloat16)
+    numbers = {"nf4": torch.tensor(_NF4, dtype=dtype), "int4": torch.arange(16).to(dtype)}[name]
+    stored = {"nf4": (packed, scale), "int4": (packed, scale, low)}[name]
+    for _ in range(2):  # the table is kept, and stays as it is
+        assert torch.equal(SCHEMES[name].unpack(stored, dtype), numbers[codes] * scale.to(dtype).item())
 
 
 def test_a_width_that_cannot_be_grouped() -> None:

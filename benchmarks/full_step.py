@@ -72,27 +72,31 @@ def measure(settings: Settings, module: ModuleType, rounds: int) -> Result:
     found = contestants(settings, module)
     steps = {name: make_step(contestant, work) for name, contestant in found.items()}
     steps["control"] = steps["ours"]
+    clock, unit = _clock(settings.device)
     count = sum(weight.numel() for weight in found["ours"].trained)
     result = take_turns(
         f"Step of all {count / 1e6:.0f} million weights: {settings}",
         steps,
         rival="diffusers" if "diffusers" in found else "ours",
         rounds=rounds,
-        clock=_clock(settings.device),
+        clock=clock,
+        unit=unit,
     )
     show(result, "full_step")
     return result
 
 
-def _clock(device: torch.device) -> Clock:
+def _clock(device: torch.device) -> tuple[Clock, str]:
+    """Return a clock, and the unit of what it tells."""
     if device.type != "cuda":
-        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        one = torch.get_num_threads() == 1
+        return (time.process_time, "CPU s") if one else (time.perf_counter, "s")
 
     def now() -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    return now
+    return now, "s"
 
 
 def main() -> None:

@@ -68,8 +68,12 @@ def take_turns(
     rival: str,
     rounds: int,
     clock: Clock = time.process_time,
+    unit: str = "CPU s",
 ) -> Result:
-    """Time contestants against `rival`, one of them; a first round of each is not counted."""
+    """Time contestants against `rival`, one of them; a first round of each is not counted.
+
+    unit: what the clock tells.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     rates = []
     for number in range(rounds + 1):
@@ -78,7 +82,7 @@ def take_turns(
             seconds = _seconds(work, clock)
             if number:
                 times[name].append(seconds)
-    return summarise(title, times, rival, statistics.median(rates), "CPU s")
+    return summarise(title, times, rival, statistics.median(rates), unit)
 
 
 def matmul_gflops() -> float:

@@ -76,6 +76,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         differing = _differing_parts(device, dtype)
     except causes as error:
+        torch.cuda.synchronize(device)  # raises where that error has left the device of no use to anyone
         return (
             f"Triton cannot build or run them on {name} ({_first_line(error)}), for which it needs a C "
             "compiler, Python's header files (python3-dev) and a folder that it can write to "

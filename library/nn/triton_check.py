@@ -16,7 +16,9 @@ from library.nn.modulated import plain_gated_residual, plain_modulated_layer_nor
 from library.nn.packing import Packing
 
 _LENGTHS = (21, 3)  # more tokens than a program takes, and fewer
-_WIDTH, _HEADS, _HEAD_WIDTH = 80, 3, 24  # no powers of two: a program has room left, which it must not use
+# As wide as Lumina's, so several warps share a row, and no powers of two: a program has room left, which it
+# must not use.
+_WIDTH, _HEADS, _HEAD_WIDTH = 2304, 3, 96
 _EPS = 1e-5
 Function = Callable[..., Tensor]
 

@@ -108,6 +108,17 @@ def test_every_byte_stands_for_two_numbers(name: str, dtype: torch.dtype) -> Non
         assert torch.equal(SCHEMES[name].unpack(stored, dtype), numbers[codes] * scale.to(dtype).item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_number_in_fp8(dtype: torch.dtype) -> None:
+    """Of a width that goes in pairs, and of one that does not."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(0)
+    scale = torch.full((1, 1), 0.75)
+    expected = codes.to(dtype) * 0.75
+    for width in (256, 255):
+        ours = SCHEMES["fp8"].unpack((codes[:, :width], scale), dtype)
+        torch.testing.assert_close(ours, expected[:, :width], rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_width_that_cannot_be_grouped() -> None:
     with pytest.raises(ConfigError, match="100 inputs cannot be quantised to nf4"):
         QuantLinear(100, 8, False, "nf4")

@@ -200,6 +200,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Pretended GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(kernel_choice, "_differing_parts", lambda *_: [])
     monkeypatch.delenv("CC", raising=False)
@@ -281,6 +282,17 @@ def test_refused_where_a_kernel_cannot_be_built(gpu, error):
 
     gpu.setattr(kernel_choice, "_differing_parts", fail)
     refused("cannot build or run them on Pretended GPU .*python3-dev")
+
+
+@with_triton
+def test_a_gpu_that_a_kernel_has_broken_is_not_used_for_torch_s(gpu):
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    gpu.setattr(kernel_choice, "_differing_parts", broken)
+    gpu.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        use_fused_kernels("auto", CUDA, BF16)
 
 
 @with_triton

@@ -84,11 +84,12 @@ def test_a_step_takes_what_was_foretold(nano, mode, work, dtype):
     ],
 )
 def test_a_quantised_model_takes_what_was_foretold(nano, scheme, mode, fast):
-    quant = QuantOptions(base_quant=scheme, quant_matmul=fast)
-    choice = {"dtype": torch.bfloat16, "mode": mode, "quant": quant}
+    """In fp32, because for a product in bf16 a CPU copies the weight, which is most of what is there."""
+    choice = {"mode": mode, "quant": QuantOptions(base_quant=scheme, quant_matmul=fast)}
     foretold, real = (simulation(nano, device, **choice) for device in ("meta", "cpu"))
     assert weight_bytes(foretold.model) == weight_bytes(real.model)
-    bare_step(real, FEW)
+    for each in (foretold.step, lambda work: bare_step(real, work)):
+        each(FEW)  # makes tables that stay
     found = allocated(lambda: bare_step(real, FEW))
     assert foretold.step(FEW).peak == pytest.approx(found, rel=0.1)
 

@@ -32,9 +32,11 @@ from safetensors.torch import save_file  # noqa: E402
 from benchmarks.report import Result, add_arguments, missing_packages, show, take_turns, write  # noqa: E402
 from library.core.hashing import HashLedger  # noqa: E402
 from library.data.batch import Condition  # noqa: E402
-from library.data.cached import CachePlace  # noqa: E402
-from library.data.cached import LatentCache as LatentSource  # noqa: E402
-from library.data.cached import TextCache as TextSource  # noqa: E402
+from library.data.cached import (  # noqa: E402
+    CachePlace,
+    LatentCache,
+    TextCache,
+)
 from library.data.items import BucketOptions, CaptionOptions, Dataset, ImageOptions, Subset  # noqa: E402
 from library.data.prompt import Prompt  # noqa: E402
 from library.data.scan import scan  # noqa: E402
@@ -90,7 +92,7 @@ class TextPasses:
     def our_pass(self) -> None:
         """Fill a cache on disk."""
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
-        source = TextSource(CachePlace(True, self.folder / "cache"), "gemma", max_variants=1)
+        source = TextCache(CachePlace(True, self.folder / "cache"), "gemma", max_variants=1)
         run = PassRun(self.batch, threads=2)
         self.counts = cache_texts(
             source, self.items, lambda: self._encode, run, length=lambda text: len(token_ids(text))
@@ -151,7 +153,7 @@ class LatentPasses:
     def our_pass(self) -> None:
         """Fill a cache on disk."""
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
-        source = LatentSource(CachePlace(True, self.folder / "cache"), "ae")
+        source = LatentCache(CachePlace(True, self.folder / "cache"), "ae")
         self.counts = cache_latents(source, self.items, lambda: self.ours.encode_mean, PassRun(1, threads=2))
 
     def their_pass(self) -> None:

@@ -62,9 +62,15 @@ class Plan:
         return sum(self.manifest.items[index].repeats for index in self.manifest.train)
 
     @property
-    def largest_batch(self) -> tuple[Size, ...]:
-        """The sizes of the pictures that one process has in the batch with the most pixels."""
-        return max(self._cut.sizes(), key=lambda sizes: sum(width * height for width, height in sizes))
+    def heaviest_batches(self) -> list[tuple[Size, ...]]:
+        """The sizes of the pictures that one process has in batches than which no other has both more pixels
+        and more pictures, each of which has a caption; the one with the most pixels first."""
+        counted = {(sum(map(math.prod, sizes)), len(sizes)): sizes for sizes in self._cut.sizes()}
+        found: list[tuple[Size, ...]] = []
+        for (_, count), sizes in sorted(counted.items(), reverse=True):
+            if not found or count > len(found[-1]):
+                found.append(sizes)
+        return found
 
     def step(self, step: int) -> tuple[MicroBatch, ...]:
         """Return the micro-batches of a step (from 0, over the whole run)."""

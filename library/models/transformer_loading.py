@@ -93,8 +93,6 @@ def load_transformer(
             quantise, or the device does not multiply codes.
     """
     device, dtype, quant = torch.device(options.device), options.dtype, options.quant
-    if device.type == "cpu":
-        keep_freed_memory()
     with torch.device("meta"):
         model = build()
     if found.quant.scheme is not None:
@@ -120,6 +118,8 @@ def load_transformer(
         mmap=options.mmap,
         quantise_on=quant.quantise_on or device,  # faster there, also for blocks that wait elsewhere
     )
+    if device.type == "cpu":
+        keep_freed_memory()  # of steps; what loading frees is given back
     if quant.quant_matmul:
         _multiply_in_8_bits(model, tell=device.type != "meta")
     model.runner.ring = make_ring(swapped, device, options.swap)

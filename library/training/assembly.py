@@ -181,7 +181,7 @@ def _router(context: RunContext, model: Transformer) -> Router | None:
     tread, family = context.options.tread, context.trainer.family
     if not tread.tread_routes:
         return None
-    image = max(map(family.image_tokens, context.plan.largest_batch))
+    image = max(map(family.image_tokens, context.plan.heaviest_batches[0]))
     steps = context.total_steps
     for line in routing_lines(model, tread, image=image, text=_TEXT, total_steps=steps):
         _log.info("%s", line)

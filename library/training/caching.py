@@ -25,9 +25,7 @@ from library.core.ahead import map_ahead
 from library.core.log import logger
 from library.core.stopwatch import Stopwatch
 from library.data.batch import Condition
-from library.data.cached import FLIPPED, Tensors
-from library.data.cached import LatentCache as LatentSource
-from library.data.cached import TextCache as TextSource
+from library.data.cached import FLIPPED, LatentCache, Tensors, TextCache
 from library.data.images import drawn_source, load_pixels, load_source
 from library.data.items import Item
 from library.data.prompt import Prompt
@@ -42,9 +40,9 @@ _log = logger("caching")
 
 
 def cache_latents(
-    source: LatentSource, items: Iterable[Item], load_encoder: Callable[[], EncodePictures], run: PassRun
+    cache: LatentCache, items: Iterable[Item], load_encoder: Callable[[], EncodePictures], run: PassRun
 ) -> Counts:
-    """Make sure that `source` has the latents of all `items`, and what else is kept with them.
+    """Make sure that `cache` has the latents of all `items`, and what else is kept with them.
 
     That is the same flipped, masks, and the latents of the pictures that they are edits of.
 
@@ -56,26 +54,26 @@ def cache_latents(
         DataError: a picture cannot be read.
         StorageError: an entry cannot be written.
     """
-    jobs = [Job(source.key(item), source.entries.store(item), str(item.path), item) for item in items]
+    jobs = [Job(cache.key(item), cache.entries.store(item), str(item.path), item) for item in items]
     jobs.sort(key=_largest_first)
 
     def outputs(missing: list[Job], watch: Stopwatch) -> Outputs:
         with watch.time("load"):
             encode = load_encoder()
-        return _encode_pictures(missing, encode, source.entries.place.torch_dtype, (run, watch))
+        return _encode_pictures(missing, encode, cache.entries.place.torch_dtype, (run, watch))
 
-    return fill("latents", source.entries, jobs, outputs, run)
+    return fill("latents", cache.entries, jobs, outputs, run)
 
 
 def cache_texts(
-    source: TextSource,
+    cache: TextCache,
     items: Iterable[Item],
     load_encoder: Callable[[], EncodeTexts],
     run: PassRun,
     *,
     length: Callable[[str], int] = len,
 ) -> Counts:
-    """Make sure that `source` has the features of everything that the captions of `items` can become.
+    """Make sure that `cache` has the features of everything that the captions of `items` can become.
 
     Args:
         load_encoder: loads the text encoder; called only if an entry is missing or damaged.
@@ -86,10 +84,10 @@ def cache_texts(
         NonFiniteError: a text's features contain NaN or infinity; they are not kept.
         StorageError: an entry cannot be written.
     """
-    prompts = [(item, source.prompts(item)) for item in items]
-    _say_what_is_sampled([len({p.text for p in of_item}) for _, of_item in prompts], source.max_variants)
+    prompts = [(item, cache.prompts(item)) for item in items]
+    _say_what_is_sampled([len({p.text for p in of_item}) for _, of_item in prompts], cache.max_variants)
     jobs = [
-        Job(source.key(prompt), source.entries.store(item), _called(prompt), item, prompt)
+        Job(cache.key(prompt), cache.entries.store(item), _called(prompt), item, prompt)
         for item, of_item in prompts
         for prompt in of_item
     ]
@@ -100,9 +98,9 @@ def cache_texts(
         with watch.time("load"):
             encode = load_encoder()
         longest_first = sorted(missing, key=lambda job: _longest_first(job.prompt, length))
-        return _encode_texts(longest_first, encode, source.entries.place.torch_dtype, (run, watch))
+        return _encode_texts(longest_first, encode, cache.entries.place.torch_dtype, (run, watch))
 
-    return fill("texts", source.entries, jobs, outputs, run)
+    return fill("texts", cache.entries, jobs, outputs, run)
 
 
 def _say_what_is_sampled(counts: list[int], limit: int) -> None:

@@ -83,8 +83,23 @@ def test_an_epoch_uses_every_picture_within_the_limit(
         assert len({plan.manifest.items[d.item].dataset.network_multiplier for d in micro.draws}) == 1
         for part in micro.parts:
             assert sum(tokens_of(plan, draw.item) for draw in part) <= limit
-    most = max(sum(tokens_of(plan, d.item) for d in part) for micro in batches for part in micro.parts)
-    assert sum(width * height for width, height in plan.largest_batch) == most * STRIDE**2
+    parts = [part for micro in batches for part in micro.parts]
+    assert_heaviest(plan, {(sum(tokens_of(plan, draw.item) for draw in part), len(part)) for part in parts})
+
+
+def assert_heaviest(plan: Plan, batches: set[tuple[int, int]]) -> None:
+    """`batches`: tokens and pictures of each. Most tokens first; none than which another has more of both."""
+    heaviest = [(sum(w * h for w, h in sizes) // STRIDE**2, len(sizes)) for sizes in plan.heaviest_batches]
+    assert heaviest == sorted(
+        (
+            (tokens, count)
+            for tokens, count in batches
+            if not any(
+                other != (tokens, count) and other[0] >= tokens and other[1] >= count for other in batches
+            )
+        ),
+        reverse=True,
+    )
 
 
 @settings(max_examples=60)

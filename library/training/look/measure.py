@@ -74,11 +74,11 @@ def measure(context: RunContext) -> Path:
     found = [row for row in rows if row.found]
     if found:
         print(f"foretold / found: {median(row.foretold / row.found for row in found):.3f} in the middle")
-    if options.budget.vram_budget is not None:
-        _print_choice(context, estimate, rows)
     path = options.saving.output_dir / "memory_plan.json"
     write_text(path, json.dumps([_as_json(row) for row in rows], indent=1))
     print(f"figures: {path}")
+    if options.budget.vram_budget is not None:
+        _print_choice(context, estimate, rows)
     return path
 
 

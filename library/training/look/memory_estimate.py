@@ -77,13 +77,22 @@ class MemoryEstimate:
         limit = _most_tokens(trainer, context.prepared.manifest.items)
         tread = options.tread
         routes = () if tread.steps_off(context.total_steps) else tread.routes  # the last steps take the most
-        self.work = Work(context.plan.largest_batch, min(limit, tokens or limit), routes)
+        batches, tokens = context.plan.heaviest_batches, min(limit, tokens or limit)
+        self._works = [Work(sizes, tokens, routes) for sizes in batches]
         self.trains_text = options.trainee.trains_text_encoder
         self._trainer, self._context, self._kind, self._speeds = trainer, context, kind, speeds
         self._models: dict[str | None, tuple[Simulation, Holdings]] = {}
         self._steps: dict[Manner, Step] = {}
         self._encoders: nn.Module | None = None
         self._vae: nn.Module | None = None
+
+    @cached_property
+    def work(self) -> Work:
+        """The batch whose step takes the most. Captions take as much as pictures, if these are small."""
+        if len(self._works) == 1:
+            return self._works[0]
+        manner = Manner.of(self._trainer.options)
+        return max(self._works, key=lambda work: self._simulated(manner, work).peak)
 
     def training(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what training takes."""
@@ -163,14 +172,16 @@ class MemoryEstimate:
         return self.simulation(self._given_quant).trainee
 
     def step(self, manner: Manner) -> Step:
-        """Return what a step on the largest batch takes."""
+        """Return what a step on the heaviest batch takes."""
         if manner not in self._steps:
-            simulation = self.simulation(manner.quant)
-            options = self._trainer.options
-            between = options.compute.keeps_between(manner.mode)
-            simulation.model.runner.keep(manner.mode, every=manner.every, between=between)
-            self._steps[manner] = simulation.step(self.work, speeds=self._speeds)
+            self._steps[manner] = self._simulated(manner, self.work)
         return self._steps[manner]
+
+    def _simulated(self, manner: Manner, work: Work) -> Step:
+        simulation = self.simulation(manner.quant)
+        between = self._trainer.options.compute.keeps_between(manner.mode)
+        simulation.model.runner.keep(manner.mode, every=manner.every, between=between)
+        return simulation.step(work, speeds=self._speeds)
 
     def holdings(self, quant: str | None) -> Holdings:
         """Return what is kept, with the model in a precision."""
@@ -280,7 +291,9 @@ class MemoryEstimate:
         return peak_of(encode, self.encoders, *trained_ones)
 
     def _encoding_pictures(self, count: int) -> int:
-        width, height = max(self.work.sizes, key=lambda size: size[0] * size[1])
+        width, height = max(
+            (item.geometry.bucket for item in self._context.prepared.manifest.items), key=prod
+        )
         pixels_BCHW = torch.zeros(count, 3, height, width, device=META)
         return peak_of(lambda: self._trainer.encode_images(self.vae, pixels_BCHW), self.vae)[0]
 

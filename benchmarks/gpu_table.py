@@ -98,7 +98,7 @@ def results(all_found: Mapping[Case, Found], machine: str, rate: float) -> list[
             first = statistics.median(next(iter(there.values())))
             rows = [_row(name, given, first) for name, given in there.items()]
             title = f"{unit}: {place[0]}, {place[1]} px, batch {place[2]}, {machine}"
-            kept.append(Result(title, unit, rows, rate / 1e9, max(map(len, there.values()))))
+            kept.append(Result(title, unit, rows, rate / 1e9, max(map(len, there.values())), "bf16"))
     return kept
 
 

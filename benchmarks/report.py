@@ -47,6 +47,7 @@ class Result:
     rows: list[Row]
     matmul_gflops: float
     rounds: int
+    matmul_dtype: str = "fp32"
 
 
 def missing_packages(*packages: str) -> str:
@@ -92,14 +93,19 @@ def matmul_gflops() -> float:
 
 
 def summarise(
-    title: str, figures: Mapping[str, list[float]], rival: str, matmul_gflops: float, unit: str
+    title: str,
+    figures: Mapping[str, list[float]],
+    rival: str,
+    matmul_gflops: float,
+    unit: str,
+    matmul_dtype: str = "fp32",
 ) -> Result:
     """Return medians and ratios of figures that were taken round by round."""
     rows = []
     for name, mine in figures.items():
         ratios = sorted(ours / theirs for ours, theirs in zip(mine, figures[rival], strict=True))
         rows.append(Row(name, statistics.median(mine), statistics.median(ratios), ratios[0], ratios[-1]))
-    return Result(title, unit, rows, matmul_gflops, len(figures[rival]))
+    return Result(title, unit, rows, matmul_gflops, len(figures[rival]), matmul_dtype)
 
 
 def show(result: Result, benchmark: str) -> None:
@@ -108,9 +114,8 @@ def show(result: Result, benchmark: str) -> None:
     benchmark: the name of its results, `benchmarks/results/<benchmark>.json`.
     """
     before = _committed(RESULTS / f"{benchmark}.json", result)
-    print(
-        f"\n{result.title}\n{result.matmul_gflops:.0f} GFLOP/s in fp32; medians of {result.rounds} rounds\n"
-    )
+    rate = f"{result.matmul_gflops:.0f} GFLOP/s in {result.matmul_dtype}"
+    print(f"\n{result.title}\n{rate}; medians of {result.rounds} rounds\n")
     print(f"| | {result.unit} | ratio (least .. most) | committed |\n| --- | --- | --- | --- |")
     for row in result.rows:
         old = f"{before[row.name]:.3f}" if row.name in before else "-"
@@ -139,11 +144,15 @@ def write(results: list[Result], path: Path | None) -> None:
 
 
 def _committed(path: Path, now: Result) -> dict[str, float]:
-    """Return the medians of an earlier result by name; times as they would be at this machine's pace."""
+    """Return the medians of an earlier result by name; times as they would be at this machine's pace. There
+    are none of a machine whose fastest products are of another dtype."""
     old = _read(path).get(now.title)
     if old is None:
         return {}
-    pace = old["matmul_gflops"] / now.matmul_gflops if now.unit.endswith("s") else 1
+    timed = now.unit.endswith("s")
+    if timed and old.get("matmul_dtype", "fp32") != now.matmul_dtype:
+        return {}
+    pace = old["matmul_gflops"] / now.matmul_gflops if timed else 1
     return {row["name"]: row["median"] * pace for row in old["rows"]}
 
 

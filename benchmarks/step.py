@@ -79,7 +79,8 @@ def measure_time(settings: Settings, reps: int) -> list[Result]:
     results = []
     for rival in rivals:
         title = f"Step against {rival}: {settings}"
-        results.append(summarise(title, times, rival, rate / 1e9, f"{clock.kind} seconds"))
+        unit, dtype = f"{clock.kind} seconds", "fp32" if square.dtype == torch.float32 else "bf16"
+        results.append(summarise(title, times, rival, rate / 1e9, unit, dtype))
         show(results[-1], "step")
     return results
 

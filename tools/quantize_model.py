@@ -79,7 +79,7 @@ def main() -> None:
 
     load = load_kandinsky5 if is_kandinsky else load_nextdit
     quant = QuantOptions(base_quant=chosen.base_quant)
-    model = load(found, device=torch.device("cpu"), dtype=torch.bfloat16, quant=quant)
+    model = load(found, device=torch.device("cpu"), dtype=None, quant=quant)
     metadata = family.settings_of(found.params) | {SCHEME_KEY: chosen.base_quant}
     write_bytes(chosen.output, save(model.state_dict(), metadata))
     print(f"wrote {chosen.output}, {chosen.output.stat().st_size / 2**30:.2f} GiB")

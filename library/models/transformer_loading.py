@@ -44,7 +44,8 @@ class Found(Protocol):
 class LoadOptions:
     """How a transformer is loaded.
 
-    dtype: of weights and activations, but for the few layers that a family keeps in fp32.
+    dtype: of weights and activations, but for the few layers that a family keeps in fp32. None: each weight's
+        own, to be saved.
     attention: a kernel of `library.nn.attention`; on the meta device one that is nearest to it.
     mmap: map the files into memory; else read them.
     swap: how many blocks wait in the computer's memory until it is their turn.
@@ -54,7 +55,7 @@ class LoadOptions:
     """
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     attention: str = "auto"
     mmap: bool = True
     swap: SwapOptions = NO_SWAP

@@ -46,7 +46,7 @@ _PACKAGES = {  # kernel: what is imported, and what pip installs
 _ONLY_HALF = ("cudnn", "varlen", "flash", "sage")
 
 
-def prepare_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
+def prepare_kernel(kernel: str, device: torch.device, dtype: torch.dtype | None) -> None:
     """Refuse a kernel that cannot work, before anything is computed. Whatever the kernel, SDPA is kept from
     choosing cuDNN by itself, in the whole process: on Hopper and Blackwell it would, from torch 2.11 on.
 

@@ -145,6 +145,14 @@ class ComputeOptions(AttentionOptions):
                 "themselves, which are elsewhere by then. Use --dynamo_backend aot_eager or inductor."
             )
 
+    def check_measuring(self) -> None:
+        """Raise ConfigError if --plan_memory cannot measure such steps."""
+        if self.compiles:
+            raise ConfigError(
+                "--plan_memory measures steps that are not compiled; leave out --torch_compile. Compiled "
+                "blocks need less memory than it finds."
+            )
+
     @property
     def compiles(self) -> bool:
         """Whether the blocks are compiled."""

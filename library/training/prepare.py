@@ -62,6 +62,8 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     trainer.trainee_kind.check(options)
     if options.swap.count:
         options.compute.check_swapping()
+    if options.budget.plan_memory:
+        options.compute.check_measuring()
     options.trainee.check_caches(options.caching)
     _check_model(trainer)
     resumed = find_resumed(fetch_state(options.hub, options.state), options.saving)
@@ -77,6 +79,8 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
         trainer.text_identity(ledger) if options.caching.texts else None,
     )
     adjustments = list(options.adjustments())
+    if options.training.only_looks and options.budget.plan_memory:
+        adjustments.append("--plan_memory has no effect: --dry_run and --debug_dataset only look")
     adjustments += compiler_wishes(os.environ, compiles=options.compute.compiles)
     if not manifest.validation:
         adjustments += options.validation.without_pictures()

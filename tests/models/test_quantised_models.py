@@ -188,9 +188,28 @@ def test_a_saved_model_is_the_one_that_was_quantised(nano, run_script, tmp_path,
     assert run_script("tools/quantize_model.py", *flags).code == 2  # it would overwrite
 
 
-def test_a_quantised_file_that_is_not_whole(nano, tmp_path):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_quantised_is_saved_as_it_was(nano, run_script, tmp_path, dtype):
+    """Embedders, norms, modulation: digits that bf16 does not have are kept, and none are made up."""
+    draw = torch.Generator().manual_seed(0)
+    weights = {
+        name: (tensor.float() * (1 + 1e-3 * torch.rand(tensor.shape, generator=draw))).to(dtype)
+        for name, tensor in load_file(nano.dit).items()
+    }
+    file, saved = tmp_path / "model.safetensors", tmp_path / "quantised.safetensors"
+    save_file(weights, file)
+    flags = ("--pretrained_model_name_or_path", file, "--output", saved, "--base_quant", "int8")
+    assert run_script("tools/quantize_model.py", *flags).code == 0
+    found = {name: tensor for name, tensor in load_file(saved).items() if name in weights}
+    assert len(found) > 20 and all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+    kept = {tensor.dtype for name, tensor in found.items() if not name.startswith("t_embedder.")}
+    assert kept == {dtype}
+    now = load_nextdit(file, device=CPU, dtype=torch.float32, quant=QuantOptions(base_quant="int8"))
+    again = load_nextdit(saved, device=CPU, dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in now.state_dict().items())
 
+
+def test_a_quantised_file_that_is_not_whole(nano, tmp_path):
     model = _load(nano, torch.bfloat16, "int8")
     tensors = {name: t for name, t in model.state_dict().items() if name != "layers.0.attention.qkv.scale"}
     save_file(tensors, tmp_path / "broken.safetensors", {"flow_scripts.quant": "int8"})

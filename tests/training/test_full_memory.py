@@ -352,13 +352,16 @@ def test_measuring_makes_real_updates_and_quantises_nothing(
 
 
 def test_precisions_to_choose_from_are_those_that_a_run_can_have(runs: Runs, nano, tmp_path: Path) -> None:
+    whole, quantised = SimpleNamespace(comes_quantised=False), SimpleNamespace(comes_quantised=True)
+
     def had(resumed: str | None, context: RunContext) -> tuple[str | None, ...]:
         settings = {**context.prepared.settings, "base_quant": resumed}
         prepared = replace(context.prepared, resumed=SimpleNamespace(), settings=settings)
-        return precisions_for(replace(context, prepared=prepared))
+        return precisions_for(replace(context, prepared=prepared), whole)
 
     of_network = Runs(nano, tmp_path, of_networks=True).context("lumina")
-    assert precisions_for(of_network) == PRECISIONS
+    assert precisions_for(of_network, whole) == PRECISIONS
+    assert precisions_for(of_network, quantised) == (None,)
     assert [had(quant, of_network) for quant in PRECISIONS] == [(quant,) for quant in PRECISIONS]
     of_weights = runs.context("lumina")
-    assert precisions_for(of_weights) == had(None, of_weights) == (None,)
+    assert precisions_for(of_weights, whole) == had(None, of_weights) == (None,)

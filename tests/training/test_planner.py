@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,8 +48,6 @@ def estimate(command, tmp_path_factory):
 
 
 def plan(estimate, allowed, precisions=(None, "int8", "nf4"), **changed):
-    from dataclasses import replace
-
     from library.training.look.meter import Speeds
     from library.training.look.planner import make_plan
 
@@ -172,3 +171,69 @@ def test_measuring_says_what_each_way_takes(command, run_script, tmp_path):
         assert row["seconds"] > 0
     assert "<- chosen" in result.out
     assert not (tmp_path / "it.safetensors").exists()
+
+
+def test_measuring_a_quantised_file_measures_no_other_precision(nano, command, run_script, tmp_path):
+    saved = tmp_path / "nf4.safetensors"
+    flags = ("--pretrained_model_name_or_path", nano.dit, "--output", saved, "--base_quant", "nf4")
+    assert run_script("tools/quantize_model.py", *flags).code == 0
+    words = [*command[1:], f"--pretrained_model_name_or_path={saved}", f"--output_dir={tmp_path}"]
+    result = run_script("lumina_train_network.py", *words, "--plan_memory", "--vram_budget=640MB")
+    assert result.code == 0, result.err
+    rows = json.loads((tmp_path / "memory_plan.json").read_text())
+    assert {row["base_quant"] for row in rows} == {None} and "int8" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--torch_compile"], "--plan_memory measures steps that are not compiled"),
+        (["--vram_budget=auto"], "--vram_budget auto asks a CUDA GPU"),
+        (["--vram_budget=100MB"], "--vram_budget 100MB leaves nothing for tensors"),
+    ],
+)
+def test_measuring_that_cannot_be_is_refused_before_it_begins(command, run_script, tmp_path, flags, reason):
+    words = [*command, f"--output_dir={tmp_path}", "--plan_memory", *flags]
+    result = run_script("lumina_train_network.py", *words)
+    assert result.code in (2, 71) and reason in result.err
+    assert "foretold" not in result.out
+
+
+def test_a_dry_run_says_that_it_does_not_measure(command, run_script, tmp_path):
+    result = run_script(
+        "lumina_train_network.py", *command, f"--output_dir={tmp_path}", "--plan_memory", "--dry_run"
+    )
+    assert result.code == 0 and "--plan_memory has no effect: --dry_run" in result.out
+
+
+def test_a_plan_is_for_the_batch_that_takes_the_most(nano, tmp_path):
+    """Of one large picture and of many small ones, which have a caption each, not the one of most pixels."""
+    from library.options.group import parse_options
+    from library.options.train import LuminaTrainOptions
+    from library.training.context import RunContext
+    from library.training.look.memory_estimate import Manner, MemoryEstimate
+    from library.training.prepare import prepare
+    from lumina_train_network import LuminaTrainer
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, side in enumerate([256, *[64] * 15]):
+        Image.new("RGB", (side, side), (number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a picture")
+    config = tmp_path / "data.toml"
+    config.write_text(
+        f"[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 256\nenable_bucket = true\n"
+        f"min_bucket_reso = 64\nbucket_no_upscale = true\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
+    )
+    words = [
+        *(f"--pretrained_model_name_or_path={nano.dit}", f"--gemma2={nano.gemma2}", f"--ae={nano.ae}"),
+        *(f"--dataset_config={config}", f"--output_dir={tmp_path / 'out'}", "--max_batch_tokens=256"),
+        *("--network_module=networks.lora_lumina", "--network_dim=4", "--seed=1", "--max_train_steps=2"),
+    ]
+    trainer = LuminaTrainer(parse_options(LuminaTrainOptions, words))
+    context = RunContext.decide(trainer, prepare(trainer))
+    assert context.plan.heaviest_batches == [((256, 256),), ((64, 64),) * 15]
+    estimate = MemoryEstimate(trainer, context, tokens=100)
+    assert len(estimate.work.sizes) == 15
+    one = estimate.simulation(None).step(replace(estimate.work, sizes=((256, 256),)))
+    assert estimate.step(Manner.of(trainer.options)).peak > 1.5 * one.peak

@@ -61,6 +61,7 @@ def measure(context: RunContext) -> Path:
         raise ConfigError("--plan_memory measures on one device: start it without accelerate launch.")
     if device.type not in _KINDS:
         raise ConfigError(f"--plan_memory can measure on a CUDA GPU or on the CPU, not on '{device.type}'.")
+    allowed = None if options.budget.vram_budget is None else _allowed(context)
     speeds = Speeds()
     estimate = MemoryEstimate(context.trainer, context, kind=device.type, speeds=speeds)
     print(f"a step on {len(estimate.work.sizes)} picture(s) of {estimate.work.sizes[0]}, on {device}")
@@ -77,20 +78,21 @@ def measure(context: RunContext) -> Path:
     path = options.saving.output_dir / "memory_plan.json"
     write_text(path, json.dumps([_as_json(row) for row in rows], indent=1))
     print(f"figures: {path}")
-    if options.budget.vram_budget is not None:
-        _print_choice(context, estimate, rows)
+    if allowed is not None:
+        _print_choice(context, estimate, rows, allowed)
     return path
 
 
 def _steps(context: RunContext, estimate: MemoryEstimate) -> Iterator[Measured]:
-    """Make two steps of each kind: every mode, then with half of the blocks swapped, then quantised; the
-    latter two where they can be."""
-    given = context.options.quant.transformer
-    half = SwapOptions(blocks_to_swap=estimate.block_count // 2)
+    """Make two steps of each kind: every mode, then with blocks swapped, half of them unless the options say
+    how many, then quantised; the latter two where they can be."""
+    given, swap = context.options.quant.transformer, context.options.swap
+    if not swap.count:
+        swap = replace(swap, blocks_to_swap=estimate.block_count // 2)
     yield from _steps_of(context, estimate, given, SwapOptions(), MODES)
     if estimate.no_swap_because is None:
-        yield from _steps_of(context, estimate, given, half, ("none", "full"))
-    if given is None and context.options.trainee.freezes_dit:
+        yield from _steps_of(context, estimate, given, swap, ("none", "full"))
+    if given is None and "int8" in precisions_for(context, estimate):
         yield from _steps_of(context, estimate, "int8", SwapOptions(), ("none", "full"))
 
 
@@ -204,17 +206,21 @@ class RealSteps:
             torch.cuda.synchronize(self._simulation.device)
 
 
-def _print_choice(context: RunContext, estimate: MemoryEstimate, rows: list[Measured]) -> None:
-    """Choose by what was found: foretold memory and time are scaled to it."""
+def _allowed(context: RunContext) -> int:
     budget = context.options.budget
     given = None if budget.vram_budget == AUTO else budget.bytes_allowed
-    allowed = allowed_bytes(budget.vram_budget, given, context.device)
+    return allowed_bytes(budget.vram_budget, given, context.device)
+
+
+def _print_choice(context: RunContext, estimate: MemoryEstimate, rows: list[Measured], allowed: int) -> None:
+    """Choose by what was found: foretold memory and time are scaled to it."""
     plain = [row for row in rows if row.found and not row.swapped]
     calibration = Calibration(
-        memory=max((row.found / row.foretold for row in plain), default=1.0),
+        memory={row.manner: row.found / row.foretold for row in plain},
         seconds={row.manner: row.seconds for row in plain},
     )
-    plan = make_plan(estimate, context.options, allowed, Speeds(), precisions_for(context), calibration)
+    precisions = precisions_for(context, estimate)
+    plan = make_plan(estimate, context.options, allowed, Speeds(), precisions, calibration)
     print("\n".join(plan.lines()))
 
 

@@ -19,6 +19,7 @@ from library.data.items import Item
 from library.data.prompt import Prompt
 from library.data.prompt_files import load_sample_prompts
 from library.nn.gradient_return import UNDER_WAY
+from library.nn.quant import quant_layers
 from library.nn.transformer import Transformer
 from library.options.request import ImageRequest
 from library.options.swap import SwapOptions
@@ -146,6 +147,11 @@ class MemoryEstimate:
     def update_seconds(self, quant: str | None, swap: SwapOptions) -> float:
         """Return how long the update takes, once all gradients are there."""
         return self.holdings(quant).update_seconds(swap, self._speeds) if self._speeds else 0.0
+
+    @cached_property
+    def comes_quantised(self) -> bool:
+        """Whether the file has the model quantised, and not the options."""
+        return self._given_quant is None and bool(quant_layers(self.model))
 
     @property
     def block_count(self) -> int:

@@ -65,10 +65,14 @@ _log = logger("budget")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What --plan_memory found. memory: bytes for each one foretold. seconds: of the steps that were made."""
+    """What --plan_memory found of the steps that were made. memory: bytes for each one foretold."""
 
-    memory: float = 1.0
+    memory: Mapping[Manner, float] = field(default_factory=dict)
     seconds: Mapping[Manner, float] = field(default_factory=dict)
+
+    def excess(self, manner: Manner) -> float:
+        """Return by what foretold bytes are to be multiplied; for what was not made, by the most of all."""
+        return self.memory.get(manner) or max(self.memory.values(), default=1.0)
 
     def pace(self, manner: Manner, estimate: MemoryEstimate) -> float:
         """Return by what the foretold seconds of a step are to be multiplied."""
@@ -202,13 +206,14 @@ def _rest(budget: str, size: int, reserve: int) -> int:
     return round((size - reserve) / SLACK)
 
 
-def precisions_for(context: RunContext) -> tuple[str | None, ...]:
+def precisions_for(context: RunContext, estimate: MemoryEstimate) -> tuple[str | None, ...]:
     """Return the schemes of `library.nn.quant` that may be chosen for a run, unless it is given one.
 
-    A model whose own weights are trained keeps its precision, and a resumed run keeps what it had.
+    A model whose own weights are trained, or that is quantised in its file, keeps its precision, and a
+    resumed run keeps what it had.
     """
     prepared = context.prepared
-    if not context.options.trainee.freezes_dit:
+    if not context.options.trainee.freezes_dit or estimate.comes_quantised:
         return (None,)
     return PRECISIONS if prepared.resumed is None else (prepared.settings["base_quant"],)
 
@@ -267,7 +272,7 @@ def planned(context: RunContext) -> RunContext:
     allowed = min(context.processes.gather(mine))  # all processes run alike
     speeds = Speeds()
     estimate = MemoryEstimate(context.trainer, context, speeds=speeds)
-    plan = make_plan(estimate, options, allowed, speeds, precisions_for(context))
+    plan = make_plan(estimate, options, allowed, speeds, precisions_for(context, estimate))
     plan = replace(plan, warnings=tuple(_warnings(estimate, plan, options, device)))
     _log.info("--vram_budget %s\n%s", budget.vram_budget, "\n".join(f"  {line}" for line in plan.lines()))
     chosen = context.processes.agree(plan.chosen)
@@ -353,7 +358,7 @@ def _with_swap(
     for count in counts:
         swap = replace(given, blocks_to_swap=count or given.blocks_to_swap)
         parts = estimate.training(manner, swap)
-        memory = round(sum(parts.values()) * calibration.memory)
+        memory = round(sum(parts.values()) * calibration.excess(manner))
         if memory <= allowed:
             break
     copied, elsewhere = estimate.swapped_bytes(manner.quant, swap), estimate.in_computer(manner, swap)

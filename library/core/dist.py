@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -69,6 +70,8 @@ class Processes:
             mixed_precision="no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
+        if accelerator.num_processes > 1 and device.type == "cpu":
+            atexit.register(_leave_gloo)
         return cls(accelerator, sharding if accelerator.num_processes > 1 else None)
 
     def tied(self) -> AbstractContextManager[object]:
@@ -134,6 +137,12 @@ class Processes:
         for piece in _pieces([_gradient(p) for p in parameters if p.requires_grad], _PIECE):
             summed = self.sum(torch.cat(piece).to(self.device))
             torch._foreach_copy_(piece, list(summed.split([len(part) for part in piece])))
+
+
+def _leave_gloo() -> None:
+    """End the threads of torch's exchange between CPUs, which can abort a program that ends before them."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

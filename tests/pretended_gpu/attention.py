@@ -40,7 +40,8 @@ def _sdpa(
     if q.dtype != torch.float32 and attn_mask is None:
         attend = torch.ops.aten._scaled_dot_product_flash_attention
         return attend(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
     attend = torch.ops.aten._scaled_dot_product_efficient_attention

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from library.training.context import RunContext
     from library.training.trainer import NetworkTrainer
 
+TEXT_PASS, LATENT_PASS = "filling the text cache", "filling the latent cache"
+DRAWING = "drawing sample pictures"
 _AVERAGE = "running average (EMA)"
 _TEXT_ACTIVATIONS = "activations of the text encoder"
 
@@ -113,12 +115,12 @@ class MemoryEstimate:
         """
         caching, phases = self._trainer.options.caching, {}
         if caching.texts and texts:
-            phases["filling the text cache"] = {
+            phases[TEXT_PASS] = {
                 "text encoder": self._trainer.text_encoder_bytes(self.encoders),
                 "its work": self._caching_texts(caching.text_encoder_batch_size),
             }
         if caching.latents and latents:
-            phases["filling the latent cache"] = {
+            phases[LATENT_PASS] = {
                 "autoencoder": weight_bytes(self.vae),
                 "its work": self._encoding_pictures(caching.vae_batch_size),
             }
@@ -129,7 +131,7 @@ class MemoryEstimate:
             staying.pop(_TEXT_ACTIVATIONS, None)
             if self._trainer.options.ema.ema_sample != "raw":  # the average is put in place of the weights
                 staying["weights put aside"] = self.holdings(manner.quant).trained_bytes(swap)
-            phases["drawing sample pictures"] = staying | {
+            phases[DRAWING] = staying | {
                 "autoencoder": weight_bytes(self.vae),
                 "its work, or the model's": drawing,
             }

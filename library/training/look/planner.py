@@ -38,6 +38,9 @@ from library.options.train import TrainOptions
 from library.training.guards import upkeep_advice
 from library.training.look.holdings import Parts
 from library.training.look.memory_estimate import (
+    DRAWING,
+    LATENT_PASS,
+    TEXT_PASS,
     Manner,
     MemoryEstimate,
     free_memory,
@@ -59,6 +62,13 @@ PRECISIONS = (None, "int8", "nf4")  # tried where none is given; int8 is nearer 
 
 _PAGEABLE = 0.4  # share of the link's speed that copies from ordinary memory reach
 _MIXED = (("feed_forward", 2), ("outputs", 2), ("full", 2))  # half of the blocks; all lies in between
+
+_LESS_FOR = {  # a phase beside training
+    TEXT_PASS: "less with --text_encoder_quant int8 or a smaller --text_encoder_batch_size; nothing if all "
+    "texts are cached already",
+    LATENT_PASS: "less with a smaller --vae_batch_size; nothing if all latents are cached already",
+    DRAWING: "less with smaller sample pictures or a smaller --sample_batch_size",
+}
 
 _log = logger("budget")
 
@@ -393,11 +403,7 @@ def _warnings(
         yield (f"swapped blocks take {shown(elsewhere)} of the computer's memory; {shown(free)} are free")
     for phase, parts in estimate.other_phases(chosen.manner, chosen.swap).items():
         if sum(parts.values()) > plan.allowed:
-            yield (
-                f"{phase} may take more, {summed(parts)}: use smaller batches for it "
-                f"(--text_encoder_batch_size, --vae_batch_size, --sample_batch_size), smaller pictures, or "
-                f"--text_encoder_quant int8"
-            )
+            yield f"{phase} may take more, {summed(parts)}: {_LESS_FOR[phase]}"
 
 
 def _fits(found: Sequence[Choice], allowed: int) -> bool:

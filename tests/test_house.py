@@ -26,6 +26,7 @@ TORCH_FREE = [
     "library.core.hashing",
     "library.core.checkpoint_files",
     "library.core.checkpoint_writer",
+    "library.core.versions",
     "library.options.train",
     "library.options.inference",
     "library.data.schema",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, final
 from library.core.errors import ConfigError, UserError
 from library.core.files import require_writable_directory
 from library.core.log import logger
+from library.core.versions import require_torch
 from library.data.prompt_files import load_prompts, parse_line, sources_of
 from library.inference.console import typed_requests
 from library.options.inference import InferenceOptions
@@ -99,6 +100,7 @@ class InferenceScript(ABC, Generic[PromptT]):
     @final
     def run(self) -> None:
         """Check everything that can be checked cheaply, then load and draw."""
+        require_torch()
         run = self.options.run
         layers, blocks = self.check_models()
         self._check_loras(layers)

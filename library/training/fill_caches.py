@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from library.core.hashing import HashLedger
 from library.core.launch import complete_launch
 from library.core.log import logger
+from library.core.versions import require_torch
 from library.data.items import Manifest
 from library.data.scan import scan, without_sources
 from library.training.family import CacheIdentities
@@ -24,6 +25,7 @@ def fill_caches(trainer: NetworkTrainer, *, latents: bool = False, texts: bool =
     The options must ask for the caches that are filled, on disk. Of the others only those are read that
     decide about the entries. Raises UserError for what is wrong with them, or with a file.
     """
+    require_torch()
     complete_launch()
     options = trainer.options
     options.logging.set_up()

@@ -240,9 +240,11 @@ class NetworkTrainer(ABC):
         """
         # Imported as they are needed: --help need not wait for the dataset code, nor a mistake for torch.
         from library.core.launch import complete_launch, spread_model
+        from library.core.versions import require_torch
         from library.training.prepare import prepare
         from library.training.state.stop import StopSignals
 
+        require_torch()
         complete_launch()
         if self.options.deepspeed.spreads_model:
             spread_model(os.environ)

@@ -1,4 +1,4 @@
-"""Whether the installed torch is new enough. Torch-free: one that is too old may fail while it is imported."""
+"""Whether the installed torch is new enough. Torch-free, because an old one may fail while it is imported."""
 
 from __future__ import annotations
 

@@ -33,7 +33,6 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from library.core.device import sent
 from library.nn import eight_bit
 from library.nn.products import Linear, cast, layer_dtype
-from library.nn.stand_in import device_kind
 from library.options.quant import GROUP, STORED, check_width
 
 _IN_8_BITS = " in 8 bits"  # ends the name of a scheme whose codes are multiplied as they are
@@ -79,10 +78,9 @@ class Fp8(_ByRow):
     def unpack(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `Scheme`. Processors have no instruction for these numbers, and look them up faster."""
         codes_OI, scale_O1 = stored
-        if device_kind(codes_OI) != "cpu" or codes_OI.shape[1] % 2 or torch.compiler.is_compiling():
+        if codes_OI.device.type != "cpu" or codes_OI.shape[1] % 2 or torch.compiler.is_compiling():
             return super().unpack(stored, dtype)
-        pairs = _fp8_pairs(codes_OI.device, dtype)
-        numbers_OI = _looked_up(pairs, codes_OI.view(torch.uint16), dtype).view_as(codes_OI)
+        numbers_OI = _looked_up(_fp8_pairs(dtype), codes_OI.view(torch.uint16), dtype).view_as(codes_OI)
         return numbers_OI.mul_(scale_O1.to(dtype))
 
 
@@ -358,7 +356,8 @@ def _looked_up(pairs: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _pairs_for(packed: Tensor, numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Return what each byte of two codes stands for, on the device of `packed`."""
-    if torch.compiler.is_compiling():  # compiled code has the table among its constants
+    # Compiled code has the table among its constants. One without content may be of a mode that soon ends.
+    if torch.compiler.is_compiling() or packed.device.type == "meta":
         return _pairs_of_byte(numbers, dtype).to(packed.device)
     return _pairs_on(packed.device, numbers, dtype)
 
@@ -374,7 +373,7 @@ def _pairs_of_byte(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _fp8_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return what 16 bits stand for that are two numbers in fp8, (65536,)."""
-    words = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.uint16)
+def _fp8_pairs(dtype: torch.dtype) -> Tensor:
+    """Return what 16 bits stand for that are two numbers in fp8, (65536,), on the CPU."""
+    words = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
     return words.view(torch.float8_e4m3fn).to(dtype).view(_WIDE[dtype.itemsize])

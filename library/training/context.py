@@ -14,6 +14,7 @@ from library.core.log import logger
 from library.data.loader import LoaderSettings
 from library.data.plan import Plan
 from library.nn.kernel_choice import use_fused_kernels
+from library.nn.kernels import uses_triton
 from library.options.config_file import config_text
 from library.options.train import TrainOptions
 from library.training.events import Moment
@@ -57,6 +58,8 @@ class RunContext:
         obstacle = use_fused_kernels(options.compute.kernels, processes.device, dtype)
         if obstacle is not None:
             _log.info("torch computes norms and gates, and not kernels of Triton: %s", obstacle)
+        elif uses_triton():
+            _log.info("kernels of Triton compute norms and gates; --fused_kernels torch leaves that to torch")
         require_one_start(processes, resumed)
         seed = resumed.record.seed if resumed else run_seed(options.training.seed, processes)
         accumulation = options.training.gradient_accumulation_steps

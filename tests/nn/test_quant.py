@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.core.errors import ConfigError
 from library.nn.quant import _NF4, SCHEMES, QuantLinear, use_quant_layers
@@ -106,6 +107,17 @@ def test_every_byte_stands_for_two_numbers(name: str, dtype: torch.dtype) -> Non
     stored = {"nf4": (packed, scale), "int4": (packed, scale, low)}[name]
     for _ in range(2):  # the table is kept, and stays as it is
         assert torch.equal(SCHEMES[name].unpack(stored, dtype), numbers[codes] * scale.to(dtype).item())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_without_content_are_restored_in_one_mode_after_another(name: str) -> None:
+    """As memory is foretold: tables that are kept must not be of a mode that has ended."""
+    stored = [tensor.to("meta") for tensor in SCHEMES[name].pack(_weight())]
+    for _ in range(2):
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(tensor) for tensor in stored]
+            assert SCHEMES[name].unpack(fake, torch.bfloat16).shape == (128, 192)
+        assert type(SCHEMES[name].unpack(stored, torch.bfloat16)) is torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

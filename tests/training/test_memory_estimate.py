@@ -1,13 +1,11 @@
 """What is foretold on the meta device is what a real step takes, to the word of torch's own allocator."""
 
-import json
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.memory import allocated
 from library.data.batch import Condition
 from library.models.gemma2 import load_gemma2
 from library.models.lumina2 import load_nextdit, velocities
@@ -50,19 +48,6 @@ def bare_step(simulation, work):
     simulation.backward(work)
     for parameter in simulation.trainee.parameters():
         parameter.grad = None
-
-
-def allocated(action):
-    """The most bytes of torch's CPU allocator that an action had at once."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        action()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        profile.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    changes = [event["args"] for event in events if event["name"] == "[memory]"]
-    # The allocator's own count: the order of the events is that of clocks, which differ between processors.
-    totals = [change["Total Allocated"] for change in changes]
-    return max(totals) - (totals[0] - changes[0]["Bytes"])
 
 
 @pytest.mark.parametrize(

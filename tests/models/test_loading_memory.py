@@ -40,7 +40,7 @@ print(mb("VmHWM") - before)
 @pytest.mark.parametrize("way", ["mmap", "read"])
 @pytest.mark.parametrize("scheme", ["fp8", "int8"])
 def test_quantising_an_fp32_file_takes_hardly_more_than_the_file(tmp_path, scheme, way):
-    """Its large weights are given back to the system as soon as they are quantised; else it is up to thrice."""
+    """Its large weights are given back to the system as soon as they are quantised."""
     file = tmp_path / "m.safetensors"
     few = {"n_layers": 1, "n_noise_refiners": 1, "n_context_refiners": 1}
     write_checkpoint(file, dataclasses.replace(SIZES["mid"].params, ffn_dim=16384, **few), "fp32")

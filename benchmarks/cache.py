@@ -32,11 +32,7 @@ from safetensors.torch import save_file  # noqa: E402
 from benchmarks.report import Result, add_arguments, missing_packages, show, take_turns, write  # noqa: E402
 from library.core.hashing import HashLedger  # noqa: E402
 from library.data.batch import Condition  # noqa: E402
-from library.data.cached import (  # noqa: E402
-    CachePlace,
-    LatentCache,
-    TextCache,
-)
+from library.data.cached import CachePlace, LatentCache, TextCache  # noqa: E402
 from library.data.items import BucketOptions, CaptionOptions, Dataset, ImageOptions, Subset  # noqa: E402
 from library.data.prompt import Prompt  # noqa: E402
 from library.data.scan import scan  # noqa: E402

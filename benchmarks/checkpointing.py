@@ -26,7 +26,14 @@ import torch  # noqa: E402
 
 from benchmarks.report import Result, add_arguments, matmul_gflops, show, summarise, write  # noqa: E402
 from benchmarks.step import FAMILIES  # noqa: E402
-from benchmarks.step_parts import Clock, Settings, make_step, taking_part  # noqa: E402
+from benchmarks.step_parts import (  # noqa: E402
+    Clock,
+    Settings,
+    add_model_arguments,
+    make_step,
+    settings_of,
+    taking_part,
+)
 from library.nn.runner import MODES  # noqa: E402
 
 CONTROL = "control"
@@ -89,20 +96,14 @@ def _steps(
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="lumina")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_model_arguments(parser, FAMILIES)
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=["outputs", "full"])
     parser.add_argument("--rivals", nargs="+", choices=("reference", "diffusers"), default=["reference"])
     add_arguments(parser, rounds=5)
     given = parser.parse_args()
-    device = torch.device(given.device)
-    if device.type == "cpu":
+    if given.device.type == "cpu":
         torch.set_num_threads(1)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
-    settings = Settings(FAMILIES[given.family], given.size, dtype, given.batch, device, checkpointing=False)
+    settings = settings_of(given, FAMILIES[given.family])
     available = taking_part(settings.family)
     rivals = [rival for rival in given.rivals if rival in available]
     if not rivals:

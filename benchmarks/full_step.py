@@ -29,7 +29,13 @@ from torch import Tensor, nn  # noqa: E402
 
 from benchmarks import step_kandinsky5, step_lumina  # noqa: E402
 from benchmarks.report import Clock, Result, add_arguments, show, take_turns, write  # noqa: E402
-from benchmarks.step_parts import Settings, make_step, taking_part  # noqa: E402
+from benchmarks.step_parts import (  # noqa: E402
+    Settings,
+    add_model_arguments,
+    make_step,
+    settings_of,
+    taking_part,
+)
 
 FAMILIES = {
     "lumina": (step_lumina.LUMINA, step_lumina),
@@ -104,20 +110,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="lumina")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
+    add_model_arguments(parser, FAMILIES)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
     add_arguments(parser, rounds=4)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
     family, module = FAMILIES[given.family]
-    device = torch.device(given.device)
-    settings = Settings(family, given.size, dtype, given.batch, device, given.checkpointing)
+    settings = settings_of(given, family, checkpointing=given.checkpointing)
     write([measure(settings, module, given.rounds)], given.json)
 
 

@@ -27,7 +27,13 @@ import torch  # noqa: E402
 from benchmarks.modes import kept_bytes  # noqa: E402
 from benchmarks.report import Result, matmul_gflops, show, summarise, write  # noqa: E402
 from benchmarks.step import FAMILIES  # noqa: E402
-from benchmarks.step_parts import Contestant, Settings, taking_part  # noqa: E402
+from benchmarks.step_parts import (  # noqa: E402
+    Contestant,
+    Settings,
+    add_model_arguments,
+    settings_of,
+    taking_part,
+)
 from library.nn.runner import MODES  # noqa: E402
 
 
@@ -91,17 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="lumina")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_model_arguments(parser, FAMILIES)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
-    settings = Settings(FAMILIES[given.family], given.size, dtype, given.batch, given.device, False)
-    write(measure(settings), given.json)
+    write(measure(settings_of(given, FAMILIES[given.family])), given.json)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from benchmarks.step import FAMILIES  # noqa: E402
-from benchmarks.step_parts import Clock, Contestant, Settings, make_step, taking_part  # noqa: E402
+from benchmarks.step_parts import (  # noqa: E402
+    Clock,
+    Contestant,
+    Settings,
+    add_model_arguments,
+    make_step,
+    settings_of,
+    taking_part,
+)
 from library.nn.compiling import part_compiler  # noqa: E402
 from library.nn.runner import MODES  # noqa: E402
 from library.options.compute import ComputeOptions  # noqa: E402
@@ -77,20 +85,13 @@ def kept_bytes(contestant: Contestant, work: Any) -> int:
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="lumina")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_model_arguments(parser, FAMILIES)
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="compiled blocks too")
     given = parser.parse_args()
-    if given.device == "cpu" or torch.device(given.device).type == "cpu":
+    if given.device.type == "cpu":
         torch.set_num_threads(1)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
-    family, device = FAMILIES[given.family], torch.device(given.device)
-    settings = Settings(family, given.size, dtype, given.batch, device, checkpointing=False)
-    measure(settings, given.reps, compiled=given.compile)
+    measure(settings_of(given, FAMILIES[given.family]), given.reps, compiled=given.compile)
 
 
 if __name__ == "__main__":

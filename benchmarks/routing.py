@@ -21,7 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from benchmarks.step import FAMILIES  # noqa: E402
-from benchmarks.step_parts import Clock, Contestant, Settings, make_step  # noqa: E402
+from benchmarks.step_parts import (  # noqa: E402
+    Clock,
+    Contestant,
+    Settings,
+    add_model_arguments,
+    make_step,
+    settings_of,
+)
 from library.nn.routing import Routing, choose_kept  # noqa: E402
 from library.options.tread import Route, resolved  # noqa: E402
 from library.training.routing import saved_share  # noqa: E402
@@ -83,20 +90,14 @@ def measure(settings: Settings, written: list[str], rounds: int) -> None:
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="kandinsky5")
-    parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_model_arguments(parser, FAMILIES, family="kandinsky5")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--routes", nargs="+", default=["2:-2:0.5"])
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    device = torch.device(given.device)
-    if device.type == "cpu":
+    if given.device.type == "cpu":
         torch.set_num_threads(1)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
-    settings = Settings(FAMILIES[given.family], given.size, dtype, given.batch, device, given.checkpointing)
+    settings = settings_of(given, FAMILIES[given.family], checkpointing=given.checkpointing)
     measure(settings, given.routes, given.rounds)
 
 

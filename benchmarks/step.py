@@ -39,7 +39,14 @@ import torch  # noqa: E402
 from benchmarks.report import Result, add_arguments, matmul_gflops, show, summarise, write  # noqa: E402
 from benchmarks.step_kandinsky5 import KANDINSKY5  # noqa: E402
 from benchmarks.step_lumina import LUMINA  # noqa: E402
-from benchmarks.step_parts import Clock, Settings, make_step, taking_part  # noqa: E402
+from benchmarks.step_parts import (  # noqa: E402
+    Clock,
+    Settings,
+    add_model_arguments,
+    make_step,
+    settings_of,
+    taking_part,
+)
 from library.core.errors import UserError  # noqa: E402
 from library.nn.kernel_choice import use_fused_kernels  # noqa: E402
 from library.nn.kernels import replace_parts, uses_triton  # noqa: E402
@@ -136,12 +143,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="lumina")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=1)
+    add_model_arguments(parser, FAMILIES)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
     parser.add_argument("--fused_kernels", choices=("auto", "torch", "triton"), default="auto")
     parser.add_argument("--only", choices=("time", "memory"), help="measure just this")
@@ -154,15 +157,13 @@ def main(arguments: list[str]) -> None:
     """Measure and print."""
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    family, device = FAMILIES[args.family], torch.device(args.device)
-    settings = Settings(family, args.size, dtype, args.batch, device, args.checkpointing)
+    settings = settings_of(args, FAMILIES[args.family], checkpointing=args.checkpointing)
     try:
-        obstacle = use_fused_kernels(args.fused_kernels, device, dtype)
+        obstacle = use_fused_kernels(args.fused_kernels, settings.device, settings.dtype)
     except UserError as error:
         raise SystemExit(str(error)) from None
     if obstacle is not None:
-        print(f"Ours is computed by torch, and not by kernels of Triton: {obstacle}.", file=sys.stderr)
+        print(f"Ours is computed by torch, and not by Triton: {obstacle}.", file=sys.stderr)
     if args.memory_of:
         print(json.dumps(peak_above_weights(settings, args.memory_of)))
         return

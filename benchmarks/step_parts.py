@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,6 +83,23 @@ class Settings:
     def params(self) -> Any:
         """Of the model."""
         return self.family.sizes[self.size].params
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, families: Iterable[str], family: str = "lumina"
+) -> None:
+    """Add the flags that `settings_of` reads. family: the one that is measured without a flag."""
+    parser.add_argument("--family", choices=tuple(families), default=family)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def settings_of(given: argparse.Namespace, family: Family, *, checkpointing: bool = False) -> Settings:
+    """Return what a command line asks for."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
+    return Settings(family, given.size, dtype, given.batch, given.device, checkpointing)
 
 
 class Clock:

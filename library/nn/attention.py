@@ -60,11 +60,11 @@ def prepare_kernel(kernel: str, device: torch.device, dtype: torch.dtype | None)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if kernel in ("auto", "torch", "sdpa"):
         return
+    if device.type != "cuda":
+        raise ConfigError(f"Attention kernel '{kernel}' needs a CUDA device, not {device.type}; use 'torch'.")
     if kernel in _PACKAGES and importlib.util.find_spec(_PACKAGES[kernel][0]) is None:
         package, install = _PACKAGES[kernel]
         raise MissingPackageError(package, f"Attention kernel '{kernel}'", install)
-    if device.type != "cuda":
-        raise ConfigError(f"Attention kernel '{kernel}' needs a CUDA device, not {device.type}; use 'torch'.")
     if kernel in _ONLY_HALF and dtype not in _HALF:
         raise ConfigError(f"Attention kernel '{kernel}' needs bf16 or fp16, not {dtype}; use 'torch'.")
     if kernel in _ONLY_HALF and not _has_flash(device):

@@ -60,12 +60,12 @@ def _obstacle_unless_asked_for(device: torch.device, dtype: torch.dtype) -> str 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return what is in the way of Triton's kernels: the end of a sentence."""
     if device.type != "cuda":
-        return f"they need an NVIDIA GPU, and this run is on {device.type}"
+        return f"its kernels need an NVIDIA GPU, and this run is on {device.type}"
     if importlib.util.find_spec("triton") is None:
-        return "they need the package triton, which is not installed"
+        return "its kernels need the package triton, which is not installed: run `pip install triton`"
     name = torch.cuda.get_device_name(device)
     if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < OLDEST:
-        return f"they need a GPU of the Ampere generation or a later one, and {name} is older"
+        return f"its kernels need a GPU of the Ampere generation or a later one, and {name} is older"
     if not _has_compiler():
         return "Triton builds its launchers with a C compiler (gcc or clang), and there is none"
     from triton import TritonError
@@ -78,11 +78,11 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     except causes as error:
         torch.cuda.synchronize(device)  # raises where that error has left the device of no use to anyone
         return (
-            f"Triton cannot build or run them on {name} ({_first_line(error)}), for which it needs a C "
-            "compiler, Python's header files (python3-dev) and a folder that it can write to "
+            f"Triton cannot build or run its kernels on {name} ({_first_line(error)}), for which it needs a "
+            "C compiler, Python's header files (python3-dev) and a folder that it can write to "
             "(TRITON_CACHE_DIR)"
         )
-    return f"on {name} they differ from torch's ({', '.join(differing)})" if differing else None
+    return f"on {name} its kernels differ from torch's ({', '.join(differing)})" if differing else None
 
 
 def _has_compiler() -> bool:

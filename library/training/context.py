@@ -57,7 +57,7 @@ class RunContext:
         dtype = dtype_named(options.training.mixed_precision)
         obstacle = use_fused_kernels(options.compute.kernels, processes.device, dtype)
         if obstacle is not None:
-            _log.info("torch computes norms and gates, and not kernels of Triton: %s", obstacle)
+            _log.info("torch computes norms and gates, and not Triton: %s", obstacle)
         elif uses_triton():
             _log.info("kernels of Triton compute norms and gates; --fused_kernels torch leaves that to torch")
         require_one_start(processes, resumed)

@@ -156,6 +156,8 @@ def test_kernels_that_cannot_work_are_refused():
         prepare_kernel("varlen", CUDA, torch.float32)
     with pytest.raises(ConfigError, match="'cudnn' needs bf16 or fp16, not torch.float32; use 'torch'"):
         prepare_kernel("cudnn", CUDA, torch.float32)
+    with pytest.raises(ConfigError, match="'flash' needs a CUDA device"):  # no package would help
+        prepare_kernel("flash", CPU, torch.bfloat16)
     for kernel in ("auto", "torch", "sdpa"):
         prepare_kernel(kernel, CPU, torch.float32)
 

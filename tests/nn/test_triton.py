@@ -230,7 +230,7 @@ def test_a_part_that_is_compiled_stays_as_it_is(gpu):
 
 def test_a_cpu_has_none_and_need_not_say_so():
     assert use_fused_kernels("auto", CPU, BF16) is None and not uses_triton()
-    with pytest.raises(ConfigError, match="they need an NVIDIA GPU, and this run is on cpu"):
+    with pytest.raises(ConfigError, match="its kernels need an NVIDIA GPU, and this run is on cpu"):
         use_fused_kernels("triton", CPU, BF16)
 
 
@@ -253,7 +253,7 @@ def test_refused_where_something_is_missing(gpu):
     gpu.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match="--fused_kernels triton needs the package 'triton'"):
         use_fused_kernels("triton", CUDA, BF16)
-    assert "needs" not in use_fused_kernels("auto", CUDA, BF16) and not uses_triton()
+    assert "pip install triton" in use_fused_kernels("auto", CUDA, BF16) and not uses_triton()
 
 
 @with_triton
@@ -281,7 +281,7 @@ def test_refused_where_a_kernel_cannot_be_built(gpu, error):
         raise error
 
     gpu.setattr(kernel_choice, "_differing_parts", fail)
-    refused("cannot build or run them on Pretended GPU .*python3-dev")
+    refused("cannot build or run its kernels on Pretended GPU .*python3-dev")
 
 
 @with_triton
@@ -298,7 +298,7 @@ def test_a_gpu_that_a_kernel_has_broken_is_not_used_for_torch_s(gpu):
 @with_triton
 def test_refused_where_kernels_do_not_compute_what_torch_does(gpu):
     gpu.setattr(kernel_choice, "_differing_parts", lambda *_: ["swiglu", "gated_residual"])
-    refused(r"on Pretended GPU they differ from torch's \(swiglu, gated_residual\)")
+    refused(r"on Pretended GPU its kernels differ from torch's \(swiglu, gated_residual\)")
 
 
 @with_triton

@@ -334,7 +334,7 @@ MISTAKES: dict[str, tuple[str, Spoil, str]] = {
         "visual_embeddings_in_layer' is for a layer of .*another task",
     ),
     "nothing to train": ("t2i", given(network_args="exclude_patterns=.*"), "leave no layer to train"),
-    "attention without package": ("t2i", given(attn_mode="flash"), "needs the package 'flash_attn'"),
+    "attention without a GPU": ("t2i", given(attn_mode="flash"), "needs a CUDA device, not cpu"),
 }
 
 

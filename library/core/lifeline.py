@@ -69,7 +69,8 @@ class Lifeline:
         self._cause: Farewell | None = None  # why the run ends early; set once, under the lock
         self._heard_of_it = threading.Event()  # the cause is another process's
         self._main_leaves = threading.Event()  # the main thread is on its way out
-        self._closed = threading.Event()
+        self._all_heard = threading.Event()  # every farewell of the others
+        self._all_said = threading.Event()  # this process's own, or it has nothing to say
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         self._thread.start()
 
@@ -104,8 +105,8 @@ class Lifeline:
                 self._tell_all(Farewell(0))
         finally:
             # A connection closed before the other's farewell is read breaks, and what was said is lost.
-            self._thread.join(LINGER_SECONDS)
-            self._closed.set()
+            self._all_heard.wait(LINGER_SECONDS)
+            self._all_said.set()
 
     def _settle(self, farewell: Farewell) -> Farewell:
         """Return how the run ends: like that, unless it is settled already."""
@@ -145,7 +146,7 @@ class Lifeline:
         with selectors.DefaultSelector() as selector:
             for peer in self._peers.values():
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
-            while not self._closed.is_set() and selector.get_map():
+            while not self._all_said.is_set() and selector.get_map():
                 for key, _ in selector.select(_POLL_SECONDS):
                     farewell = key.data.hear()
                     if farewell is None:
@@ -153,6 +154,8 @@ class Lifeline:
                     selector.unregister(key.fileobj)
                     if farewell.code != 0:
                         self._end(farewell)
+        self._all_heard.set()
+        self._all_said.wait()  # closed before that, the others would take this process for dead
         for peer in self._peers.values():
             peer.connection.close()
 

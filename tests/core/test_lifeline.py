@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from library.core import lifeline
-from library.core.errors import ConfigError
+from library.core.errors import ConfigError, Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 3
@@ -42,6 +44,7 @@ from library.core import lifeline
 from library.core.entry import run_script
 from library.core.errors import ConfigError, Stopped
 lifeline.GRACE_SECONDS = 0.3
+lifeline.HEARING_SECONDS = 2.0  # on a busy computer, processes meet the same thing at different times
 rank, world, place = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 def agree(value):
     if rank == 0:
@@ -120,6 +123,21 @@ def test_it_is_told_before_the_others_may_leave(
         raise ConfigError("no such cat")
     assert told == ["error: no such cat\n"]
     assert left.value.code == ConfigError.exit_code
+
+
+@pytest.mark.parametrize("code", [0, Stopped.exit_code])
+def test_whoever_has_heard_all_still_says_farewell(code: int) -> None:
+    """The others would take this process for dead, and end with another code."""
+    here, there = socket.socketpair()
+    with there:
+        there.sendall(b'{"code": 0, "text": ""}\n')
+        with suppress(SystemExit), lifeline.Lifeline(0, {1: here}) as line:
+            assert line._all_heard.wait(5)
+            time.sleep(0.1)
+            if code:
+                raise Stopped("stopped by hand")
+        assert json.loads(there.recv(100))["code"] == code
+        assert there.recv(100) == b""
 
 
 def test_a_bug_is_told_with_its_traceback(outcomes: dict[str, Outcome]) -> None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from library.models.flux_vae import FluxVAE
     from library.models.kandinsky5_dit import Kandinsky5DiT
     from library.models.kandinsky5_text import Kandinsky5TextEncoders
-    from library.nn.routing import Routing
+    from library.nn.running.routing import Routing
 
 KANDINSKY5 = FamilySpec(
     name="kandinsky5_image_lite",

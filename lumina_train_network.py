@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from library.models.flux_vae import FluxVAE
     from library.models.gemma2 import Gemma2Encoder
     from library.models.nextdit import NextDiT
-    from library.nn.routing import Routing
+    from library.nn.running.routing import Routing
 
 LUMINA2 = FamilySpec(
     name="lumina2",

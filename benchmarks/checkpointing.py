@@ -6,8 +6,8 @@
 
 The same models and LoRA as in step.py. Steps with and without checkpointing of all of them take turns in one
 process. What counts is the difference within a round: of ours to the step that keeps everything, of a rival
-to its own step without checkpointing. Modes are those of `library.nn.runner`; the first one given is measured
-twice, which shows the noise.
+to its own step without checkpointing. Modes are those of `library.nn.running.runner`; the first one
+given is measured twice, which shows the noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.step_parts import (  # noqa: E402
     settings_of,
     taking_part,
 )
-from library.nn.runner import MODES  # noqa: E402
+from library.nn.running.runner import MODES  # noqa: E402
 
 CONTROL = "control"
 

@@ -28,7 +28,7 @@ from benchmarks.step_lumina import SIZES  # noqa: E402
 from benchmarks.step_parts import RANK  # noqa: E402
 from library.models.lumina2_format import parameter_shapes  # noqa: E402
 from library.models.nextdit import NextDiT  # noqa: E402
-from library.nn.runner import MODES  # noqa: E402
+from library.nn.running.runner import MODES  # noqa: E402
 from library.nn.stand_in import meta_standing_for  # noqa: E402
 from library.training.look.meter import Meter  # noqa: E402
 from networks.lora import LoRANetwork, LoRASize, linear_layers  # noqa: E402

@@ -41,7 +41,7 @@ from benchmarks.report import Result, add_arguments, matmul_gflops, show, summar
 from benchmarks.step import FAMILIES  # noqa: E402
 from benchmarks.step_parts import Contestant, Settings, taking_part  # noqa: E402
 from library.nn import stand_in  # noqa: E402
-from library.nn.runner import MODES  # noqa: E402
+from library.nn.running.runner import MODES  # noqa: E402
 
 _NO_KERNELS = (
     "empty",

@@ -30,7 +30,7 @@ from library.models.kandinsky5_dit import Kandinsky5DiT  # noqa: E402
 from library.models.kandinsky5_format import Kandinsky5Params  # noqa: E402
 from library.models.lumina2_format import NextDiTParams  # noqa: E402
 from library.models.nextdit import NextDiT  # noqa: E402
-from library.nn.runner import MODES  # noqa: E402
+from library.nn.running.runner import MODES  # noqa: E402
 from library.nn.transformer import Transformer  # noqa: E402
 from library.options.optimizer import OptimizerOptions  # noqa: E402
 from library.options.swap import SwapOptions  # noqa: E402

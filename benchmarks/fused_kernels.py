@@ -28,10 +28,14 @@ from library.core.device import dtype_named  # noqa: E402
 from library.core.errors import UserError  # noqa: E402
 from library.models.kandinsky5_format import Kandinsky5Params  # noqa: E402
 from library.models.lumina2_format import NextDiTParams  # noqa: E402
-from library.nn import activations, layers, modulated  # noqa: E402
-from library.nn.kernel_choice import use_fused_kernels  # noqa: E402
+from library.nn import (
+    activations,
+    layers,
+    modulated,  # noqa: E402
+)
 from library.nn.kernels import replace_parts  # noqa: E402
 from library.nn.packing import Packing  # noqa: E402
+from library.nn.triton_kernels.choice import use_fused_kernels  # noqa: E402
 
 SAMPLES = 4
 Bench = Callable[[Callable[[], object]], float]

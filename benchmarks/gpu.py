@@ -68,9 +68,9 @@ from benchmarks.step_parts import Clock, Contestant, Settings, make_step  # noqa
 from library.core.device import device_named, empty_cache  # noqa: E402
 from library.core.errors import ConfigError, UserError  # noqa: E402
 from library.nn.attention import prepare_kernel  # noqa: E402
-from library.nn.compiling import check_compiler, part_compiler  # noqa: E402
-from library.nn.kernel_choice import use_fused_kernels  # noqa: E402
 from library.nn.kernels import replace_parts  # noqa: E402
+from library.nn.running.compiling import check_compiler, part_compiler  # noqa: E402
+from library.nn.triton_kernels.choice import use_fused_kernels  # noqa: E402
 from library.options.compute import ComputeOptions  # noqa: E402
 from library.options.quant import QuantOptions  # noqa: E402
 from library.options.swap import SwapOptions  # noqa: E402

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
 
 FP32, PLAIN = "none, fp32", "none"
 SIDES = (1024, 512, 768)  # of a picture, the most important first

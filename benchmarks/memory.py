@@ -34,7 +34,7 @@ from benchmarks.step_parts import (  # noqa: E402
     settings_of,
     taking_part,
 )
-from library.nn.runner import MODES  # noqa: E402
+from library.nn.running.runner import MODES  # noqa: E402
 
 
 def allocated(action: Callable[[], object]) -> int:

@@ -32,8 +32,8 @@ from benchmarks.step_parts import (  # noqa: E402
     settings_of,
     taking_part,
 )
-from library.nn.compiling import part_compiler  # noqa: E402
-from library.nn.runner import MODES  # noqa: E402
+from library.nn.running.compiling import part_compiler  # noqa: E402
+from library.nn.running.runner import MODES  # noqa: E402
 from library.options.compute import ComputeOptions  # noqa: E402
 
 

@@ -29,7 +29,7 @@ from benchmarks.step_parts import (  # noqa: E402
     make_step,
     settings_of,
 )
-from library.nn.routing import Routing, choose_kept  # noqa: E402
+from library.nn.running.routing import Routing, choose_kept  # noqa: E402
 from library.options.tread import Route, resolved  # noqa: E402
 from library.training.routing import saved_share  # noqa: E402
 

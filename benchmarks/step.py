@@ -48,9 +48,9 @@ from benchmarks.step_parts import (  # noqa: E402
     taking_part,
 )
 from library.core.errors import UserError  # noqa: E402
-from library.nn.kernel_choice import use_fused_kernels  # noqa: E402
 from library.nn.kernels import replace_parts, uses_triton  # noqa: E402
 from library.nn.products import product_dtype  # noqa: E402
+from library.nn.triton_kernels.choice import use_fused_kernels  # noqa: E402
 
 FAMILIES = {family.name: family for family in (LUMINA, KANDINSKY5)}
 MATMUL = 1536

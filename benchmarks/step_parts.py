@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import missing_packages
-from library.nn.block_swap import chosen_blocks, device_of_weights, make_ring
-from library.nn.eight_bit import check_device
-from library.nn.quant import multiply_in_8_bits, quant_layers, use_quant_layers
+from library.nn.swap.block_swap import chosen_blocks, device_of_weights, make_ring
 from library.nn.transformer import Transformer
+from library.nn.weights.eight_bit import check_device
+from library.nn.weights.quant import multiply_in_8_bits, quant_layers, use_quant_layers
 from library.options.compute import ComputeOptions
 from library.options.quant import QuantOptions
 from library.options.swap import SwapOptions

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from library.nn.compiling import unshared
 from library.nn.products import product_dtype
-from library.nn.quant import restore
+from library.nn.running.compiling import unshared
+from library.nn.weights.quant import restore
 from networks.lora_op import Constants
 
 _EPSILON = torch.finfo(torch.float32).eps  # added to norms by LyCORIS and ComfyUI
@@ -119,7 +119,7 @@ class DoRALinearOp(torch.autograd.Function):
         x_NI, down_RI, up_OR, h_NR, scale, plain_NO, *stored = ctx.saved_tensors
         need_x, need_down, need_up, need_scale = ctx.needs_input_grad[:4]
         grad_x = grad_down = grad_up = grad_scale = None
-        dtype, weight_OI = ctx.dtype, restore(ctx.way, stored, ctx.dtype)
+        dtype, weight_OI = ctx.dtype, restore(ctx.way, stored, ctx.dtype, after=grad_NO)
         grad_NO, x_NI = grad_NO.to(dtype), x_NI.to(dtype)
         grad_h_NR = torch.mm(grad_NO, up_OR).mul_(ctx.factor)
         if need_down:

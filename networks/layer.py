@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from library.core.seeds import generator
 from library.nn.activations import Activation
 from library.nn.products import Linear, layer_dtype
-from library.nn.quant import restore, stored_form
 from library.nn.together import Joinable
+from library.nn.weights.quant import restore, stored_form
 from networks.dora import DoRALinearOp, Magnitude, scaled_linear
 from networks.lora_op import Constants, LoRAOperand, linear_with_loras, low_rank
 from networks.names import ALPHA, DORA, DOWN, UP, is_anchored

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from library.core.errors import CheckpointError, ConfigError
 from library.core.suggest import did_you_mean, shorten
-from library.nn.quant import QuantLinear, stored_form
+from library.nn.weights.quant import QuantLinear, stored_form
 from networks.dora import Magnitude
 from networks.fit import OTHER_WIDTH, TAKE_SIZES
 from networks.layer import Dropouts, LoRA, LoRALinear, SplitLoRA, linear_layers

@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.activations import ALL, IDENTITY, Activation, cut
-from library.nn.compiling import unshared
 from library.nn.products import cast
-from library.nn.quant import add_product_back, product, product_back
+from library.nn.running.compiling import unshared
 from library.nn.stand_in import device_kind
+from library.nn.weights.quant import add_product_back, product, product_back
 
 
 class Constants(NamedTuple):

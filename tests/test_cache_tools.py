@@ -300,7 +300,7 @@ def test_a_compiled_autoencoder_makes_the_same_latents(lumina, tmp_path, monkeyp
 
 
 def test_whether_it_can_be_compiled_is_found_out_first(lumina, monkeypatch):
-    monkeypatch.setattr("library.nn.compiling.shutil.which", lambda name: None)
+    monkeypatch.setattr("library.nn.running.compiling.shutil.which", lambda name: None)
     monkeypatch.setattr(Gemma2Encoder, "__init__", lambda *_: pytest.fail("texts are encoded first"))
     context = lumina.run("--vae_torch_compile", *BOTH)
     with pytest.raises(UserError, match=r"--vae_torch_compile needs a C\+\+ compiler .* leave it out\."):

@@ -66,7 +66,7 @@ def draw_caption(
         return ""
     if options.caption_dropout_rate > unit(seed, "caption dropout", *purpose):
         return ""
-    if max_variants is None or _all_texts_fit(item, max_variants):
+    if max_variants is None or all_texts_fit(item, max_variants):
         source = rng(seed, "caption", *purpose)
         tags = _draw_tags(item, source)
         return _finish(tags, options, source, _tags_so_far(options, len(tags.flexible), step, total_steps))
@@ -94,7 +94,7 @@ def caption_variants(item: Item, max_variants: int) -> tuple[str, ...]:
 
 
 def _texts(item: Item, max_variants: int) -> Iterator[str]:
-    if _all_texts_fit(item, max_variants):
+    if all_texts_fit(item, max_variants):
         yield from _all_texts(item)
         return
     for number in range(max_variants):
@@ -122,7 +122,7 @@ def _source_of(item: Item, number: int) -> random.Random:
     return rng(0, "caption variant", item.text, number)
 
 
-def _all_texts_fit(item: Item, max_variants: int) -> bool:
+def all_texts_fit(item: Item, max_variants: int) -> bool:
     """Whether only lines and wildcards vary, and all their combinations fit."""
     options = item.subset.captions
     if options.shuffle_caption or options.caption_tag_dropout_rate > 0 or options.token_warmup_step > 0:

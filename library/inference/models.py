@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from library.nn.block_swap import BlockSwap
-from library.nn.shelf import Shelf
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.weights.shelf import Shelf
 from library.options.inference import LoraWeight
 from networks.files import inspect_lora
 from networks.from_file import create_network_from_file, create_text_network_from_file, text_model

@@ -22,7 +22,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 
 from library.core.errors import CheckpointError
 from library.models.clip_text_format import ClipTextCheckpoint, ClipTextParams, inspect_clip_text
-from library.nn.weights import Source, load_module
+from library.nn.weights.loading import Source, load_module
 
 
 class ClipTextEncoder(nn.Module):

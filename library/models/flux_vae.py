@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from library.models.flux_vae_format import FluxVAECheckpoint, FluxVAEParams, inspect_flux_vae
 from library.nn.products import Conv2d
 from library.nn.tiling import map_tiles
-from library.nn.weights import Source, load_module
+from library.nn.weights.loading import Source, load_module
 
 _EPS = 1e-6
 

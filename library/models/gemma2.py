@@ -27,8 +27,8 @@ from library.data.batch import Condition
 from library.models.gemma2_format import Gemma2Checkpoint, Gemma2Params, inspect_gemma2
 from library.models.gemma2_tokenizer import GemmaTokenizer
 from library.nn.products import Linear
-from library.nn.quant import use_quant_layers
-from library.nn.weights import Source, load_module
+from library.nn.weights.loading import Source, load_module
+from library.nn.weights.quant import use_quant_layers
 from library.options.quant import TextQuantOptions
 
 _PAD_ID = 0

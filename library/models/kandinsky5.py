@@ -21,7 +21,7 @@ from library.models.kandinsky5_format import (
     quantisable_layers,
 )
 from library.models.transformer_loading import LoadOptions, load_transformer
-from library.nn.routing import Routing
+from library.nn.running.routing import Routing
 
 
 def load_kandinsky5(source: Path | Kandinsky5Checkpoint, **how: Any) -> Kandinsky5DiT:

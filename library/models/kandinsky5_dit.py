@@ -45,10 +45,10 @@ from library.nn.modulated import LayerNorm, Modulation, gated_residual, modulate
 from library.nn.packing import Layout, Packing
 from library.nn.patches import grid_of, to_patches
 from library.nn.products import Fp32Linear, Linear
-from library.nn.recompute import costly, slight
 from library.nn.rope import ApartRopeTables
-from library.nn.routing import Routing, run_blocks
-from library.nn.runner import BlockRunner
+from library.nn.running.recompute import costly, slight
+from library.nn.running.routing import Routing, run_blocks
+from library.nn.running.runner import BlockRunner
 from library.nn.together import activated, together
 from library.nn.transformer import Transformer
 

@@ -14,7 +14,7 @@ from library.data.batch import Condition
 from library.models.lumina2_format import Lumina2Checkpoint, inspect_lumina2, quantisable_layers
 from library.models.nextdit import NextDiT
 from library.models.transformer_loading import LoadOptions, load_transformer
-from library.nn.routing import Routing
+from library.nn.running.routing import Routing
 
 
 def load_nextdit(source: Path | Lumina2Checkpoint, **how: Any) -> NextDiT:

@@ -44,10 +44,10 @@ from library.nn.layers import (
 from library.nn.packing import Layout, Packing
 from library.nn.patches import grid_of, to_patches
 from library.nn.products import Linear
-from library.nn.recompute import costly
 from library.nn.rope import RopeTables
-from library.nn.routing import Routing, run_blocks
-from library.nn.runner import BlockRunner
+from library.nn.running.recompute import costly
+from library.nn.running.routing import Routing, run_blocks
+from library.nn.running.runner import BlockRunner
 from library.nn.together import activated, together
 from library.nn.transformer import Transformer
 

@@ -1,8 +1,8 @@
 """Weight files with layers that are quantised already, as `tools/quantize_model.py` writes them. No torch.
 
-Such a file has `<layer>.codes` and its companions (see library/nn/quant.py) in place of `<layer>.weight`, and
-names the scheme in its metadata. To whoever inspects the model it shall look as any other file, so the
-weights are put back by name and shape, for its inspection only.
+Such a file has `<layer>.codes` and its companions (see library/nn/weights/schemes.py) in place of
+`<layer>.weight`, and names the scheme in its metadata. To whoever inspects the model it shall look as any
+other file, so the weights are put back by name and shape, for its inspection only.
 """
 
 from __future__ import annotations

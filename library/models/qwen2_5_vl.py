@@ -47,10 +47,10 @@ from library.models.qwen2_5_vl_format import (
     inspect_qwen2_5_vl,
     quantisable_layers,
 )
-from library.nn.block_swap import BlockSwap, ring_bytes
 from library.nn.products import Linear
-from library.nn.quant import use_quant_layers
-from library.nn.weights import Source, load_module
+from library.nn.swap.block_swap import BlockSwap, ring_bytes
+from library.nn.weights.loading import Source, load_module
+from library.nn.weights.quant import use_quant_layers
 from library.options.quant import TextQuantOptions
 
 _PAD_ID = 0

@@ -14,11 +14,11 @@ from library.core.errors import ConfigError
 from library.core.log import logger
 from library.models.quant_file import QuantFile
 from library.nn.attention import prepare_kernel
-from library.nn.block_swap import chosen_blocks, device_of_weights, make_ring
-from library.nn.eight_bit import check_device
-from library.nn.quant import multiply_in_8_bits, stored_names, use_quant_layers
+from library.nn.swap.block_swap import chosen_blocks, device_of_weights, make_ring
 from library.nn.transformer import Transformer
-from library.nn.weights import Source, load_module
+from library.nn.weights.eight_bit import check_device
+from library.nn.weights.loading import Source, load_module
+from library.nn.weights.quant import multiply_in_8_bits, stored_names, use_quant_layers
 from library.options.quant import QuantOptions
 from library.options.swap import SwapOptions
 

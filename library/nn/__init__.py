@@ -15,22 +15,15 @@ What a block computes:
 - activations: SwiGLU, GELU
 - stand_in: for which kind of device that is done
 
-Who computes norms, gates and activations: torch, or Triton kernels of our own:
+Who computes norms, gates and activations, torch or Triton kernels of our own:
 - kernels: asked for the function of each part
-- kernel_choice: --fused_kernels; triton_check compares the kernels with torch first
-- triton_layers, triton_modulated: the kernels; triton_launch is what they share
+- triton_kernels: the kernels, and whether they are used
 
 How blocks are run:
 - transformer: what every model can do
-- runner: what each block keeps for backward, and whether its weights must come first
-- recompute: values that are made again for backward; offload: inputs that wait in the computer's memory
-- compiling: --torch_compile
-- routing: tokens that skip blocks
+- running: what a block keeps for backward, checkpointing, --torch_compile, tokens that skip blocks
 
 Weights:
-- weights: from files into a module; tensor_reader reads them, weight_writer writes them
-- quant: in 8 or 4 bits; eight_bit multiplies them as they are
-- block_swap: in the computer's memory until they are needed; gradient_return brings gradients there,
-  swapped_weights is how they lie, copy_streams how they are copied
-- shelf: several models that take turns on a device
+- weights: from files into a module and back; quantised; several models that take turns on a device
+- swap: in the computer's memory until their block is run
 """

@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.kernels import fused
 from library.nn.layers import row_blocks
-from library.nn.recompute import cheap
+from library.nn.running.recompute import cheap
 from library.nn.stand_in import device_kind
 
 Use = Callable[[Tensor, slice], None]

@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from library.core.errors import ConfigError, MissingPackageError
 from library.nn.packing import Packing
 from library.nn.products import product_dtype
-from library.nn.recompute import cheap
+from library.nn.running.recompute import cheap
 from library.nn.stand_in import device_kind
 
 KERNELS = ("auto", "torch", "sdpa", "cudnn", "varlen", "flash", "xformers", "sage")

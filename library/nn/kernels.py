@@ -1,9 +1,9 @@
 """Who computes the memory-bound parts of a block: torch's operations, or Triton kernels of our own.
 
 `library.nn.layers` and `library.nn.modulated` define those parts and ask here, by name, for the function to
-call. The answer is one for the whole process and given before a model runs (`library.nn.kernel_choice`),
-because parts are also computed again for backward, by threads that see no context of ours, and must come out
-the same there.
+call. The answer is one for the whole process and given before a model runs
+(`library.nn.triton_kernels.choice`), because parts are also computed again for backward, by threads that see
+no context of ours, and must come out the same there.
 
 Triton is imported only if it is chosen. A part that is being compiled by `torch.compile` is never replaced:
 the compiler writes such kernels itself.
@@ -30,7 +30,8 @@ def replace_parts(kernels: str) -> None:
     """Let "torch" or "triton" compute the parts, from now on and in all models, whatever the device."""
     _replaced.clear()
     if kernels == "triton":
-        from library.nn import triton_layers, triton_modulated
+        from library.nn.triton_kernels import layers as triton_layers
+        from library.nn.triton_kernels import modulated as triton_modulated
 
         parts = (
             *(triton_layers.scaled_rms_norm, triton_layers.normed_residual),

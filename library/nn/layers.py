@@ -4,7 +4,7 @@ Each `plain_*` function is the reference: it says what is computed, and it is wh
 see. The function of the same name without `plain_` computes the same and keeps less for backward: its
 inputs, and whatever is one number a row. Where that is faster it is written out by hand, in fp32 inside and
 rounded once, on the CPU some rows at a time so that temporaries stay in the cache; elsewhere the plain
-function runs again in backward. Their results are `cheap` to make again, see `library.nn.recompute`.
+function runs again in backward. Their results are `cheap` to make again, see `library.nn.running.recompute`.
 
 Norm weights enter as a `gain` that callers make with ordinary operations, so they get gradients if they
 want them.
@@ -28,8 +28,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from library.nn.kernels import fused
 from library.nn.packing import Packing, by_sample, spread
 from library.nn.products import cast
-from library.nn.recompute import cheap, run_again_in_backward
 from library.nn.rope import rotate
+from library.nn.running.recompute import cheap, run_again_in_backward
 from library.nn.stand_in import device_kind, rms_norm
 
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward

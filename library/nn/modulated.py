@@ -23,7 +23,7 @@ from library.nn.kernels import fused
 from library.nn.layers import layer_norm_backward, row_blocks, wide
 from library.nn.packing import Packing, by_sample, spread
 from library.nn.products import Fp32Linear, cast
-from library.nn.recompute import cheap, run_again_in_backward
+from library.nn.running.recompute import cheap, run_again_in_backward
 from library.nn.stand_in import device_kind
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from library.nn.compiling import unshared
+from library.nn.running.compiling import unshared
 from library.nn.stand_in import device_kind
 
 _CPU = dict(torch.cpu.get_capabilities())  # read here, where torch.compile takes it for the constant it is

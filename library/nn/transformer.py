@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from library.nn.runner import BlockRunner
+from library.nn.running.runner import BlockRunner
 
 
 class Transformer(nn.Module, ABC):
@@ -22,7 +22,7 @@ class Transformer(nn.Module, ABC):
     @property
     @abstractmethod
     def routed_blocks(self) -> nn.ModuleList:
-        """The blocks that image tokens can skip, see `library.nn.routing`."""
+        """The blocks that image tokens can skip, see `library.nn.running.routing`."""
 
     @abstractmethod
     def block_flops(self, seen: Sequence[int], image: int, text: int) -> int:

@@ -165,7 +165,7 @@ class ComputeOptions(AttentionOptions):
 
     @property
     def keeps(self) -> str:
-        """What a block keeps for backward: a mode of `library.nn.runner`."""
+        """What a block keeps for backward: a mode of `library.nn.running.runner`."""
         if self.checkpoint_mode is not None:
             return self.checkpoint_mode
         if self.gradient_checkpointing:

@@ -9,7 +9,7 @@ from torch import nn
 
 from library.core.log import logger
 from library.data.loader import BatchLoader, Caches
-from library.nn.compiling import part_compiler
+from library.nn.running.compiling import part_compiler
 from library.nn.transformer import Transformer
 from library.training.context import RunContext
 from library.training.noising import Noising

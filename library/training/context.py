@@ -13,8 +13,8 @@ from library.core.dist import Processes, run_seed
 from library.core.log import logger
 from library.data.loader import LoaderSettings
 from library.data.plan import Plan
-from library.nn.kernel_choice import use_fused_kernels
 from library.nn.kernels import uses_triton
+from library.nn.triton_kernels.choice import use_fused_kernels
 from library.options.config_file import config_text
 from library.options.train import TrainOptions
 from library.training.events import Moment

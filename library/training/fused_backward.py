@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from library.core.device import sent
 from library.core.dist import Processes
-from library.nn.block_swap import BlockSwap
-from library.nn.gradient_return import GradientReturn
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.swap.gradient_return import GradientReturn
 from library.training.gradients import Gradients, norms_of
 from library.training.optim.one_by_one import OneByOne, Workspace
 

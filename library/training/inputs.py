@@ -16,7 +16,7 @@ from library.data.images import load_source
 from library.data.items import Item, Manifest
 from library.data.prompt import Prompt, SourcePicture
 from library.data.tensors import pixels_to_tensor
-from library.nn.compiling import check_inductor, part_compiler
+from library.nn.running.compiling import check_inductor, part_compiler
 from library.options.compute import ComputeOptions
 from library.options.train import TrainOptions
 from library.training.caching import EncodePictures, PassRun, cache_latents, cache_texts

@@ -15,7 +15,7 @@ from torch import Tensor
 from library.data.batch import Batch
 from library.data.items import Draw, Size
 from library.flow import loss, noise, path, rollout, timesteps
-from library.nn.routing import Routing
+from library.nn.running.routing import Routing
 from library.options.train import TrainOptions
 from library.training.family import FamilySpec
 from library.training.routing import Router

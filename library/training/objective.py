@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.data.batch import Batch, Condition
 from library.flow.loss import velocity_loss
 from library.flow.rollout import Bias, ReflexFlow
-from library.nn.routing import Routing
+from library.nn.running.routing import Routing
 from library.training.inputs import Inputs
 from library.training.modes import eval_mode, switched_off
 from library.training.noising import Noising, NoisyLatents

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from library.core import seeds
 from library.data.batch import Batch
-from library.nn.routing import Routing, choose_kept, kept_count
+from library.nn.running.routing import Routing, choose_kept, kept_count
 from library.nn.transformer import Transformer
 from library.options.tread import Route, TreadOptions, resolved
 

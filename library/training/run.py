@@ -13,8 +13,8 @@ from library.core.files import sweep_leftovers, write_text
 from library.core.log import logger
 from library.data.batch import Batch
 from library.nn.attention import prepare_kernel
-from library.nn.compiling import check_compiler
-from library.nn.eight_bit import check_device
+from library.nn.running.compiling import check_compiler
+from library.nn.weights.eight_bit import check_device
 from library.training.assembly import Assembly, assemble
 from library.training.context import RunContext
 from library.training.events import Event, Moment

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from library.core.dist import Processes, Sharding
 from library.core.errors import ConfigError
 from library.core.log import logger
-from library.nn.quant import quant_layers
+from library.nn.weights.quant import quant_layers
 from library.options.train import TrainOptions
 from library.training.objective import Uniform
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from library.core.dist import Processes
-from library.nn.gradient_return import GradientReturn
+from library.nn.swap.gradient_return import GradientReturn
 from library.training.gradients import PlainGradients
 
 

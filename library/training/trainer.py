@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from library.core.weight_layout import WeightLayout
     from library.data.batch import Condition
     from library.data.prompt import Prompt
-    from library.nn.routing import Routing
+    from library.nn.running.routing import Routing
 
 
 class NetworkTrainer(ABC):
@@ -257,7 +257,7 @@ class NetworkTrainer(ABC):
                 return look(self, prepared)
             with uncollected():
                 from library.training.context import RunContext
-                from library.training.look.planner import planned
+                from library.training.look.budget import planned
                 from library.training.run import TrainingRun
 
             if self.options.budget.plan_memory:

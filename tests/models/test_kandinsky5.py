@@ -11,9 +11,10 @@ from library.data.batch import Condition
 from library.models.kandinsky5 import load_kandinsky5, velocities, velocity
 from library.models.kandinsky5_format import inspect_kandinsky5, quantisable_layers, settings_of
 from library.models.quant_file import SCHEME_KEY
-from library.nn.block_swap import BlockSwap
-from library.nn.quant import SCHEMES, QuantLinear
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.weights.quant import QuantLinear
+from library.nn.weights.schemes import SCHEMES
 from library.options.quant import PRODUCTS, QuantOptions
 from library.options.swap import SwapOptions
 from networks.lora import LoRANetwork, LoRASize, merge

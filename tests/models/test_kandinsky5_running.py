@@ -8,8 +8,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from library.models.kandinsky5_dit import Kandinsky5DiT
 from library.models.kandinsky5_format import linear_layers, quantisable_layers
 from library.nn import products
-from library.nn.compiling import part_compiler
-from library.nn.runner import MODES
+from library.nn.running.compiling import part_compiler
+from library.nn.running.runner import MODES
 from library.nn.stand_in import meta_standing_for
 from library.options.compute import ComputeOptions
 from networks.layer import Dropouts

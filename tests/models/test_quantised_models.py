@@ -16,9 +16,10 @@ from library.models.lumina2 import load_nextdit
 from library.models.lumina2_files import check_models
 from library.models.lumina2_format import inspect_lumina2, parameter_shapes
 from library.models.lumina2_identity import text_identity
-from library.nn import eight_bit
-from library.nn.quant import SCHEMES, QuantLinear
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
+from library.nn.weights import eight_bit
+from library.nn.weights.quant import QuantLinear
+from library.nn.weights.schemes import SCHEMES
 from library.options.model import TextEncoderOptions
 from library.options.quant import PRODUCTS, QuantOptions, TextQuantOptions
 from library.options.swap import SwapOptions

@@ -13,7 +13,8 @@ from library.core.errors import ConfigError
 from library.core.seeds import generator
 from library.models.qwen2_5_vl import Qwen2_5_VLEncoder, QwenInput, State, load_qwen2_5_vl, rope_positions
 from library.models.qwen2_5_vl_format import inspect_qwen2_5_vl
-from library.nn.quant import SCHEMES, QuantLinear
+from library.nn.weights.quant import QuantLinear
+from library.nn.weights.schemes import SCHEMES
 from library.options.quant import TextQuantOptions
 from library.training.lending import Lending
 from tests.models.scaled_fp8 import in_scaled_fp8
@@ -232,7 +233,7 @@ class Watched:
 def strict(monkeypatch):
     """Copies to the device that show every mistake in their order; all they make is "on the device"."""
     copier = StrictCopier()
-    monkeypatch.setattr("library.nn.block_swap.copier_for", lambda device, page_locked: copier)
+    monkeypatch.setattr("library.nn.swap.block_swap.copier_for", lambda device, page_locked: copier)
     return copier
 
 

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from library.models.kandinsky5_dit import Kandinsky5DiT
 from library.models.nextdit import NextDiT
-from library.nn.compiling import part_compiler
 from library.nn.packing import Layout
-from library.nn.routing import Routing, choose_kept, kept_count
-from library.nn.runner import MODES
+from library.nn.running.compiling import part_compiler
+from library.nn.running.routing import Routing, choose_kept, kept_count
+from library.nn.running.runner import MODES
 from library.options.compute import ComputeOptions
 from library.options.tread import Route
 from networks.lora import LoRANetwork, LoRASize

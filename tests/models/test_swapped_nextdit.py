@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from library.core.errors import ConfigError
 from library.models.lumina2 import load_nextdit
-from library.nn.block_swap import BlockSwap
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
+from library.nn.swap.block_swap import BlockSwap
 from library.options.swap import SwapOptions
 from networks.lora import LoRANetwork, merge
 from networks.lora_lumina import create_network

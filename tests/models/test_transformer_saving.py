@@ -24,7 +24,7 @@ from library.models.kandinsky5_format import inspect_kandinsky5
 from library.models.lumina2 import load_nextdit
 from library.models.lumina2_format import inspect_lumina2
 from library.models.nextdit import NextDiT
-from library.nn.weight_writer import WeightFile
+from library.nn.weights.writer import WeightFile
 from library.training.guards import require_finite
 from tests.models import kandinsky5_pairs, lumina2_pairs
 from tests.models.scaled_fp8 import in_scaled_fp8

@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from library.models.kandinsky5_dit import Kandinsky5DiT
 from library.models.nextdit import NextDiT
 from library.nn import products
-from library.nn.compiling import part_compiler
-from library.nn.runner import MODES
+from library.nn.running.compiling import part_compiler
+from library.nn.running.runner import MODES
 from library.nn.stand_in import meta_standing_for
 from library.options.compute import ComputeOptions
 from library.options.tread import Route

@@ -13,7 +13,7 @@ from library.core.errors import ConfigError
 from library.models.lumina2_format import NextDiTParams
 from library.models.lumina2_format import linear_layers as layers_of_params
 from library.models.nextdit import NextDiT
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
 from library.options.network import NetworkOptions
 from networks.layer import Dropouts, linear_layers
 from networks.lora import LoRANetwork, merge

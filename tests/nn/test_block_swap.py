@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.core.errors import ConfigError, ResourceError
-from library.nn import swapped_weights
-from library.nn.block_swap import BlockSwap, chosen_blocks, device_of_weights, spread
-from library.nn.quant import QuantLinear
+from library.nn.swap import swapped_weights
+from library.nn.swap.block_swap import BlockSwap, chosen_blocks, device_of_weights, spread
+from library.nn.weights.quant import QuantLinear
 from library.options.swap import SwapOptions
 from tests.strict_copier import POISON, StrictCopier
 from tests.warm_gpu import warm_gpu

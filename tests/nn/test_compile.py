@@ -11,12 +11,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from library.core.errors import ConfigError, MissingPackageError
-from library.nn import compiling
 from library.nn.activations import swiglu
-from library.nn.block_swap import BlockSwap
-from library.nn.compiling import check_compiler, part_compiler
 from library.nn.products import Fp32Linear, Linear
-from library.nn.quant import SCHEMES, QuantLinear
+from library.nn.running import compiling
+from library.nn.running.compiling import check_compiler, part_compiler
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.weights.quant import QuantLinear
+from library.nn.weights.schemes import SCHEMES
 from library.options.compute import ComputeOptions
 from networks.dora import Magnitude
 from networks.layer import Dropouts, LoRA, LoRALinear
@@ -227,6 +228,41 @@ def test_quantised_layers_with_other_kinds_of_networks(kind, scheme):
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("kind", ["nothing", "LoRA", "DoRA"])
+def test_weights_are_not_restored_for_backward_before_it(kind, scheme):
+    """The compiler sees forward and backward at once, and of two alike results keeps the first."""
+    base = QuantLinear(192, 128, True, scheme)
+    base.bias.data.normal_()
+    base.quantise(torch.randn(128, 192), CPU)
+    layer = base
+    if kind != "nothing":
+        magnitude = Magnitude(base.weight, on_output=False) if kind == "DoRA" else None
+        lora = LoRA(192, 128, 4, alpha=2.0, magnitude=magnitude)
+        lora.reset(seed=1, name="layer")
+        torch.nn.init.normal_(lora.up, std=0.1)
+        layer = LoRALinear(base)
+        layer.loras = (lora,)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    x = torch.randn(40, 192, requires_grad=True)
+    options = ComputeOptions(torch_compile=True)
+    object.__setattr__(options, "dynamo_backend", "aot_eager_decomp_partition")
+    compiled, whole = part_compiler(options)(layer), 0
+
+    def count(tensor):
+        nonlocal whole
+        whole += tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() == 128 * 192
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        y = compiled(x)
+    assert whole == 0
+    plain = torch.autograd.grad(layer(x).square().sum(), [x, *trained])
+    for one, other in zip(torch.autograd.grad(y.square().sum(), [x, *trained]), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("kind", ["LyCORIS", "DoRA"])
 def test_a_layer_left_out_at_random(kind):
     layer, x = adapted(kind, Linear(16, 32)), torch.randn(40, 16)
@@ -286,7 +322,7 @@ class TestWhatCannotBe:
     def test_the_check_needs_nothing_that_only_the_compiler_imports(self):
         """In a process of its own: here other tests have imported it."""
         program = (
-            "import torch; from library.nn.compiling import check_compiler as check, ComputeOptions; "
+            "import torch; from library.nn.running.compiling import check_compiler as check, ComputeOptions; "
             "torch.cuda.get_device_capability = lambda _: (8, 0); "
             "check(ComputeOptions(torch_compile=True), torch.device('cuda'))"
         )

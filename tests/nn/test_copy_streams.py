@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 
-from library.nn.copy_streams import CudaCopier
+from library.nn.swap.copy_streams import CudaCopier
 
 SECOND = torch.device("cuda", 1)
 

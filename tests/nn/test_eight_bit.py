@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from library.core.errors import ConfigError
-from library.nn import eight_bit
-from library.nn.quant import SCHEMES, QuantLinear, multiply_in_8_bits
+from library.nn.weights import eight_bit
+from library.nn.weights.quant import QuantLinear, multiply_in_8_bits
+from library.nn.weights.schemes import SCHEMES
 from library.options.quant import PRODUCTS, QuantOptions
 from networks.layer import LoRA, LoRALinear
 

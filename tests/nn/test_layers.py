@@ -20,7 +20,7 @@ from library.nn.layers import (
     scaled_rms_norm,
 )
 from library.nn.packing import Packing, by_sample
-from library.nn.recompute import run_again_in_backward
+from library.nn.running.recompute import run_again_in_backward
 from library.nn.stand_in import meta_standing_for
 
 LENGTHS = (5, 1, 7)

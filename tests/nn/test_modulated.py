@@ -15,7 +15,7 @@ from library.nn.modulated import (
     plain_modulated_layer_norm,
 )
 from library.nn.packing import Packing
-from library.nn.recompute import Remaking
+from library.nn.running.recompute import Remaking
 from library.nn.stand_in import meta_standing_for
 from tests.nn.test_layers import LENGTHS, PACKING, TOKENS, assert_agree, draw, kept, ways
 

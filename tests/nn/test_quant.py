@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.core.errors import ConfigError
-from library.nn.quant import _NF4, SCHEMES, QuantLinear, use_quant_layers
+from library.nn.weights.quant import QuantLinear, use_quant_layers
+from library.nn.weights.schemes import _NF4, SCHEMES
 
 # The mean square error of a normal distribution's weights, relative: measured bounds with a little room.
 LIMITS = {"fp8": 0.03, "int8": 0.01, "int4": 0.09, "nf4": 0.10}

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from library.nn.recompute import Remaking, _RandomState, cheap, costly, slight
+from library.nn.running.recompute import Remaking, _RandomState, cheap, costly, slight
 
 CALLS = []
 

@@ -6,9 +6,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from library.models.nextdit import NextDiT
 from library.nn import products
-from library.nn.block_swap import BlockSwap
-from library.nn.quant import SCHEMES, QuantLinear
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.weights.quant import QuantLinear
+from library.nn.weights.schemes import SCHEMES
 from networks.layer import Dropouts
 from networks.lora import LoRANetwork, LoRASize, linear_layers
 from tests.models.lumina2_pairs import make_inputs, make_params

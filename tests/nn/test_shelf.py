@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from library.nn.shelf import Shelf
+from library.nn.weights.shelf import Shelf
 
 
 class Tracked(nn.Linear):

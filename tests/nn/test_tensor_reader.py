@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from library.core.checkpoint_files import open_checkpoint
 from library.core.errors import CheckpointError
-from library.nn import tensor_reader
-from library.nn.tensor_reader import TensorReader
+from library.nn.weights import reader as tensor_reader
+from library.nn.weights.reader import TensorReader
 
 CPU = torch.device("cpu")
 DTYPES = [
@@ -139,7 +139,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from library.core.checkpoint_files import open_checkpoint
-from library.nn.weights import Source, load_module
+from library.nn.weights.loading import Source, load_module
 
 def mb(key):
     lines = Path("/proc/self/status").read_text().splitlines()

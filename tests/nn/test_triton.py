@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from library.core.errors import ConfigError, MissingPackageError
-from library.nn import kernel_choice
-from library.nn.kernel_choice import use_fused_kernels
 from library.nn.kernels import fused, replace_parts, uses_triton
 from library.nn.packing import Packing
+from library.nn.triton_kernels import choice as kernel_choice
+from library.nn.triton_kernels.choice import use_fused_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
@@ -43,7 +43,8 @@ def test_they_agree_with_the_plain_functions():
 @pytest.fixture
 def launches(monkeypatch):
     """What the functions launch: kernel, inputs and constants. Nothing is run."""
-    from library.nn import triton_layers, triton_modulated
+    from library.nn.triton_kernels import layers as triton_layers
+    from library.nn.triton_kernels import modulated as triton_modulated
 
     found = []
 
@@ -61,7 +62,8 @@ def run_all(dtype, width, head_dim, device="meta", learnt=True):
 
     Gains get gradients if they are `learnt`.
     """
-    from library.nn import triton_layers, triton_modulated
+    from library.nn.triton_kernels import layers as triton_layers
+    from library.nn.triton_kernels import modulated as triton_modulated
 
     def leaf(*shape, dtype=torch.float32, wanted=True):
         return torch.empty(shape, dtype=dtype, device=device, requires_grad=wanted)
@@ -169,7 +171,7 @@ def as_source(kernel, inputs, constants):
 @with_triton
 def test_a_launch_is_on_the_device_of_its_first_input(monkeypatch):
     """Triton launches on the current one, which need not be that of the tensors."""
-    from library.nn import triton_launch
+    from library.nn.triton_kernels import launch as triton_launch
 
     launched, current = [], []
 
@@ -311,9 +313,9 @@ def test_its_interpreter_has_to_be_asked_for(gpu):
 def test_triton_is_not_imported_unless_it_is_chosen():
     code = (
         "import sys, library.models.nextdit, library.models.kandinsky5_dit\n"
-        "from library.nn.kernel_choice import use_fused_kernels\nimport torch\n"
+        "from library.nn.triton_kernels.choice import use_fused_kernels\nimport torch\n"
         "use_fused_kernels('auto', torch.device('cpu'), torch.bfloat16)\n"
-        "sys.exit('library.nn.triton_launch' in sys.modules or 'triton' in sys.modules)"
+        "sys.exit('library.nn.triton_kernels.launch' in sys.modules or 'triton' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from library.models.nextdit import NextDiT
-from library.nn import swapped_weights
-from library.nn.block_swap import BlockSwap
-from library.nn.compiling import part_compiler
-from library.nn.copy_streams import PlainCopier
-from library.nn.gradient_return import GradientReturn
-from library.nn.runner import MODES as KEPT
-from library.nn.swapped_weights import SwappedWeights
+from library.nn.running.compiling import part_compiler
+from library.nn.running.runner import MODES as KEPT
+from library.nn.swap import swapped_weights
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.swap.copy_streams import PlainCopier
+from library.nn.swap.gradient_return import GradientReturn
+from library.nn.swap.swapped_weights import SwappedWeights
 from library.options.compute import ComputeOptions
 from library.training.look.meter import Meter
 from tests.models.lumina2_pairs import make_inputs, make_params

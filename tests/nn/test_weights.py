@@ -7,7 +7,7 @@ from torch import nn
 
 from library.core.checkpoint_files import open_checkpoint
 from library.core.errors import CheckpointError
-from library.nn.weights import Source, load_module
+from library.nn.weights.loading import Source, load_module
 
 CPU = torch.device("cpu")
 SOURCES = {"weight": Source(("q", "k")), "bias": Source(("bias",))}

@@ -14,20 +14,15 @@ from library.models.kandinsky5_format import linear_layers as kandinsky5_layers
 from library.models.lumina2_format import NextDiTParams
 from library.models.lumina2_format import linear_layers as lumina2_layers
 from library.models.nextdit import NextDiT
-from library.nn import (
-    activations,
-    layers,
-    modulated,
-    products,
-    triton_check,
-    triton_launch,
-    triton_layers,
-    triton_modulated,
-)
-from library.nn.block_swap import BlockSwap
+from library.nn import activations, layers, modulated, products
 from library.nn.kernels import replace_parts
 from library.nn.packing import Packing
-from library.nn.recompute import Remaking
+from library.nn.running.recompute import Remaking
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.triton_kernels import check as triton_check
+from library.nn.triton_kernels import launch as triton_launch
+from library.nn.triton_kernels import layers as triton_layers
+from library.nn.triton_kernels import modulated as triton_modulated
 from networks.lora import LoRANetwork, LoRASize
 from tests.triton_interpreter import mended
 

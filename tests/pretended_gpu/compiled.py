@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 
 from library.models.flux_vae import FluxVAE
 from library.models.flux_vae_format import FluxVAEParams
-from library.nn.block_swap import BlockSwap
-from library.nn.compiling import part_compiler
-from library.nn.kernel_choice import use_fused_kernels
 from library.nn.kernels import replace_parts
+from library.nn.running.compiling import part_compiler
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.triton_kernels.choice import use_fused_kernels
 from library.options.compute import ComputeOptions
 from networks.lora import LoRANetwork, LoRASize
 from tests.nn.triton_in_interpreter import kandinsky, lumina, randomised, train

@@ -15,7 +15,7 @@ from library.data.batch import Condition
 from library.data.images import load_source
 from library.data.prompt import Prompt
 from library.data.tensors import pixels_to_tensor
-from library.nn.routing import Routing
+from library.nn.running.routing import Routing
 from lumina_train_network import LuminaTrainer
 
 

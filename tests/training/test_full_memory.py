@@ -17,15 +17,17 @@ import pytest
 import torch
 
 from library.core.errors import ConfigError, ResourceError
-from library.nn.gradient_return import UNDER_WAY
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
+from library.nn.swap.gradient_return import UNDER_WAY
 from library.options.swap import SwapOptions
 from library.training.context import RunContext
 from library.training.guards import loading_advice, training_advice
 from library.training.look import measure
+from library.training.look.budget import PRECISIONS, planned, precisions_for
 from library.training.look.memory_estimate import Manner, MemoryEstimate
+from library.training.look.memory_plan import MemoryPlan
 from library.training.look.meter import Speeds
-from library.training.look.planner import PRECISIONS, MemoryPlan, make_plan, planned, precisions_for
+from library.training.look.planner import make_plan
 from library.training.run import TrainingRun
 from library.training.state.stop import StopSignals
 from tests.training.nano_runs import Runs, weight_bytes_of

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from library.models.nextdit import NextDiT
-from library.nn.block_swap import BlockSwap
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
+from library.nn.swap.block_swap import BlockSwap
 from library.options.optimizer import OptimizerOptions
 from library.training.fused_backward import FusedBackward
 from library.training.optim.one_by_one import OneByOne

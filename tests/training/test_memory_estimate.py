@@ -9,8 +9,8 @@ from benchmarks.memory import allocated
 from library.data.batch import Condition
 from library.models.gemma2 import load_gemma2
 from library.models.lumina2 import load_nextdit, velocities
-from library.nn.block_swap import chosen_blocks, spared_bytes
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
+from library.nn.swap.block_swap import chosen_blocks, spared_bytes
 from library.options.optimizer import OptimizerOptions
 from library.options.quant import QuantOptions
 from library.options.swap import SwapOptions

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from library.core.errors import ConfigError, ResourceError
-from library.nn.runner import MODES
-from library.training.look.planner import LATER, allowed_bytes
+from library.nn.running.runner import MODES
+from library.training.look.budget import LATER, allowed_bytes
 
 
 @pytest.fixture(scope="module")

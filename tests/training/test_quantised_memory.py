@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.nn.quant import quant_layers
+from library.nn.weights.quant import quant_layers
 from library.options.swap import SwapOptions
 from library.training.look.measure import RealSteps
 from library.training.look.memory_estimate import Manner, MemoryEstimate

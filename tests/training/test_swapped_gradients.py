@@ -11,8 +11,8 @@ from torch import Tensor
 from library.core.dist import Processes
 from library.data.batch import Batch
 from library.data.items import Draw
-from library.nn.block_swap import BlockSwap
-from library.nn.gradient_return import GradientReturn
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.swap.gradient_return import GradientReturn
 from library.options.ema import EmaOptions
 from library.training.fused_backward import FusedBackward
 from library.training.gradients import PlainGradients

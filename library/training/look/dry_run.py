@@ -14,22 +14,20 @@ from typing import TYPE_CHECKING
 
 from library.core.collecting import uncollected
 from library.data.cached import Entries
-from library.data.captions import caption_variants
-from library.data.images import source_variants
 from library.data.items import Item, Manifest
 from library.data.prompt import Prompt
 from library.data.token_batches import TokenBudget
 from library.training.context import RunContext
+from library.training.look.budget import planned
 from library.training.look.contact_sheet import PER_SHEET, Shown, first_draws, write_sheet, write_sheets
 from library.training.look.memory_estimate import Manner, MemoryEstimate, free_memory, shown, summed
-from library.training.look.planner import planned
+from library.training.look.texts import items_of_run, prompts_of_run
 from library.training.prepare import Prepared
 from library.training.routing import routing_lines
 
 if TYPE_CHECKING:
     from library.training.trainer import NetworkTrainer
 
-_VARIANTS_WITHOUT_CACHE = 16  # texts looked at of a caption that is drawn anew each time
 _LONGEST_SHOWN = 5
 
 
@@ -63,7 +61,7 @@ class Rehearsal:
 
     def report(self) -> list[str]:
         """Return the lines of the report."""
-        prompts = self._prompts()
+        prompts = prompts_of_run(self.trainer, self.manifest)
         lengths: dict[str, tuple[int, int]] = {}
         for prompt in prompts:  # a text may go with several sources, and without
             counted = self.trainer.count_tokens(prompt)
@@ -96,20 +94,6 @@ class Rehearsal:
         variants = caching.max_caption_variants if caching.texts else None
         return Shown(self.seed, self.total_steps, variants, self.trainer.source_dropout())
 
-    def _items(self) -> list[Item]:
-        return [self.manifest.items[i] for i in (*self.manifest.train, *self.manifest.validation)]
-
-    def _prompts(self) -> dict[Prompt, Item]:
-        """What the text encoder is given, each with a picture that has it."""
-        caching = self.options.caching
-        most = caching.max_caption_variants if caching.texts else _VARIANTS_WITHOUT_CACHE
-        return {
-            Prompt(self.trainer.format_prompt(caption), source): item
-            for item in self._items()
-            for caption in caption_variants(item, most)
-            for source in source_variants(item, self.trainer.source_dropout())
-        }
-
     def _lines_of_others(self, prompts: Iterable[Prompt]) -> list[str]:
         """A line for each further text encoder about the texts that it does not take whole."""
         texts = {prompt.text: self.trainer.count_of_others(prompt) for prompt in prompts}
@@ -134,7 +118,7 @@ class Rehearsal:
         """What is there of latents and texts, as far as they are cached."""
         found = {}
         if (latents := self.inputs.latent_cache) is not None:
-            wanted = {latents.key(item): item for item in self._items()}
+            wanted = {latents.key(item): item for item in items_of_run(self.manifest)}
             found["latents"] = Cached.of(latents.entries, wanted)
         if (features := self.inputs.text_cache) is not None:
             wanted = {features.key(prompt): item for prompt, item in prompts.items()}

@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from library.nn.block_swap import spread
-from library.nn.gradient_return import UNDER_WAY
-from library.nn.swapped_weights import Layout, owned_by
+from library.nn.swap.block_swap import spread
+from library.nn.swap.gradient_return import UNDER_WAY
+from library.nn.swap.swapped_weights import Layout, owned_by
 from library.options.swap import SwapOptions
 from library.training.look.meter import Meter, Speeds
 from library.training.look.simulate import GradientRules, Step, trained_weights, weight_bytes

@@ -16,16 +16,18 @@ import torch
 from library.core.device import empty_cache
 from library.core.errors import ConfigError
 from library.core.files import write_text
-from library.nn.runner import MODES
+from library.nn.running.runner import MODES
 from library.options.budget import AUTO
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
 from library.training.context import RunContext
 from library.training.guards import is_out_of_memory
+from library.training.look.budget import allowed_bytes, precisions_for
 from library.training.look.memory_estimate import Manner, MemoryEstimate, quant_flags, shown
 from library.training.look.meter import Meter, Speeds
-from library.training.look.planner import Calibration, allowed_bytes, make_plan, precisions_for
+from library.training.look.planner import Calibration, make_plan
 from library.training.look.simulate import Simulation
+from library.training.look.texts import longest_text
 from library.training.optim.optimizer import set_learning_rates
 from library.training.trainee.learner import Learner
 
@@ -63,7 +65,8 @@ def measure(context: RunContext) -> Path:
         raise ConfigError(f"--plan_memory can measure on a CUDA GPU or on the CPU, not on '{device.type}'.")
     allowed = None if options.budget.vram_budget is None else _allowed(context)
     speeds = Speeds()
-    estimate = MemoryEstimate(context.trainer, context, kind=device.type, speeds=speeds)
+    tokens = longest_text(context.trainer, context.prepared.manifest)
+    estimate = MemoryEstimate(context.trainer, context, tokens=tokens, kind=device.type, speeds=speeds)
     print(f"a step on {len(estimate.work.sizes)} picture(s) of {estimate.work.sizes[0]}, on {device}")
     print(
         f"{'precision':<10}{'checkpoints':<15}{'swapped':>8}{'foretold':>12}{'found':>12}{'ratio':>8}{'s':>9}"

@@ -18,9 +18,9 @@ from library.data.images import drawn_source
 from library.data.items import Item
 from library.data.prompt import Prompt
 from library.data.prompt_files import load_sample_prompts
-from library.nn.gradient_return import UNDER_WAY
-from library.nn.quant import quant_layers
+from library.nn.swap.gradient_return import UNDER_WAY
 from library.nn.transformer import Transformer
+from library.nn.weights.quant import quant_layers
 from library.options.request import ImageRequest
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
@@ -73,15 +73,16 @@ class MemoryEstimate:
         kind: str = "cuda",
         speeds: Speeds | None = None,
     ) -> None:
-        """`tokens`: of the longest caption and its source; None: as many as the text encoder takes. `kind`:
-        of device.
+        """`tokens`: of the longest text in training, with its source; None: as many as the text encoder
+        takes. `kind`: of device.
         """
         options = trainer.options
         limit = _most_tokens(trainer, context.prepared.manifest.items)
         tread = options.tread
         routes = () if tread.steps_off(context.total_steps) else tread.routes  # the last steps take the most
-        batches, tokens = context.plan.heaviest_batches, min(limit, tokens or limit)
-        self._works = [Work(sizes, tokens, routes) for sizes in batches]
+        tokens = min(limit, tokens or limit)
+        self._works = [Work(sizes, tokens, routes) for sizes in context.plan.heaviest_batches]
+        self._most_tokens = limit
         self.trains_text = options.trainee.trains_text_encoder
         self._trainer, self._context, self._kind, self._speeds = trainer, context, kind, speeds
         self._models: dict[str | None, tuple[Simulation, Holdings]] = {}
@@ -315,7 +316,7 @@ class MemoryEstimate:
         grid = (height // family.latent_stride, width // family.latent_stride)
         latents_BCHW = torch.zeros(1, family.latent_channels, *grid, device=META)
         decoding = peak_of(lambda: self._trainer.decode_latents(self.vae, latents_BCHW), self.vae)[0]
-        both = Work(((width, height),) * 2 * sampling.sample_batch_size, self.work.tokens)  # and unguided
+        both = Work(((width, height),) * 2 * sampling.sample_batch_size, self._most_tokens)  # and unguided
         return max(decoding, self.simulation(manner.quant).forward(both))
 
 

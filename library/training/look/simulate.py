@@ -2,7 +2,7 @@
 
 The same code runs as in training, and chooses what it would choose on a GPU; a `Meter` watches. So memory is
 counted at every moment of the step, and not estimated from a formula. What comes on top on a real device are
-its driver's own memory and what its allocator loses between tensors: see `library.training.look.planner`.
+its driver's own memory and what its allocator loses between tensors: see `library.training.look.budget`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from library.data.batch import Condition
 from library.data.items import Size
-from library.nn.routing import Routing, kept_count
+from library.nn.running.routing import Routing, kept_count
 from library.nn.stand_in import meta_standing_for
 from library.nn.transformer import Transformer
 from library.options.tread import Route, resolved

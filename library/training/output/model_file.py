@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.core.device import dtype_named
 from library.core.weight_layout import WeightLayout
 from library.nn.transformer import Transformer
-from library.nn.weight_writer import WeightFile
+from library.nn.weights.writer import WeightFile
 from library.options.saving import ModelSavingOptions
 from library.training.events import Moment
 from library.training.guards import require_finite

@@ -20,7 +20,7 @@ from library.core.errors import CheckpointError
 from library.core.files import explain, require_room
 from library.core.log import logger
 from library.core.suggest import shorten
-from library.nn.weight_writer import bytes_of, plan_of
+from library.nn.weights.writer import bytes_of, plan_of
 from library.options.saving import SavingOptions
 from library.options.state import LATEST, StateOptions
 from library.training.events import Interval, Moment

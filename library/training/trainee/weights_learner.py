@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from library.core.device import keep_freed_memory
-from library.nn.gradient_return import GradientReturn
+from library.nn.swap.gradient_return import GradientReturn
 from library.options.train import TrainOptions
 from library.training.context import RunContext
 from library.training.fused_backward import FusedBackward

@@ -92,7 +92,7 @@ def _has_compiler() -> bool:
 
 
 def _differing_parts(device: torch.device, dtype: torch.dtype) -> list[str]:
-    from library.nn.triton_check import differing_parts
+    from library.nn.triton_kernels.check import differing_parts
 
     return differing_parts(device, dtype)
 

@@ -3,7 +3,7 @@
 Checkpointing a whole block computes all of it twice. Here a block keeps what was expensive, and of the rest
 only how it was made:
 
-    with Remaking():                  # around the forward pass of a block; `library.nn.runner` does that
+    with Remaking():                  # around the forward pass of a block, see runner.py
         y = cheap(function, *inputs)  # if autograd wants to keep y, it keeps `function` and `inputs`
 
 Outside of `Remaking`, `cheap(f, *inputs)` is `f(*inputs)`. A function must not change its inputs, and what it

@@ -43,8 +43,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from library.nn.block_swap import BlockSwap
-from library.nn.swapped_weights import Layout, page_locked
+from library.nn.swap.block_swap import BlockSwap
+from library.nn.swap.swapped_weights import Layout, page_locked
 
 UNDER_WAY = 4  # gradients that are on their way home to a thread, or there and not used up yet
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from library.nn import triton_layers as by_rows
-from library.nn import triton_modulated as by_samples
 from library.nn.activations import plain_swiglu
 from library.nn.layers import plain_norm_and_rotate, plain_normed_residual, plain_scaled_rms_norm
 from library.nn.modulated import plain_gated_residual, plain_modulated_layer_norm
 from library.nn.packing import Packing
+from library.nn.triton_kernels import layers as by_rows
+from library.nn.triton_kernels import modulated as by_samples
 
 _LENGTHS = (21, 3)  # more tokens than a program takes, and fewer
 # As wide as Lumina's, so several warps share a row, and no powers of two: a program has room left, which it

@@ -12,7 +12,7 @@ from torch import Tensor
 from library.core.checkpoint_writer import CheckpointPlan, PlannedTensor
 from library.core.files import require_room, staged_directory
 from library.core.weight_layout import FileTensor, WeightLayout
-from library.nn.tensor_reader import DTYPES
+from library.nn.weights.reader import DTYPES
 
 # Inside diffusers' folder of a pipeline.
 MODEL_FOLDER = "transformer"

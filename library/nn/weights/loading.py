@@ -18,8 +18,8 @@ from library.core.checkpoint_files import Checkpoint
 from library.core.errors import CheckpointError
 from library.core.log import logger
 from library.core.suggest import did_you_mean
-from library.nn.quant import QuantLinear, quant_layers
-from library.nn.tensor_reader import READERS, TensorReader, joined_shape
+from library.nn.weights.quant import QuantLinear, quant_layers
+from library.nn.weights.reader import READERS, TensorReader, joined_shape
 
 
 @dataclass(frozen=True)

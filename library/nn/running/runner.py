@@ -30,15 +30,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.nn.offload import offloaded_checkpoint
-from library.nn.recompute import Remaking
+from library.nn.running.offload import offloaded_checkpoint
+from library.nn.running.recompute import Remaking
 
 MODES = ("none", "selective", "feed_forward", "outputs", "full", "offload")
 _REMADE = {"selective": "none", "feed_forward": "wide", "outputs": "all"}  # which products, by mode
 
 
 class Ring(Protocol):
-    """Weights that come to the device when it is their turn; see `library.nn.block_swap`."""
+    """Weights that come to the device when it is their turn; see `library.nn.swap.block_swap`."""
 
     def hold(self, block: nn.Module) -> None:
         """Put the weights of a block on the device until another one is held."""

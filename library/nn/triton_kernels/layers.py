@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.activations import ALL, Use
 from library.nn.packing import Packing
-from library.nn.triton_launch import (
+from library.nn.triton_kernels.launch import (
     added_up,
     launch,
     parts,

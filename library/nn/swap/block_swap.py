@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from library.core.log import logger
-from library.nn.copy_streams import Copier, copier_for
-from library.nn.swapped_weights import GIB, Layout, SwappedWeights, owned_by, pin
+from library.nn.swap.copy_streams import Copier, copier_for
+from library.nn.swap.swapped_weights import GIB, Layout, SwappedWeights, owned_by, pin
 from library.options.swap import SwapOptions
 
 _log = logger("swap")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from library.nn.packing import Packing
-from library.nn.triton_launch import (
+from library.nn.triton_kernels.launch import (
     added_up,
     launch,
     row_shape,

@@ -179,6 +179,10 @@ class LuminaTrainer(NetworkTrainer):
         """Count Gemma's tokens."""
         return self._tokenizer.count(prompt.text), self.options.model.gemma2_max_token_length
 
+    def text_encoder_bytes(self, encoders: Gemma2Encoder) -> int:
+        """Count what is on the device: never the table of words."""
+        return encoders.device_bytes()
+
     def encode_blank(self, encoders: Gemma2Encoder, tokens: int, count: int) -> list[Condition]:
         """Encode texts of Gemma2's token 0."""
         from library.data.batch import Condition

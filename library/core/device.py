@@ -60,6 +60,13 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
+def before_ampere(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU older than Ampere, which has neither bf16 nor flash attention."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a small CPU tensor's copy on a device; neither the program nor the device waits for it."""
     if device.type == "cuda":

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from library.core.device import before_ampere
 from library.core.errors import ConfigError, MissingPackageError
 from library.nn.packing import Packing
 from library.nn.products import product_dtype
@@ -67,7 +68,7 @@ def prepare_kernel(kernel: str, device: torch.device, dtype: torch.dtype | None)
         raise MissingPackageError(package, f"Attention kernel '{kernel}'", install)
     if kernel in _ONLY_HALF and dtype not in _HALF:
         raise ConfigError(f"Attention kernel '{kernel}' needs bf16 or fp16, not {dtype}; use 'torch'.")
-    if kernel in _ONLY_HALF and not _has_flash(device):
+    if kernel in _ONLY_HALF and before_ampere(device):
         raise ConfigError(
             f"Attention kernel '{kernel}' needs a GPU of the Ampere generation or a later one, and "
             f"{torch.cuda.get_device_name(device)} is older; use 'torch'."
@@ -142,13 +143,8 @@ def _varlen_is_better(q_THD: Tensor, packing: Packing) -> bool:
     return q_THD.is_meta or (
         torch.version.cuda is not None
         and torch.backends.cuda.is_flash_attention_available()  # some builds lack it, such as for Windows
-        and _has_flash(q_THD.device)
+        and not before_ampere(q_THD.device)
     )
-
-
-def _has_flash(device: torch.device) -> bool:
-    """torch's flash kernels begin with the Ampere generation (compute capability 8.0)."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _samples(
@@ -174,12 +170,21 @@ def _repeated(x_SKD: Tensor, times: int) -> Tensor:
 
 
 def _torch(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
-    dtype = product_dtype(q_THD)
-    if q_THD.dtype != dtype:
-        return cheap(_as, _sdpa(*(cheap(_as, x, dtype) for x in (q_THD, k_SKD, v_SKD))), q_THD.dtype)
+    given, dtype = q_THD.dtype, _sdpa_dtype(q_THD)
+    if dtype != given:
+        q_THD, k_SKD, v_SKD = (cheap(_as, x, dtype) for x in (q_THD, k_SKD, v_SKD))
     if q_THD.shape[1] != k_SKD.shape[1] and not _takes_groups(q_THD):
         k_SKD, v_SKD = _for_every_query(q_THD, k_SKD, v_SKD)
-    return _sdpa(q_THD, k_SKD, v_SKD)
+    y_THD = _sdpa(q_THD, k_SKD, v_SKD)
+    return y_THD if dtype == given else cheap(_as, y_THD, given)
+
+
+def _sdpa_dtype(q_THD: Tensor) -> torch.dtype:
+    """Return the dtype to attend in. In bf16, GPUs before Ampere have no kernel but one that makes a table of
+    scores, of every query with every key."""
+    if q_THD.dtype == torch.bfloat16 and device_kind(q_THD) == "cuda" and not q_THD.is_meta:
+        return torch.float32 if before_ampere(q_THD.device) else torch.bfloat16
+    return product_dtype(q_THD)
 
 
 def _takes_groups(q_THD: Tensor) -> bool:
@@ -191,7 +196,7 @@ def _takes_groups(q_THD: Tensor) -> bool:
         return False
     if q_THD.is_meta or torch.version.cuda is None:
         return True
-    return torch.backends.cuda.is_flash_attention_available() and _has_flash(q_THD.device)
+    return torch.backends.cuda.is_flash_attention_available() and not before_ampere(q_THD.device)
 
 
 def _cudnn(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.core.device import dtype_named
+from library.core.device import before_ampere, dtype_named
 from library.core.dist import Processes, run_seed
 from library.core.log import logger
 from library.data.loader import LoaderSettings
@@ -60,6 +60,11 @@ class RunContext:
             _log.info("torch computes norms and gates, and not Triton: %s", obstacle)
         elif uses_triton():
             _log.info("kernels of Triton compute norms and gates; --fused_kernels torch leaves that to torch")
+        if dtype == torch.bfloat16 and before_ampere(processes.device):
+            _log.warning(
+                "this GPU has no instructions for bf16, which makes steps many times slower than in fp16: "
+                "--mixed_precision fp16 is made for it, as long as nothing overflows (exit code 70)"
+            )
         require_one_start(processes, resumed)
         seed = resumed.record.seed if resumed else run_seed(options.training.seed, processes)
         accumulation = options.training.gradient_accumulation_steps

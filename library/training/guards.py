@@ -129,6 +129,8 @@ def caching_advice(options: TrainOptions) -> list[str]:
     """Return what makes the encoders' work before training smaller."""
     caching = options.caching
     advice = _precision_advice(options)
+    if caching.texts and options.quant.text_encoder_quant is None:
+        advice.append("--text_encoder_quant int8, which nearly halves the text encoder")
     if caching.texts and caching.text_encoder_batch_size > 1:
         advice.append(f"--text_encoder_batch_size 1 instead of {caching.text_encoder_batch_size}")
     if caching.latents and caching.vae_batch_size > 1:

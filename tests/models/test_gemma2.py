@@ -123,6 +123,22 @@ def test_the_order_of_names_does_not_matter(nano_in, ordered_file, tmp_path, pre
         assert torch.equal(parameter, weights[name])
 
 
+def test_the_table_of_words_stays_where_it_is(nano_in):
+    """In the file's dtype, while the layers go to another device or take another dtype."""
+    ids = [[2, 30, 31, 200, 5], [7]]
+    encoder = load_gemma2(nano_in("diffusers").gemma2, device=CPU, dtype=torch.bfloat16)
+    expected = encoder.encode(ids)
+    table = encoder.model.embed_tokens.weight
+    rest = [p for p in encoder.parameters() if p is not table]
+    assert encoder.device_bytes() >= sum(p.nbytes for p in rest)
+    assert table.dtype == torch.float32 and {p.dtype for p in rest} == {torch.bfloat16} == {encoder.dtype}
+    encoder.model.embed_tokens.weight.data = table.bfloat16()  # as it was when it went with the layers
+    for ours, other in zip(encoder.encode(ids), expected, strict=True):
+        assert torch.equal(ours, other)
+    encoder.to("meta")
+    assert encoder.device.type == "meta" and encoder.model.embed_tokens.weight.device == CPU
+
+
 def test_stays_memory_mapped_on_the_cpu(nano_in):
     """In the file's own dtype, weights lie in memory as they lie in the file: nothing was copied."""
     file = nano_in("original").gemma2

@@ -94,27 +94,35 @@ def test_on_the_meta_device_without_a_table_of_scores(kind, dtype, kv_heads):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "alone"),
-    [(torch.float32, (9, 0), False), (torch.float16, (7, 5), False), (torch.bfloat16, (8, 9), True)],
+    ("dtype", "old", "alone"),
+    [
+        (torch.float32, False, False),
+        (torch.float16, True, False),
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, False, True),
+    ],
 )
-def test_grouped_queries_where_only_flash_attention_takes_them(monkeypatch, dtype, capability, alone):
-    """On a GPU all else would make a table of scores; so keys and values are repeated."""
+def test_on_a_gpu_no_kernel_makes_a_table_of_scores(monkeypatch, dtype, old, alone):
+    """For grouped queries all but flash attention would, so keys and values are repeated; before Ampere all
+    would for bf16, so that is fp32."""
     for module in ("attention", "products"):
         monkeypatch.setattr(f"library.nn.{module}.device_kind", lambda _: "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr("library.nn.attention.before_ampere", lambda _: old)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     real, told = torch.nn.functional.scaled_dot_product_attention, []
 
     def recorded(q, k, v, *, enable_gqa):
-        told.append((enable_gqa, q.shape[1] == k.shape[1]))
+        told.append((q.dtype, enable_gqa, q.shape[1] == k.shape[1]))
         return real(q, k, v, enable_gqa=enable_gqa)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
     inputs = qkv(4, 2, dtype)
     packing = Packing.of(LENGTHS, CPU)
     ours = attention(*inputs, packing, "torch")
-    assert told == [(alone, not alone)] * len(LENGTHS)
+    attended_in = torch.float32 if old and dtype == torch.bfloat16 else dtype
+    assert told == [(attended_in, alone, not alone)] * len(LENGTHS)
+    assert ours.dtype == dtype
     torch.testing.assert_close(ours, plain_attention(*inputs, packing).flatten(1), rtol=2e-2, atol=2e-2)
     weights = torch.ones_like(ours)
     of_ours, of_plain = (

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -273,6 +274,7 @@ def test_a_compiler_may_be_named(gpu):
         AssertionError("libcuda.so cannot found!\nPossible files are located at"),
         PermissionError(13, "Permission denied", "/root/.triton"),
         ImportError(),
+        KeyError("Keyword argument enable_fp_fusion was specified but unrecognised"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -284,6 +286,14 @@ def test_refused_where_a_kernel_cannot_be_built(gpu, error):
 
     gpu.setattr(kernel_choice, "_differing_parts", fail)
     refused("cannot build or run its kernels on Pretended GPU .*python3-dev")
+
+
+def test_refused_where_the_package_cannot_be_imported(gpu):
+    """As on Windows, where a library of its may be missing."""
+    gpu.setattr(importlib.util, "find_spec", lambda name: name)
+    gpu.setenv("CC", "/opt/bin/cc")
+    gpu.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    refused("package triton is installed and cannot be imported .*TritonError")
 
 
 @with_triton

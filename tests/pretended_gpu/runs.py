@@ -170,7 +170,7 @@ def assert_waits(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
         run.run()
     assert len(found) == 4
     # What encodes pictures on the way is read from its file when the first of them comes.
-    found[0] = [where for where in found[0] if where != "tensor_reader.py"]
+    found[0] = [where for where in found[0] if where != "reader.py"]
     assert found == [["update.py"]] * 4
 
 

@@ -248,8 +248,14 @@ def refuse(*_: object, **__: object) -> None:
     ("hook", "message"),
     [
         ("load_transformer", "while loading the model: .*--mixed_precision bf16, .*other programs"),
-        ("encode_images", "while encoding the dataset: .*--mixed_precision bf16, .*other programs"),
-        ("encode_prompts", "while encoding the dataset: .*--text_encoder_batch_size 1 instead of 8"),
+        (
+            "encode_images",
+            "while encoding the dataset: .*--mixed_precision bf16, .*--text_encoder_quant int8",
+        ),
+        (
+            "encode_prompts",
+            "dataset: .*--text_encoder_quant int8, .*--text_encoder_batch_size 1 instead of 8",
+        ),
     ],
 )
 def test_loading_and_encoding_without_memory_end_with_advice(

@@ -18,6 +18,7 @@ from library.training.context import RunContext
 from library.training.look.dry_run import Rehearsal
 from library.training.look.memory_estimate import MemoryEstimate
 from library.training.look.meter import Meter
+from library.training.look.texts import prompts_of_run
 from library.training.prepare import prepare
 from tests.picture_sets import manifest_of, write_picture, write_pictures
 from tools.make_nano_models import make_nano_kandinsky5
@@ -92,7 +93,7 @@ def test_a_dry_run_counts_what_the_model_is_given(
     rehearsal = Rehearsal(trainer, prepare(trainer))
     report = rehearsal.report()
     encoders = trainer.load_text_encoders(torch.device("cpu"), torch.float32)
-    prompts = list(rehearsal._prompts())
+    prompts = list(prompts_of_run(trainer, rehearsal.manifest))
     with torch.no_grad():
         lengths = [len(c.tokens_LD) for c in trainer.encode_prompts(encoders, prompts)]
     assert [min(trainer.count_tokens(prompt)) for prompt in prompts] == lengths

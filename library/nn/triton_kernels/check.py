@@ -27,7 +27,7 @@ def differing_parts(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return the names of the parts whose kernels, in a dtype, find other results or gradients than torch
     does in fp32. Rounding is no difference."""
     draw = _Draw(device, dtype)
-    names = [part.fused.__name__ for part in _parts(draw) if not part.agrees(draw)]
+    names = list(dict.fromkeys(part.fused.__name__ for part in _parts(draw) if not part.agrees(draw)))
     return names if _swiglu_back_agrees(draw) else [*names, by_rows.swiglu_back.__name__]
 
 
@@ -66,7 +66,7 @@ def _parts(draw: _Draw) -> list[_Part]:
     x_THF, gain_HF = draw(tokens, _HEADS, _HEAD_WIDTH), draw(_HEADS, _HEAD_WIDTH, dtype=torch.float32)
     table_TP2 = draw(tokens, _HEAD_WIDTH // 2, 2, dtype=torch.float32)
     norm, heads = (packing, _EPS), (table_TP2, _EPS)
-    return [
+    trained = [
         _Part(by_rows.scaled_rms_norm, plain_scaled_rms_norm, (x_TD, gain_BD), norm),
         _Part(by_rows.normed_residual, plain_normed_residual, (stream_TD, x_TD, gain_BD), norm),
         _Part(by_rows.norm_and_rotate, plain_norm_and_rotate, (x_THF, gain_HF), heads),
@@ -74,6 +74,17 @@ def _parts(draw: _Draw) -> list[_Part]:
         _Part(by_samples.modulated_layer_norm, plain_modulated_layer_norm, (x_TD, gain_BD, shift_BD), norm),
         _Part(by_samples.gated_residual, plain_gated_residual, (stream_TD, x_TD, gain_BD), (packing,)),
     ]
+    # Gains that want no gradient, or are one for all samples, as in frozen models: these are other kernels.
+    gain_1D, both = gain_BD[:1], (gain_BD, shift_BD)
+    frozen = [
+        _Part(by_rows.scaled_rms_norm, plain_scaled_rms_norm, (x_TD,), (gain_1D, *norm)),
+        _Part(by_rows.normed_residual, plain_normed_residual, (stream_TD, x_TD), (gain_1D, *norm)),
+        _Part(by_rows.norm_and_rotate, plain_norm_and_rotate, (x_THF,), (gain_HF, *heads)),
+        _Part(by_rows.norm_and_rotate, plain_norm_and_rotate, (x_THF,), (gain_HF, None, _EPS)),
+        _Part(by_samples.modulated_layer_norm, plain_modulated_layer_norm, (x_TD,), (*both, *norm)),
+        _Part(by_samples.gated_residual, plain_gated_residual, (stream_TD, x_TD), (gain_BD, packing)),
+    ]
+    return trained + frozen
 
 
 def _swiglu_back_agrees(draw: _Draw) -> bool:

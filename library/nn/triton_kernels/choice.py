@@ -68,14 +68,13 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"its kernels need a GPU of the Ampere generation or a later one, and {name} is older"
     if not _has_compiler():
         return "Triton builds its launchers with a C compiler (gcc or clang), and there is none"
-    from triton import TritonError
-
-    # Of a missing compiler, header or driver library, of a folder for compiled code that cannot be written
-    # and of a GPU that this Triton does not know, it tells in as many ways, at the first launch.
-    causes = (RuntimeError, AssertionError, ImportError, OSError, subprocess.SubprocessError, TritonError)
+    try:
+        from triton import TritonError
+    except _CAUSES as error:
+        return f"the package triton is installed and cannot be imported ({_first_line(error)})"
     try:
         differing = _differing_parts(device, dtype)
-    except causes as error:
+    except (*_CAUSES, TritonError) as error:
         torch.cuda.synchronize(device)  # raises where that error has left the device of no use to anyone
         return (
             f"Triton cannot build or run its kernels on {name} ({_first_line(error)}), for which it needs a "
@@ -83,6 +82,14 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
             "(TRITON_CACHE_DIR)"
         )
     return f"on {name} its kernels differ from torch's ({', '.join(differing)})" if differing else None
+
+
+# Of a missing compiler, header or library, of a folder for compiled code that cannot be written, of a GPU or
+# an option that this Triton does not know, it tells in as many ways, at the first launch.
+_CAUSES = (
+    *(RuntimeError, AssertionError, ImportError, OSError, subprocess.SubprocessError),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
 
 
 def _has_compiler() -> bool:

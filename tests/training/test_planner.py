@@ -199,6 +199,23 @@ def test_measuring_that_cannot_be_is_refused_before_it_begins(command, run_scrip
     assert "foretold" not in result.out
 
 
+def test_compiled_blocks_are_foretold_to_keep_more_where_they_may(estimate):
+    from library.options.swap import SwapOptions
+    from library.training.look.memory_estimate import Manner, MemoryEstimate
+
+    plain, options = estimate
+
+    def activations(made, mode):
+        return made.bytes_of_steps(Manner(None, mode), SwapOptions())["activations of the largest batch"]
+
+    for budget, more in ((1.0, 1.2), (0.5, 1.0)):
+        compute = replace(options.compute, torch_compile=True, activation_memory_budget=budget)
+        trainer = plain._trainer.with_options(replace(options, compute=compute))
+        compiled = MemoryEstimate(trainer, plain._context)
+        assert activations(compiled, "none") == pytest.approx(more * activations(plain, "none"), rel=1e-3)
+        assert activations(compiled, "full") == pytest.approx(activations(plain, "full"), rel=1e-3)
+
+
 def test_a_dry_run_says_that_it_does_not_measure(command, run_script, tmp_path):
     result = run_script(
         "lumina_train_network.py", *command, f"--output_dir={tmp_path}", "--plan_memory", "--dry_run"

@@ -24,7 +24,7 @@ from library.training.trainee.kind import Trainee
 
 Parts = dict[str, int]  # bytes of what is in memory at the same time
 
-_ACTIVATIONS = "activations of the largest batch"
+ACTIVATIONS = "activations of the largest batch"
 _GRADIENTS = "gradients"
 
 _SAMPLE = 512  # rows and columns of the matrix that tells what an optimizer takes; constants hardly count
@@ -157,7 +157,7 @@ class Holdings:
         passing = step.peak_with(rules) - step.staying_with(rules)
         here, _ = self._places(swap)
         updating = 0 if self._in_backward else self._room(here)  # what it takes in backward, the rules know
-        return self._at_end(swap) | {_ACTIVATIONS: max(passing, updating)}
+        return self._at_end(swap) | {ACTIVATIONS: max(passing, updating)}
 
     def between_steps(self, swap: SwapOptions) -> Parts:
         """Return what is on the device all the time."""

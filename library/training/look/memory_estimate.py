@@ -24,7 +24,7 @@ from library.nn.weights.quant import quant_layers
 from library.options.request import ImageRequest
 from library.options.swap import SwapOptions
 from library.options.train import TrainOptions
-from library.training.look.holdings import BlockWeights, Holdings, Parts, Sample, Upkeep
+from library.training.look.holdings import ACTIVATIONS, BlockWeights, Holdings, Parts, Sample, Upkeep
 from library.training.look.meter import Speeds
 from library.training.look.simulate import (
     META,
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 TEXT_PASS, LATENT_PASS = "filling the text cache", "filling the latent cache"
 DRAWING = "drawing sample pictures"
+# What compiled blocks keep where they keep what they like, of what others keep: 1.17 and 1.18 were found, see
+# docs/performance.md.
+_COMPILED = 1.2
 _AVERAGE = "running average (EMA)"
 _TEXT_ACTIVATIONS = "activations of the text encoder"
 
@@ -105,7 +108,11 @@ class MemoryEstimate:
 
     def bytes_of_steps(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what bare steps take: the model, what is trained, and how."""
-        return self.holdings(manner.quant).in_steps(self.step(manner), swap)
+        parts = self.holdings(manner.quant).in_steps(self.step(manner), swap)
+        compute = self._trainer.options.compute
+        if compute.compiles and manner.mode == "none" and compute.activation_memory_budget == 1:
+            parts[ACTIVATIONS] = round(parts[ACTIVATIONS] * _COMPILED)
+        return parts
 
     def other_phases(
         self, manner: Manner, swap: SwapOptions, *, texts: bool = True, latents: bool = True

@@ -98,7 +98,7 @@ class QuantOptions(TextQuantOptions):
 
     @property
     def transformer(self) -> str | None:
-        """The scheme of `library.nn.weights.quant` for the transformer."""
+        """The scheme of `library.nn.weights.schemes` for the transformer."""
         return "fp8" if any(getattr(self, name) for name in _FP8_FLAGS) else self.base_quant
 
     @property

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import allocated
 from library.data.batch import Condition
@@ -153,6 +155,20 @@ def test_the_meter_counts_what_is_alive():
         del new
         assert meter.live == 80 and meter.peak == 120
     assert both.numel() == 20
+
+
+def test_fake_tensors_take_no_real_memory_and_count_where_the_meta_device_does():
+    """Wherever they say that they are."""
+    fake = FakeTensorMode()
+    with Meter(("cpu",)) as meter, fake:
+        kept = [torch.zeros(1000), nn.Linear(10, 10)(torch.ones(3, 10))]
+    assert (meter.live, meter.peak) == (0, 0) and kept[0].device.type == "cpu"
+    with fake, Meter() as meter:
+        there, here = torch.zeros(1000, device="meta") + 1, torch.zeros(1000)
+        assert meter.live == there.nbytes == here.nbytes
+    with fake, Meter(("meta", "cpu")) as meter:
+        kept = torch.zeros(1000) + 1
+        assert meter.live == kept.nbytes
 
 
 @pytest.mark.parametrize(

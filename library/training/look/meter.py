@@ -100,6 +100,8 @@ class Meter(TorchDispatchMode):
         if tensor.device.type not in self._kinds:
             return None
         storage = tensor.untyped_storage()
+        if storage.device.type not in self._kinds:
+            return None  # a fake tensor names a device where it takes nothing: its storage is a meta one
         return None if storage._cdata in self._alive else storage
 
     def _copied_out(self, func: torch._ops.OpOverload, args: tuple[object, ...]) -> object:

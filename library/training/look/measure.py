@@ -88,15 +88,17 @@ def measure(context: RunContext) -> Path:
 
 def _steps(context: RunContext, estimate: MemoryEstimate) -> Iterator[Measured]:
     """Make two steps of each kind: every mode, then with blocks swapped, half of them unless the options say
-    how many, then quantised; the latter two where they can be."""
+    how many, then in every other precision that may be chosen; the latter two where they can be."""
     given, swap = context.options.quant.transformer, context.options.swap
     if not swap.count:
         swap = replace(swap, blocks_to_swap=estimate.block_count // 2)
     yield from _steps_of(context, estimate, given, SwapOptions(), MODES)
     if estimate.no_swap_because is None:
         yield from _steps_of(context, estimate, given, swap, ("none", "full"))
-    if given is None and "int8" in precisions_for(context, estimate):
-        yield from _steps_of(context, estimate, "int8", SwapOptions(), ("none", "full"))
+    others = precisions_for(context, estimate) if given is None else ()
+    for quant in others:
+        if quant is not None:
+            yield from _steps_of(context, estimate, quant, SwapOptions(), ("none", "full"))
 
 
 def _steps_of(
@@ -110,7 +112,7 @@ def _steps_of(
         manner = Manner(quant, mode)
         foretold = sum(estimate.bytes_of_steps(manner, swap).values())
         if context.device.type == "cpu":  # where the device's memory is the computer's
-            foretold += sum(estimate.in_computer(manner, swap).values())
+            foretold += sum(estimate.bytes_in_computer_of_steps(manner, swap).values())
         try:
             found, seconds = _measured_steps(context, estimate, mode)
         except RuntimeError as error:

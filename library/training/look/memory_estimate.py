@@ -148,7 +148,11 @@ class MemoryEstimate:
     def in_computer(self, manner: Manner, swap: SwapOptions) -> Parts:
         """Return what training takes of the computer's memory for swapped blocks."""
         _, averages = self._averages(manner.quant, swap)
-        return self.holdings(manner.quant).in_computer(swap) | averages
+        return self.bytes_in_computer_of_steps(manner, swap) | averages
+
+    def bytes_in_computer_of_steps(self, manner: Manner, swap: SwapOptions) -> Parts:
+        """Return what bare steps take of the computer's memory for swapped blocks."""
+        return self.holdings(manner.quant).in_computer(swap)
 
     def swapped_bytes(self, quant: str | None, swap: SwapOptions) -> int:
         """Return what is copied to the device in a pass through the model."""

@@ -47,6 +47,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.core.entry import run_script  # noqa: E402
+from library.core.versions import require_torch  # noqa: E402
+
+run_script(require_torch)  # an old one may fail while it, or what uses it, is imported
+
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -62,10 +67,10 @@ from benchmarks.gpu_ways import (  # noqa: E402
     Way,
     plan,
 )
-from benchmarks.report import missing_packages, write  # noqa: E402
+from benchmarks.report import device_to_measure, missing_packages, write  # noqa: E402
 from benchmarks.step import FAMILIES  # noqa: E402
 from benchmarks.step_parts import Clock, Contestant, Settings, make_step  # noqa: E402
-from library.core.device import device_named, empty_cache  # noqa: E402
+from library.core.device import empty_cache  # noqa: E402
 from library.core.errors import ConfigError, UserError  # noqa: E402
 from library.nn.attention import prepare_kernel  # noqa: E402
 from library.nn.kernels import replace_parts  # noqa: E402
@@ -285,15 +290,15 @@ def chosen_cases(given: argparse.Namespace) -> list[Case]:
 def main(arguments: list[str]) -> int:
     """Measure and print; return the exit code."""
     given, begin = parse(arguments), time.monotonic()
-    logging.getLogger("flow_scripts").setLevel(logging.ERROR)
     try:
         cases = chosen_cases(given)
-        device = device_named(given.device)
+        device = device_to_measure(given.device)
         if given.size == "full" and device.type == "cpu":
             raise ConfigError("Nothing to measure here: there is no GPU. --size nano shows whether all runs.")
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    logging.getLogger("flow_scripts").setLevel(logging.ERROR)
     if device.type == "cpu":
         torch.set_num_threads(1)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

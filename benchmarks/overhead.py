@@ -155,7 +155,7 @@ def main() -> None:
     require("pydantic", "toml")  # as every run does
     torch.set_num_threads(1)
     result = measure(given.rounds)
-    show(result, "overhead")
+    show(result, "overhead", in_ms=True)
     print(f"\n{result.rows[0].median * 1e3:.2f} ms a step outside the model")
     write([result], given.json)
 

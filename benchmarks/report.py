@@ -15,12 +15,16 @@ import importlib.util
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from library.core.device import device_named
+from library.core.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
 MATMUL = 1536
@@ -60,6 +64,16 @@ def require(*packages: str) -> None:
     """End the program with a sentence if a package is missing that nothing can be measured without."""
     if missing := missing_packages(*packages):
         raise SystemExit(f"Nothing to measure here: {missing} not installed.")
+
+
+def device_to_measure(name: str | None) -> torch.device:
+    """Return the device that --device names, None being the best one; end the program with a sentence if it
+    is not there."""
+    try:
+        return device_named(name)
+    except ConfigError as error:
+        print(f"Nothing to measure here: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 def take_turns(
@@ -108,19 +122,23 @@ def summarise(
     return Result(title, unit, rows, matmul_gflops, len(figures[rival]), matmul_dtype)
 
 
-def show(result: Result, benchmark: str) -> None:
+def show(result: Result, benchmark: str, *, in_ms: bool = False) -> None:
     """Print a table, and beside each figure that of the last committed results, at this machine's pace.
 
-    benchmark: the name of its results, `benchmarks/results/<benchmark>.json`.
+    benchmark: the name of its results, `benchmarks/results/<benchmark>.json`. in_ms: print seconds, which
+    results have, as milliseconds.
     """
+    unit, factor, digits = result.unit, 1, 3
+    if in_ms:
+        unit, factor, digits = unit.replace("seconds", "ms"), 1000, 2
     before = _committed(RESULTS / f"{benchmark}.json", result)
     rate = f"{result.matmul_gflops:.0f} GFLOP/s in {result.matmul_dtype}"
     print(f"\n{result.title}\n{rate}; medians of {result.rounds} rounds\n")
-    print(f"| | {result.unit} | ratio (least .. most) | committed |\n| --- | --- | --- | --- |")
+    print(f"| | {unit} | ratio (least .. most) | committed |\n| --- | --- | --- | --- |")
     for row in result.rows:
-        old = f"{before[row.name]:.3f}" if row.name in before else "-"
+        old = f"{factor * before[row.name]:.{digits}f}" if row.name in before else "-"
         ratio = f"{row.ratio:.3f} ({row.least:.3f} .. {row.most:.3f})"
-        print(f"| {row.name} | {row.median:.3f} | {ratio} | {old} |")
+        print(f"| {row.name} | {factor * row.median:.{digits}f} | {ratio} | {old} |")
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.report import missing_packages
+from benchmarks.report import device_to_measure, missing_packages
 from library.nn.swap.block_swap import chosen_blocks, device_of_weights, make_ring
 from library.nn.transformer import Transformer
 from library.nn.weights.eight_bit import check_device
@@ -93,7 +93,8 @@ def add_model_arguments(
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", choices=("nano", "mid", "full"), default="mid")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_to_measure, default=device)
 
 
 def settings_of(given: argparse.Namespace, family: Family, *, checkpointing: bool = False) -> Settings:

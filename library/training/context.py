@@ -151,4 +151,6 @@ class RunContext:
             _log.warning("left out: %s", sentence)
         for sentence in (*self.prepared.adjustments, *manifest.notes, *self.start.sentences):
             _log.info("%s", sentence)
+        for sentence in self.prepared.warnings:
+            _log.warning("%s", sentence)
         _log.info("%s, %d process(es), model in %s", self.device, self.processes.world, self.dtype)

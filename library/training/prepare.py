@@ -20,7 +20,7 @@ from library.options.saving import SavingOptions
 from library.training.family import CacheIdentities, ModelFiles
 from library.training.output.hub import check_uploads, fetch_state
 from library.training.state.checkpoint import SavedState, check_state_folders, find_resumed
-from library.training.state.identity import check_resumed, dataset_digest, settings_of
+from library.training.state.identity import check_resumed, dataset_digest, settings_of, warn_of_changes
 from library.training.watch.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Prepared:
 
     settings: what a state records of the run. resumed: the state to go on from. changes: a sentence for each
     setting that is not what it was there. adjustments: a sentence for each flag or option of a prompt that
-    has no effect.
+    has no effect. warnings: what is wrong more likely than meant.
     """
 
     manifest: Manifest
@@ -44,6 +44,7 @@ class Prepared:
     resumed: SavedState | None = None
     changes: tuple[str, ...] = ()
     adjustments: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(trainer: NetworkTrainer) -> Prepared:
@@ -94,6 +95,7 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     settings = settings_of(options, files, manifest, ledger)
     ledger.save()
     changes: list[str] = []
+    warnings: list[str] = []
     if resumed is not None:
         if options.budget.vram_budget is not None and options.quant.transformer is None:
             settings["base_quant"] = resumed.record.settings.get("base_quant")  # goes on as it was planned
@@ -102,9 +104,9 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
             new_start=options.trainee.new_start,
             stays=options.trainee.stays,
         )
-    return Prepared(
-        manifest, files, identities, ledger, settings, resumed, tuple(changes), tuple(adjustments)
-    )
+        warnings = warn_of_changes(resumed, settings)
+    told = (tuple(changes), tuple(adjustments), tuple(warnings))
+    return Prepared(manifest, files, identities, ledger, settings, resumed, *told)
 
 
 def described_datasets(trainer: NetworkTrainer) -> tuple[Dataset, ...]:

@@ -128,15 +128,23 @@ def test_what_the_state_hangs_on_must_stay(train, saved: Path, tmp_path: Path, f
         train(tmp_path, f"--resume={saved / f'{NAME}-step00000002-state'}", flag)
 
 
-def test_another_dataset_batch_size_and_rate_are_allowed_and_told(train, saved, tmp_path: Path) -> None:
+def test_another_dataset_rate_and_precision_are_allowed_and_told(
+    train, saved, tmp_path: Path, capsys
+) -> None:
     dataset = write_dataset(tmp_path / "photos", pictures=6, batch_size=1)
     state = saved / f"{NAME}-000001-state"
     flags = ("--ema", "--learning_rate=1e-3", "--max_train_epochs=2", "--save_state")
+    flags += ("--base_quant=int8", "--console_log_level=WARNING")
     train(tmp_path / "out", f"--resume={state}", *flags, dataset=dataset)
+    warned = [
+        line for line in capsys.readouterr().err.splitlines() if "from here on" in line or "int8" in line
+    ]
+    assert len(warned) == 1 and "and go on on the model in int8" in warned[0]
     # After the first of two epochs: the second has six steps now.
     assert sorted(losses(tmp_path / "out")) == list(range(7, 13))
     told = " ".join(read_state(tmp_path / "out" / f"{NAME}-state").record.history)
     assert "--learning_rate is 0.001 from here on; it was 0.01" in told
+    assert "--base_quant is int8 from here on; it was not set" in told
     assert "the dataset is not what it was" in told
     assert "an epoch has 6 steps instead of 3" in told
 

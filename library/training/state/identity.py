@@ -178,6 +178,20 @@ def check_resumed(
     return changes
 
 
+def warn_of_changes(resumed: SavedState, settings: Mapping[str, object]) -> list[str]:
+    """Return a warning for each change that is allowed and after which another model is trained on."""
+    recorded = resumed.record.settings
+    before, now = recorded.get("base_quant"), settings.get("base_quant")
+    if before == now or "base_quant" not in recorded:
+        return []
+    names = {None: "in the precision of its file"}
+    was, is_now = (names.get(value, f"in {value}") for value in (before, now))
+    return [
+        f"the weights of {resumed.path} were trained on the model {was}, and go on on the model {is_now}, "
+        f"whose own weights differ: leave --base_quant as it was unless that is meant"
+    ]
+
+
 def _check_trained(resumed: SavedState, settings: Mapping[str, object], new_start: str) -> None:
     """Raise ConfigError for the state of a LoRA where a model is trained, or the other way round."""
     before, now = (_NETWORK in recorded for recorded in (resumed.record.settings, settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,23 @@ def words_of(path: Path, parser: argparse.ArgumentParser, way_out: Callable[[str
     way_out: what a message says behind an unknown key.
 
     Raises:
-        ConfigError: it cannot be read, or it has an unknown key or the same key twice.
+        ConfigError: it cannot be read, has unknown keys, the same key twice, or a switch that is neither
+            true nor false.
     """
     path = with_ending(path)
-    actions = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
+    actions = {_bare(name): action for name, action in parser._option_string_actions.items()}
+    # SimpleTuner writes the dashes of a flag into its keys.
+    entries = [(_bare(key), value) for key, value in _flattened(read_config(path, "The config file"))]
+    unknown = [key for key in dict(entries) if key not in actions]
+    if unknown:
+        raise ConfigError(_unknown_keys(path, unknown, way_out))
     words: list[str] = []
     seen: set[str] = set()
-    for key, value in _flattened(read_config(path, "The config file")):
-        if key not in actions:
-            raise ConfigError(f"{path}: unknown key '{key}'{way_out(key)}")
+    for key, value in entries:
         if key in seen:
-            raise ConfigError(f"{path}: '{key}' is there twice, in two sections; keep one.")
+            raise ConfigError(f"{path}: '{key}' is there twice, in two sections or with dashes; keep one.")
         seen.add(key)
-        words += _words(key, value, actions[key])
+        words += _words(path, key, value, actions[key])
     return words
 
 
@@ -49,6 +53,17 @@ def with_ending(path: Path) -> Path:
     return path if path.suffix else path.with_suffix(".toml")
 
 
+def _bare(name: str) -> str:
+    return name.removeprefix("--")
+
+
+def _unknown_keys(path: Path, keys: Sequence[str], way_out: Callable[[str], str]) -> str:
+    """Return a message about all of them: a file of another program has many."""
+    if len(keys) == 1:
+        return f"{path}: unknown key '{keys[0]}'{way_out(keys[0])}"
+    return "\n  ".join([f"{path} has {len(keys)} unknown keys:", *(f"'{key}'{way_out(key)}" for key in keys)])
+
+
 def _flattened(table: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     for key, value in table.items():
         if isinstance(value, dict):
@@ -57,11 +72,13 @@ def _flattened(table: Mapping[str, object]) -> Iterator[tuple[str, object]]:
             yield key, value
 
 
-def _words(key: str, value: object, action: argparse.Action) -> list[str]:
+def _words(path: Path, key: str, value: object, action: argparse.Action) -> list[str]:
     if isinstance(value, bool) and action.nargs == "?":  # a switch that is on unless it is told to be off
         return [f"--{key}={str(value).lower()}"]
     if isinstance(value, bool):
         return [f"--{key}"] if value else []
+    if action.nargs == 0:  # a switch
+        raise ConfigError(f"{path}: {key} = {value!r} must be true or false, without quotes.")
     if isinstance(value, list):
         takes_several = action.nargs is not None
         return [f"--{key}", *map(str, value)] if takes_several else [f"--{key}={','.join(map(str, value))}"]

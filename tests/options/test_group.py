@@ -71,6 +71,8 @@ def test_mistakes_on_the_command_line(words, message):
         ("kind = 'plum'", "argument --kind: invalid choice: 'plum'"),
         ("count = 0", "--count is 0; it must be 1 or more."),
         ("count = true", "argument --count: expected one argument"),
+        ("washed = 'true'", "run.toml: washed = 'true' must be true or false, without quotes."),
+        ("washed = 1", "run.toml: washed = 1 must be true or false, without quotes."),
         ("count = [", "is not valid TOML"),
     ],
 )
@@ -80,6 +82,35 @@ def test_mistakes_in_a_config_file(tmp_path, line, message):
     with pytest.raises(ConfigError) as caught:
         parse("--config_file", str(config))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.json", '{"--file": "x", "a": {"--count": 5}, "--washed": true}'),
+        ("run.toml", '"--file" = "x"\n"--washed" = true\n[a]\n"--count" = 5\n'),
+    ],
+)
+def test_keys_of_a_config_file_may_be_written_with_dashes(tmp_path, name, text):
+    config = tmp_path / name
+    config.write_text(text)
+    assert parse(f"--config_file={config}") == Fruit(file=Path("x"), count=5, washed=True)
+    config.write_text('{"--count": 5, "count": 5}')
+    with pytest.raises(ConfigError, match="'count' is there twice"):
+        parse(f"--config_file={config.rename(tmp_path / 'twice.json')}")
+
+
+def test_all_unknown_keys_of_a_config_file_are_named_at_once(tmp_path):
+    config = tmp_path / "run.json"
+    config.write_text('{"wieght": 2, "count": 5, "--cuont": 2, "nothing": 1}')
+    with pytest.raises(ConfigError) as caught:
+        parse(f"--config_file={config}")
+    assert str(caught.value).splitlines() == [
+        f"{config} has 3 unknown keys:",
+        "  'wieght'; did you mean 'weight'?",
+        "  'cuont'; did you mean 'count'?",
+        "  'nothing'.",
+    ]
 
 
 def test_missing_obligatory_option_is_named():

@@ -21,7 +21,11 @@ def read_config(path: Path, what: str) -> dict[str, object]:
     Raises:
         ConfigError: missing, not UTF-8, not valid TOML or JSON (with the line), or not a table at the top.
     """
-    content = read_content(path, what)
+    return table_of(read_content(path, what), path, what)
+
+
+def table_of(content: object, path: Path, what: str) -> dict[str, object]:
+    """Return what was read from a file if it is a table. Raises ConfigError otherwise."""
     if not isinstance(content, dict):
         raise ConfigError(f"{what} {path} must hold a table of keys, not a {type(content).__name__}.")
     return content

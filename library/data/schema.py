@@ -12,8 +12,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from library.core.errors import ConfigError
 from library.core.suggest import did_you_mean
-from library.core.toml_file import read_config
+from library.core.toml_file import read_content, table_of
 from library.data.config_report import Place, Report, path_of
 from library.data.config_tables import DatasetTable, GeneralTable, OptionsTable, SubsetTable, check_table
 from library.data.folders import source_from_options
@@ -38,6 +39,7 @@ _NOT_FOR_VALIDATION = (
     *("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"),
     *("token_warmup_min", "token_warmup_step"),
 )
+_OF_BACKENDS = frozenset({"instance_data_dir", "dataset_type"})  # keys of SimpleTuner's multidatabackend.json
 _ATTRIBUTES_READ = frozenset({PRESERVED})  # keys of custom_attributes that something acts on
 
 
@@ -53,13 +55,26 @@ def load_datasets(options: DatasetOptions, *, stride: int, edits: bool = False) 
         ConfigError: all mistakes in one message.
     """
     if options.dataset_config:
-        content = read_config(options.dataset_config, "The dataset configuration")
+        content = _read(options.dataset_config)
     else:
         content = source_from_options(options, edits=edits)
     report = Report(options.dataset_config)
     datasets = _Builder(options, stride, edits, report).datasets(content)
     report.raise_if_any()
     return tuple(datasets)
+
+
+def _read(path: Path) -> Table:
+    what = "The dataset configuration"
+    content = read_content(path, what)
+    rows = content if isinstance(content, list) else []
+    if any(isinstance(row, dict) and row.keys() & _OF_BACKENDS for row in rows):
+        raise ConfigError(
+            f"{what} {path} is a list of SimpleTuner's data backends. Here it is a TOML or JSON file with "
+            f"[[datasets]], whose subsets name a folder as image_dir, there instance_data_dir; "
+            f"docs/datasets.md has an example, and docs/kandinsky5.md other keys."
+        )
+    return table_of(content, path, what)
 
 
 class _Builder:

@@ -43,6 +43,8 @@ _GROUP_OFFLOAD = "use --blocks_to_swap N, with --use_pinned_memory_for_block_swa
 _PROMPT_LINE = "sample pictures are described by the lines of --sample_prompts (docs/watching.md)"
 _ROUTES = "write each route as --tread_routes start:end:selection_ratio, such as 2:-2:0.5"
 _PERIOD = "use --sample_every_n_steps or --sample_every_n_epochs"
+_AUTO_SHIFT = "use --timestep_sampling nextdit_shift or flux_shift (docs/noise_and_loss.md)"
+_UPLOADED = "every saved file is uploaded once --huggingface_repo_id names a repository; leave it out"
 # SimpleTuner's flags and keys of its config.json, to training scripts.
 SIMPLETUNER: Mapping[str, str] = {
     "model_family": _SEEN,
@@ -50,6 +52,8 @@ SIMPLETUNER: Mapping[str, str] = {
     "optimizer": "use --optimizer_type",
     "num_train_epochs": "use --max_train_epochs",
     "flow_schedule_shift": "use --discrete_flow_shift, and for Kandinsky's sample pictures --scheduler_scale",
+    "flow_schedule_auto_shift": _AUTO_SHIFT,
+    "flow_sigmoid_scale": "use --sigmoid_scale",
     "base_model_default_dtype": "use --mixed_precision",
     **{f"text_encoder_{number}_precision": _TEXT_QUANT for number in range(1, 5)},
     "enable_group_offload": _GROUP_OFFLOAD,
@@ -61,6 +65,7 @@ SIMPLETUNER: Mapping[str, str] = {
     "offload_during_startup": "encoders always come one after the other; leave it out",
     "data_backend_config": _TOML,
     "instance_data_dir": _TOML,
+    "disable_bucket_pruning": "no picture is left out because its bucket has few of them; leave it out",
     "caption_dropout_probability": "use caption_dropout_rate of the dataset's TOML",
     "checkpointing_steps": "use --save_every_n_steps",
     "checkpoint_step_interval": "use --save_every_n_steps",
@@ -68,6 +73,12 @@ SIMPLETUNER: Mapping[str, str] = {
     "resume_from_checkpoint": "use --resume",
     "use_ema": "use --ema",
     "report_to": "use --log_with",
+    "tracker_project_name": "use --log_tracker_name",
+    "tracker_run_name": "use --wandb_run_name",
+    "hub_model_id": "use --huggingface_repo_id",
+    "push_to_hub": _UPLOADED,
+    "push_checkpoints_to_hub": _UPLOADED,
+    "quantize_via": "use --quantize_device",
     "tread_config": _ROUTES,
     "routes": _ROUTES,  # what tread_config holds, and a config file's tables are flattened
     "user_prompt_library": "use --sample_prompts",
@@ -76,9 +87,19 @@ SIMPLETUNER: Mapping[str, str] = {
     "validation_guidance": _PROMPT_LINE,
     "validation_resolution": _PROMPT_LINE,
     "validation_num_inference_steps": _PROMPT_LINE,
+    "validation_prompt_library": "no prompts are built in; write your own into a file for --sample_prompts",
+    "validation_disable_unconditional": "nothing is drawn from an empty prompt unasked; leave it out",
+    "validation_guidance_rescale": (
+        "the guidance of sample pictures is not rescaled, nor is it there with these models; leave it out"
+    ),
     "validation_steps": _PERIOD,
     "validation_step_interval": _PERIOD,
     "validation_epoch_interval": _PERIOD,
+    "eval_steps_interval": "use --validate_every_n_steps",
+    "eval_epoch_interval": "use --validate_every_n_epochs",
+    "evaluation_type": (
+        "pictures are not scored; the loss of held-out pictures is measured (docs/watching.md); leave it out"
+    ),
 }
 
 _MODULE = "use --network_module and --network_args (docs/lora.md, docs/lycoris.md)"

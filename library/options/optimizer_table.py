@@ -69,6 +69,18 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 TORCH_OPTIMIZERS = (
     *("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 )
+# SimpleTuner's names, and what comes nearest.
+_ELSEWHERE: Mapping[str, str] = {
+    "adamw_bf16": "the nearest is AdamW, and --full_bf16 keeps the trained weights in bf16 too",
+    "optimi-stableadamw": "the nearest are AdamW, and pytorch_optimizer.StableAdamW of another package",
+    "optimi-adamw": "use AdamW",
+    "optimi-lion": "use Lion",
+    "bnb-adamw": "use AdamW",
+    "bnb-adamw8bit": "use AdamW8bit",
+    "bnb-adamw8bit-paged": "use PagedAdamW8bit",
+    "bnb-lion8bit": "use Lion8bit",
+    "bnb-lion8bit-paged": "use PagedLion8bit",
+}
 _PIP_NAMES = {
     "lion_pytorch": "lion-pytorch",
     "pytorch_optimizer": "pytorch-optimizer",
@@ -91,6 +103,8 @@ def optimizer_kind(name: str) -> OptimizerKind:
         return OptimizerKind(f"torch.optim.{name}")
     if "." in name:
         return OptimizerKind(name, finds_its_rate=name.startswith(("dadaptation.", "prodigyopt.")))
+    if name.lower() in _ELSEWHERE:
+        raise ConfigError(f"--optimizer_type: '{name}' is SimpleTuner's; {_ELSEWHERE[name.lower()]}.")
     near = did_you_mean(name, _BY_LOWER_NAME.values()) or "."
     raise ConfigError(
         f"--optimizer_type: there is no optimizer '{name}'{near} Known are {', '.join(OPTIMIZERS)}, the "

@@ -358,6 +358,18 @@ def test_json_is_read_as_well() -> None:
         load_datasets(DatasetOptions(dataset_config=Path("data.json")), stride=16)
 
 
+def test_a_list_of_data_backends_is_told_what_it_is() -> None:
+    path = Path("multidatabackend.json")
+    path.write_text('[{"id": "x", "instance_data_dir": "a"}, {"dataset_type": "text_embeds"}]')
+    with pytest.raises(ConfigError) as caught:
+        load_datasets(DatasetOptions(dataset_config=path), stride=16)
+    assert "list of SimpleTuner's data backends" in str(caught.value)
+    assert "docs/datasets.md" in str(caught.value)
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="must hold a table of keys, not a list"):
+        load_datasets(DatasetOptions(dataset_config=path), stride=16)
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [("image_directory", "image_dir"), ("control_directory", "conditioning_data_dir")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 
@@ -13,6 +14,7 @@ from library.options.group import build_parser, parse_options
 from library.options.inference_kandinsky5 import Kandinsky5InferenceOptions
 from library.options.inference_lumina import LuminaInferenceOptions
 from library.options.network import NetworkOptions
+from library.options.optimizer import OptimizerOptions
 from library.options.train import LuminaFinetuneOptions, LuminaTrainOptions
 from library.options.train_kandinsky5 import Kandinsky5FinetuneOptions, Kandinsky5TrainOptions
 from library.options.weights import WeightsOptions
@@ -74,9 +76,46 @@ def test_a_flag_of_another_program_is_answered_with_the_way_out(
 
 def test_a_key_of_another_program_too(tmp_path) -> None:
     config = tmp_path / "simpletuner.json"
-    config.write_text('{"model_family": "kandinsky5-image", "lora_rank": 16}')
+    config.write_text('{"model_family": "kandinsky5-image", "learning_rate": 1e-4}')
     with pytest.raises(ConfigError, match=r"unknown key 'model_family': which model it is, is read off"):
         parse_options(Kandinsky5TrainOptions, ["--config_file", str(config)])
+
+
+# The keys of the config.json of SimpleTuner's guides to both models that are none here.
+OF_THE_GUIDES = (
+    *("base_model_precision", "checkpoint_step_interval", "data_backend_config", "disable_bucket_pruning"),
+    *("eval_steps_interval", "evaluation_type", "flow_schedule_auto_shift", "hub_model_id", "lora_alpha"),
+    *("lora_rank", "lora_type", "model_family", "model_type", "num_train_epochs", "optimizer"),
+    *("push_checkpoints_to_hub", "push_to_hub", "quantize_via", "report_to", "tracker_project_name"),
+    *("tracker_run_name", "use_ema", "validation_disable_unconditional", "validation_guidance"),
+    *("validation_guidance_rescale", "validation_negative_prompt", "validation_num_inference_steps"),
+    *("validation_prompt", "validation_prompt_library", "validation_resolution"),
+    *("validation_step_interval", "user_prompt_library", "text_encoder_1_precision", "flow_schedule_shift"),
+)
+
+
+@pytest.mark.parametrize("options", (LuminaTrainOptions, Kandinsky5TrainOptions, LuminaFinetuneOptions))
+def test_every_key_of_the_guides_is_answered_in_one_message(options: type, tmp_path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({f"--{key}": 1 for key in OF_THE_GUIDES} | {"--learning_rate": 1e-4}))
+    with pytest.raises(ConfigError) as caught:
+        parse_options(options, ["--config_file", str(config)])
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{config} has {len(OF_THE_GUIDES)} unknown keys:"
+    for key, line in zip(OF_THE_GUIDES, lines, strict=True):
+        assert line.startswith(f"  '{key}': ") and line.endswith(".") and "did you mean" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adamw_bf16", "the nearest is AdamW, and --full_bf16"),
+        ("optimi-StableAdamW", "the nearest are AdamW"),
+    ],
+)
+def test_an_optimizer_of_another_program_is_answered_with_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"--optimizer_type: '{name}' is SimpleTuner's; {message}"):
+        OptimizerOptions(optimizer_type=name)
 
 
 def test_what_one_kind_of_script_alone_has_is_known_to_the_other() -> None:

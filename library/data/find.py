@@ -30,11 +30,15 @@ class Found:
 
 @dataclass
 class Findings:
-    """What a subset holds. `problems` stop the run once all pictures are checked; `notes` are to be told."""
+    """What a subset holds. `problems` stop the run once all pictures are checked; `notes` are to be told.
+
+    overlooked: pictures that take the class tokens, each with a caption file of another ending beside it.
+    """
 
     found: list[Found] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    overlooked: list[tuple[Path, Path]] = field(default_factory=list)
 
 
 def find(subset: Subset) -> Findings:
@@ -52,6 +56,18 @@ def find(subset: Subset) -> Findings:
         findings.problems.append(_nothing_found(subset))
     _note_unused_lines(subset, findings)
     return findings
+
+
+def of_overlooked(overlooked: Sequence[tuple[Path, Path]]) -> list[str]:
+    """Return one sentence about all pictures of `Findings.overlooked`, or none."""
+    if not overlooked:
+        return []
+    picture, caption = overlooked[0]
+    return [
+        f"class tokens stand in for the captions of {_pictures(len(overlooked))} beside which lie files of "
+        f"another ending, such as {caption.name} beside {picture}. If those are the captions, give "
+        f'--caption_extension {caption.suffix}, or in a TOML caption_extension = "{caption.suffix}".'
+    ]
 
 
 def names_of(paths: Sequence[Path]) -> str:
@@ -82,6 +98,9 @@ def _find_by_folder(subset: Subset, findings: Findings) -> None:
     for path in pictures:
         text = _text_beside(path, subset, findings)
         if text is None:
+            text = subset.class_tokens
+            findings.overlooked += _overlooked(path, subset)
+        if text is None:
             silent.append(path)
         findings.found.append(Found(path, text or "", masks.get(path), sources.get(path)))
     if silent:
@@ -96,14 +115,22 @@ def _text_beside(path: Path, subset: Subset, findings: Findings) -> str | None:
             except ConfigError as error:
                 findings.problems.append(str(error))
                 return ""
-    return subset.class_tokens
+    return None
 
 
-def _caption_files(path: Path, subset: Subset) -> list[Path]:
+def _overlooked(path: Path, subset: Subset) -> list[tuple[Path, Path]]:
+    """Return a picture that takes its class tokens with the caption file that was not asked for."""
+    if subset.class_tokens is None:
+        return []
+    usual = [file for ending in _USUAL_CAPTION_ENDINGS for file in _caption_files(path, subset, ending)]
+    return [(path, file) for file in usual if file.is_file()][:1]
+
+
+def _caption_files(path: Path, subset: Subset, ending: str | None = None) -> list[Path]:
     stems = [path.stem]
     if subset.images.face_crop_aug_range and face_in_name(path):
         stems.append(path.stem.rsplit("_", 4)[0])
-    return [path.with_name(stem + subset.caption_extension) for stem in stems]
+    return [path.with_name(stem + (ending or subset.caption_extension)) for stem in stems]
 
 
 def _masks(subset: Subset, pictures: Sequence[Path], findings: Findings) -> Mapping[Path, Path]:

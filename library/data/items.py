@@ -166,6 +166,7 @@ class Manifest:
     train: tuple[int, ...]  # indices into items
     validation: tuple[int, ...]
     skipped: tuple[str, ...] = ()  # sentences about pictures left out by --skip_bad_images
+    warnings: tuple[str, ...] = ()  # sentences about what is hardly meant so
     notes: tuple[str, ...] = ()  # sentences about what is used otherwise than one may expect
 
     @property

@@ -19,7 +19,7 @@ from library.core.files import explain
 from library.core.hashing import HashLedger, sha256_text
 from library.data.buckets import geometry, source_geometry
 from library.data.facts import FactLedger
-from library.data.find import Found, find
+from library.data.find import Found, find, of_overlooked
 from library.data.images import PictureFacts, face_in_name
 from library.data.items import Dataset, Geometry, Item, Manifest, Source, Subset
 from library.data.split import split
@@ -59,7 +59,7 @@ def scan(datasets: Sequence[Dataset], *, skip_bad_images: bool, ledger: HashLedg
         DataError: pictures, masks, sources or captions that cannot be used, all named; a subset without
             pictures; a validation split that holds out nothing or everything.
     """
-    uses, problems, notes = _find_all(datasets)
+    uses, problems, notes, warnings = _find_all(datasets)
     files = _decode_all(uses, ledger)
     items, bad = _measure(uses, files)
     if skip_bad_images:
@@ -77,19 +77,22 @@ def scan(datasets: Sequence[Dataset], *, skip_bad_images: bool, ledger: HashLedg
         train=tuple(item.index for item in numbered if not item.held_out),
         validation=tuple(item.index for item in numbered if item.held_out),
         skipped=tuple(bad),
+        warnings=tuple(warnings),
         notes=(*notes, *parts.notes, *unused),
     )
 
 
-def _find_all(datasets: Sequence[Dataset]) -> tuple[list[_Use], list[str], list[str]]:
-    """Return the uses of all pictures, what is wrong, and what is worth telling."""
+def _find_all(datasets: Sequence[Dataset]) -> tuple[list[_Use], list[str], list[str], list[str]]:
+    """Return the uses of all pictures, what is wrong, what is worth telling, and worth a warning."""
     uses, problems, notes = [], [], []
+    overlooked: dict[Path, Path] = {}
     for index, dataset in enumerate(datasets):
         seen = set()
         for subset in dataset.subsets:
             findings = find(subset)
             problems += findings.problems
             notes += findings.notes
+            overlooked |= dict(findings.overlooked)
             for found in findings.found:
                 if found.path in seen:
                     problems.append(
@@ -97,7 +100,8 @@ def _find_all(datasets: Sequence[Dataset]) -> tuple[list[_Use], list[str], list[
                     )
                 seen.add(found.path)
                 uses.append(_Use(index, dataset, subset, found))
-    return uses, list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
+    warnings = of_overlooked(list(overlooked.items()))
+    return uses, list(dict.fromkeys(problems)), list(dict.fromkeys(notes)), warnings
 
 
 def _decode_all(uses: Sequence[_Use], ledger: HashLedger) -> _Files:

@@ -149,6 +149,8 @@ class RunContext:
         )
         for sentence in manifest.skipped:
             _log.warning("left out: %s", sentence)
+        for sentence in manifest.warnings:
+            _log.warning("%s", sentence)
         for sentence in (*self.prepared.adjustments, *manifest.notes, *self.start.sentences):
             _log.info("%s", sentence)
         for sentence in self.prepared.warnings:

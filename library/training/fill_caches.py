@@ -54,6 +54,8 @@ def _encode(trainer: NetworkTrainer, manifest: Manifest, identities: CacheIdenti
     options.logging.set_up(is_main=processes.is_main)
     for sentence in manifest.skipped:
         _log.warning("left out: %s", sentence)
+    for sentence in manifest.warnings:
+        _log.warning("%s", sentence)
     alone = without_sources(manifest) if trainer.edits_pictures() else ()
     for sentence in (*options.adjustments(), *manifest.notes, *alone):
         _log.info("%s", sentence)

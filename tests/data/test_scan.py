@@ -89,6 +89,21 @@ def test_class_tokens_stand_in_for_missing_captions_only() -> None:
     assert [i.text for i in look_at("image_dir = 'p'\nclass_tokens = 'a cat'").items] == ["written", "a cat"]
 
 
+def test_class_tokens_beside_a_caption_of_another_ending_are_warned_of_once() -> None:
+    for name, caption in (("p/a", "written"), ("p/b", None), ("q/c", None), ("q/d", None)):
+        picture(f"{name}.png", colour=ord(name[-1]), caption=caption)
+    Path("p/b.caption").write_text("overlooked")
+    Path("q/c.caption").write_text("overlooked")
+    both = "image_dir = 'p'\nclass_tokens = 'x'\n[[datasets.subsets]]\nimage_dir = 'q'\nclass_tokens = 'y'"
+    manifest = look_at(both)
+    assert [item.text for item in manifest.items] == ["written", "x", "y", "y"]
+    (told,) = manifest.warnings
+    assert "the captions of 2 pictures" in told
+    assert f"b.caption beside {Path('p/b.png')}" in told and "--caption_extension .caption" in told
+    Path("p/a.caption").write_text("not missed")
+    assert look_at("image_dir = 'p'\nclass_tokens = 'x'\ncaption_extension = '.caption'").warnings == ()
+
+
 def test_pictures_without_captions_are_named_with_the_way_out() -> None:
     for name in "abc":
         picture(f"p/{name}.png", colour=ord(name))

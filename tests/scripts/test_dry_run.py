@@ -96,6 +96,13 @@ def test_average_and_trained_text_encoder_are_part_of_the_estimate(rehearsed, co
     assert "running average" not in rehearsed[0] and "of the text encoder" not in rehearsed[0]
 
 
+def test_captions_of_another_ending_are_warned_of(command, run_script, tmp_path):
+    words = [*command, f"--output_dir={tmp_path}", "--caption_extension=.caption", "--dry_run"]
+    result = run_script("lumina_train_network.py", *words)
+    assert "warning: class tokens stand in for the captions of 4 pictures" in result.out
+    assert "give --caption_extension .txt" in result.out
+
+
 def test_a_rehearsal_says_where_a_resumed_run_goes_on(command, run_script, tmp_path):
     words = [*command, f"--output_dir={tmp_path}", "--seed=3"]
     assert run_script("lumina_train_network.py", *words, "--save_state").code == 0

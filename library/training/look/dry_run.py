@@ -163,7 +163,8 @@ class Rehearsal:
     def _adjustments(self) -> list[str]:
         """What is done otherwise than the words of the command line say."""
         training, caching, manifest = self.options.training, self.options.caching, self.manifest
-        lines = [f"left out: {sentence}" for sentence in manifest.skipped] + list(manifest.notes)
+        lines = [f"left out: {sentence}" for sentence in manifest.skipped]
+        lines += [f"warning: {sentence}" for sentence in manifest.warnings] + list(manifest.notes)
         if training.seed is None and self.prepared.resumed is None:
             lines.append(f"no --seed is given: a random one is drawn, this time {self.seed}")
         if training.max_train_epochs is not None:

@@ -34,7 +34,7 @@ class Report:
             return
         lines = self._lines()
         entries = sorted(
-            (_line_of(place, lines), f"{self._name(place)}: {_ended(text)}") for place, text in self.mistakes
+            (_line_of(place, lines), f"{self.name(place)}: {_ended(text)}") for place, text in self.mistakes
         )
         told = [f"line {line}, {text}" if line else text for line, text in entries]
         if len(told) == 1:
@@ -42,8 +42,8 @@ class Report:
         subject = f"{self.source} has" if self.source else "the dataset options have"
         raise ConfigError("\n  ".join([f"{subject} {len(told)} mistakes:", *told]))
 
-    def _name(self, place: Place) -> str:
-        """Without a file the keys came from the command line, so they are called by their flags."""
+    def name(self, place: Place) -> str:
+        """Return what a key is called: by its flag if there is no file, for it came from the command line."""
         return f"--{place[-1]}" if self.source is None and place[-1] in _FLAGS else path_of(place)
 
     def _lines(self) -> dict[Place, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,14 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"The folder {error.filename} cannot be read: {explain(error)}.") from error
 
 
-def source_from_options(options: DatasetOptions, *, edits: bool) -> dict[str, Any]:
+def source_from_options(
+    options: DatasetOptions, *, edits: bool, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Return the dataset configuration that --train_data_dir, --reg_data_dir and --in_json stand for.
 
     Args:
         edits: --conditioning_data_dir has what is edited, and not masks.
+        tell: is given a sentence for each folder of pictures that is left out.
 
     Raises:
         ConfigError: a folder is missing or not laid out as `<repeats>_<class tokens>`; flags that do not go
@@ -56,7 +59,7 @@ def source_from_options(options: DatasetOptions, *, edits: bool) -> dict[str, An
         if options.train_data_dir:
             subset["image_dir"] = str(options.train_data_dir)
         return {"datasets": [{"subsets": [subset]}]}
-    subsets = _subsets_of(options.train_data_dir, "--train_data_dir")
+    subsets = _subsets_of(options.train_data_dir, "--train_data_dir", tell)
     if options.conditioning_data_dir:
         if options.reg_data_dir and not edits:
             raise ConfigError("--conditioning_data_dir cannot go with --reg_data_dir; leave out one of them.")
@@ -65,26 +68,31 @@ def source_from_options(options: DatasetOptions, *, edits: bool) -> dict[str, An
                 options.conditioning_data_dir / Path(subset["image_dir"]).name
             )
     if options.reg_data_dir:
-        subsets += [s | {"is_reg": True} for s in _subsets_of(options.reg_data_dir, "--reg_data_dir")]
+        pictures = _subsets_of(options.reg_data_dir, "--reg_data_dir", tell)
+        subsets += [subset | {"is_reg": True} for subset in pictures]
     return {"datasets": [{"subsets": subsets}]}
 
 
-def _subsets_of(parent: Path, flag: str) -> list[dict[str, Any]]:
+def _subsets_of(parent: Path, flag: str, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     try:
         entries = sorted(parent.iterdir())
     except OSError as error:
         raise ConfigError(f"{flag} {parent} cannot be read: {explain(error)}.") from error
-    subsets = []
+    subsets, unnamed = [], []
     for folder in (entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")):
         number, _, name = folder.name.partition("_")
         if number.isdecimal() and int(number) >= 1:
             subset = {"image_dir": str(folder), "num_repeats": int(number)}
             subsets.append(subset | ({"class_tokens": name} if name else {}))
         elif any(is_picture(entry) for entry in folder.iterdir()):
+            unnamed.append(folder)
+    for folder in unnamed:
+        about = f"{flag}: the folder {folder} holds pictures, but its name does not begin with how often"
+        if not subsets:
             raise ConfigError(
-                f"{flag}: the folder {folder} holds pictures, but its name does not begin with how often "
-                f"they are to be used. Call it 1_{folder.name}, or describe it in a --dataset_config."
+                f"{about} they are to be used. Call it 1_{folder.name}, or describe it in a --dataset_config."
             )
+        tell(f"{about} they are to be used, as 1_{folder.name} would: it is left out")
     if not subsets:
         advice = "put the pictures into such a folder, for example 10_cat"
         if any(map(is_picture, entries)):

@@ -57,7 +57,7 @@ def scan(datasets: Sequence[Dataset], *, skip_bad_images: bool, ledger: HashLedg
 
     Raises:
         DataError: pictures, masks, sources or captions that cannot be used, all named; a subset without
-            pictures; a validation split that holds out nothing or everything.
+            pictures; validation that holds out everything, or more pictures than there are.
     """
     uses, problems, notes, warnings = _find_all(datasets)
     files = _decode_all(uses, ledger)

@@ -7,12 +7,13 @@ are told at once with their lines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from library.core.errors import ConfigError
+from library.core.log import logger
 from library.core.suggest import did_you_mean
 from library.core.toml_file import read_content, table_of
 from library.data.config_report import Place, Report, path_of
@@ -23,6 +24,7 @@ from library.options.dataset import DatasetOptions
 
 Table = dict[str, Any]
 
+_log = logger("data")
 _PATHS = ("image_dir", "metadata_file", "conditioning_data_dir", "cache_directory")
 _KIND_KEYS: dict[Kind, str] = {"finetuning": "metadata_file", "conditioning": "conditioning_data_dir"}
 _NOT_FOR: dict[Kind, tuple[str, ...]] = {
@@ -31,6 +33,7 @@ _NOT_FOR: dict[Kind, tuple[str, ...]] = {
     "conditioning": ("is_reg", "alpha_mask"),
 }
 _NAMES_ON_COMMAND_LINE = {"num_repeats": "dataset_repeats", "batch_size": "train_batch_size"}
+_FLAGS = {f.name for f in fields(DatasetOptions)}
 # What has no effect in a dataset that is only for validation: all of it is held out, and a picture that is
 # held out is used once and left as it is.
 _NOT_FOR_VALIDATION = (
@@ -43,13 +46,16 @@ _OF_BACKENDS = frozenset({"instance_data_dir", "dataset_type"})  # keys of Simpl
 _ATTRIBUTES_READ = frozenset({PRESERVED})  # keys of custom_attributes that something acts on
 
 
-def load_datasets(options: DatasetOptions, *, stride: int, edits: bool = False) -> tuple[Dataset, ...]:
+def load_datasets(
+    options: DatasetOptions, *, stride: int, edits: bool = False, tell: Callable[[str], None] = _log.info
+) -> tuple[Dataset, ...]:
     """Read and check the datasets that the options name.
 
     Args:
         stride: pixels that sides of trained pictures must be multiples of (VAE stride times patch size).
         edits: the model edits pictures, and `conditioning_data_dir` has those that are edited; else it has
             masks.
+        tell: is given a sentence for what is done otherwise than it is written, as in sd-scripts.
 
     Raises:
         ConfigError: all mistakes in one message.
@@ -57,11 +63,34 @@ def load_datasets(options: DatasetOptions, *, stride: int, edits: bool = False) 
     if options.dataset_config:
         content = _read(options.dataset_config)
     else:
-        content = source_from_options(options, edits=edits)
+        content = source_from_options(options, edits=edits, tell=tell)
     report = Report(options.dataset_config)
-    datasets = _Builder(options, stride, edits, report).datasets(content)
+    builder = _Builder(options, stride, edits, report)
+    datasets = builder.datasets(content)
     report.raise_if_any()
+    for sentence in (*builder.notes, *_flags_without_effect(options, content)):
+        tell(sentence)
     return tuple(datasets)
+
+
+def _flags_without_effect(options: DatasetOptions, content: Table) -> Iterator[str]:
+    """Yield a sentence for each flag of the command line that a dataset configuration always overrules."""
+    if options.dataset_config is None:
+        return
+    keys = {key: _NAMES_ON_COMMAND_LINE.get(key, key) for key in OptionsTable.model_fields}
+    decided = [flag for key, flag in keys.items() if flag in _FLAGS and _is_decided(key, content)]
+    yield from options.without_effect(decided, f"{options.dataset_config} says it for all pictures")
+
+
+def _is_decided(key: str, content: Table) -> bool:
+    """Whether a key is in `[general]`, or in each dataset or all its subsets."""
+
+    def has(table: Table) -> bool:
+        return table.get(key) is not None
+
+    return has(content.get("general", {})) or all(
+        has(dataset) or all(map(has, dataset["subsets"])) for dataset in content["datasets"]
+    )
 
 
 def _read(path: Path) -> Table:
@@ -85,6 +114,7 @@ class _Builder:
         self.stride = stride
         self.edits = edits
         self.report = report
+        self.notes: list[str] = []
 
     def datasets(self, content: Table) -> list[Dataset]:
         for key in content.keys() - {"general", "datasets"}:
@@ -154,11 +184,29 @@ class _Builder:
             return None
         resolution = (merged["resolution"][0], merged["resolution"][1])
         smallest = _default_min_bucket(resolution, merged["bucket_reso_steps"])
-        buckets = _pick(BucketOptions, {"min_bucket_reso": smallest} | merged, resolution=resolution)
+        written = _pick(BucketOptions, {"min_bucket_reso": smallest} | merged, resolution=resolution)
+        buckets = self._on_steps(written, place)
         mistakes = list(_bucket_mistakes(buckets, self.stride))
         for key, sentence in mistakes:
             self.report.add((*place, key), sentence)
         return None if mistakes else buckets
+
+    def _on_steps(self, buckets: BucketOptions, place: Place) -> BucketOptions:
+        """Round the bounds of buckets outwards to steps, as sd-scripts does."""
+        step, changes = buckets.bucket_reso_steps, {}
+        shortest, longest = buckets.min_bucket_reso, buckets.max_bucket_reso
+        if not buckets.enable_bucket:
+            return buckets
+        if shortest % step:
+            changes["min_bucket_reso"] = max(step, shortest // step * step)
+        if longest is not None and longest % step:
+            changes["max_bucket_reso"] = -(-longest // step) * step
+        for key, value in changes.items():
+            self.notes.append(
+                f"{self.report.name((*place, key))}: {getattr(buckets, key)} becomes {value}, a multiple of "
+                f"bucket_reso_steps {step}"
+            )
+        return replace(buckets, **changes)
 
     def _subset(self, table: Table, outer: Table, place: Place) -> Subset | None:
         merged = outer | table
@@ -240,30 +288,19 @@ def _pick(made: type[Made], table: Table, **more: Any) -> Made:
 
 
 def _default_min_bucket(resolution: tuple[int, int], step: int) -> int:
-    return min(256, max(step, min(resolution) // 2 // step * step))
+    return max(step, min(256, min(resolution) // 2) // step * step)
 
 
 def _bucket_mistakes(buckets: BucketOptions, stride: int) -> list[tuple[str, str]]:
     """What is wrong with resolution and bucket options, by key."""
     sides, step = buckets.resolution, buckets.bucket_reso_steps
-    mistakes = []
-    for side in sorted({side for side in sides if side % stride}):
-        below = side // stride * stride
-        near = f"{below} or {below + stride}" if below else f"{stride}"
-        mistakes.append(("resolution", f"{side} is not divisible by {stride}; the nearest is {near}"))
     if not buckets.enable_bucket:
-        return mistakes
+        return _sides_off_stride(sides, stride)
+    mistakes = []
     if step % stride:
         mistakes.append(("bucket_reso_steps", f"{step} is not divisible by {stride}"))
     elif step > min(sides):
         mistakes.append(("bucket_reso_steps", f"{step} is more than the resolution {min(sides)}"))
-    limits = {"min_bucket_reso": buckets.min_bucket_reso, "max_bucket_reso": buckets.max_bucket_reso}
-    for key, limit in limits.items():
-        if limit is not None and limit % step:
-            below = max(step, limit // step * step)
-            mistakes.append(
-                (key, f"{limit} is not divisible by bucket_reso_steps {step}; {below} or {below + step} is")
-            )
     if buckets.min_bucket_reso > min(sides):
         mistakes.append(
             (
@@ -279,6 +316,16 @@ def _bucket_mistakes(buckets: BucketOptions, stride: int) -> list[tuple[str, str
                 f"out to let the area decide",
             )
         )
+    return mistakes
+
+
+def _sides_off_stride(sides: tuple[int, int], stride: int) -> list[tuple[str, str]]:
+    """Without buckets every picture gets these sides; with them only the area counts."""
+    mistakes = []
+    for side in sorted({side for side in sides if side % stride}):
+        below = side // stride * stride
+        near = f"{below} or {below + stride}" if below else f"{stride}"
+        mistakes.append(("resolution", f"{side} is not divisible by {stride}; the nearest is {near}"))
     return mistakes
 
 

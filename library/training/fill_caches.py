@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from library.core.hashing import HashLedger
@@ -31,7 +32,8 @@ def fill_caches(trainer: NetworkTrainer, *, latents: bool = False, texts: bool =
     options.logging.set_up()
     if texts:
         options.trainee.check_caches(options.caching)
-    datasets, ledger = described_datasets(trainer), HashLedger()
+    notes: list[str] = []
+    datasets, ledger = described_datasets(trainer, notes.append), HashLedger()
     try:
         identities = CacheIdentities(
             trainer.latent_identity(ledger) if latents else None,
@@ -40,10 +42,13 @@ def fill_caches(trainer: NetworkTrainer, *, latents: bool = False, texts: bool =
         manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
     finally:
         ledger.save()  # a bad picture is no reason to read large files again at the next start
-    _encode(trainer, manifest, identities)
+    notes += without_sources(manifest) if trainer.edits_pictures() else ()
+    _encode(trainer, manifest, identities, notes)
 
 
-def _encode(trainer: NetworkTrainer, manifest: Manifest, identities: CacheIdentities) -> None:
+def _encode(
+    trainer: NetworkTrainer, manifest: Manifest, identities: CacheIdentities, notes: Sequence[str]
+) -> None:
     from library.core.device import dtype_named
     from library.core.dist import Processes
     from library.training.guards import caching_advice, memory_explained
@@ -56,8 +61,7 @@ def _encode(trainer: NetworkTrainer, manifest: Manifest, identities: CacheIdenti
         _log.warning("left out: %s", sentence)
     for sentence in manifest.warnings:
         _log.warning("%s", sentence)
-    alone = without_sources(manifest) if trainer.edits_pictures() else ()
-    for sentence in (*options.adjustments(), *manifest.notes, *alone):
+    for sentence in (*options.adjustments(), *manifest.notes, *notes):
         _log.info("%s", sentence)
     inputs = Inputs(trainer, identities, processes, dtype_named(options.training.mixed_precision))
     advice = caching_advice(options)

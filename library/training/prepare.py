@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,8 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     options.trainee.check_caches(options.caching)
     _check_model(trainer)
     resumed = find_resumed(fetch_state(options.hub, options.state), options.saving)
-    datasets, edits = described_datasets(trainer), trainer.edits_pictures()
+    adjustments = list(options.adjustments())
+    datasets, edits = described_datasets(trainer, adjustments.append), trainer.edits_pictures()
     ledger = HashLedger()
     manifest = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, ledger=ledger)
     trainer.trainee_kind.check_data(manifest)
@@ -79,7 +80,6 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
         trainer.latent_identity(ledger) if options.caching.latents else None,
         trainer.text_identity(ledger) if options.caching.texts else None,
     )
-    adjustments = list(options.adjustments())
     if options.training.only_looks and options.budget.plan_memory:
         adjustments.append("--plan_memory has no effect: --dry_run and --debug_dataset only look")
     adjustments += compiler_wishes(os.environ, compiles=options.compute.compiles)
@@ -109,13 +109,14 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
     return Prepared(manifest, files, identities, ledger, settings, resumed, *told)
 
 
-def described_datasets(trainer: NetworkTrainer) -> tuple[Dataset, ...]:
+def described_datasets(trainer: NetworkTrainer, tell: Callable[[str], None]) -> tuple[Dataset, ...]:
     """Return the datasets as they are described; no picture is looked for.
 
-    Raises ConfigError for a mistake, or for what would change from epoch to epoch and is to be cached.
+    `tell` is given a sentence for what is done otherwise than it is written. Raises ConfigError for a
+    mistake, or for what would change from epoch to epoch and is to be cached.
     """
     options, edits = trainer.options, trainer.edits_pictures()
-    datasets = load_datasets(options.dataset, stride=trainer.family.pixel_stride, edits=edits)
+    datasets = load_datasets(options.dataset, stride=trainer.family.pixel_stride, edits=edits, tell=tell)
     if options.caching.latents:
         check_latents_cacheable(datasets)
     if options.caching.texts:

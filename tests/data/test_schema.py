@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from library.core.errors import ConfigError
+from library.data.buckets import bucket_sizes
 from library.data.config_report import lines_of_toml
 from library.data.config_tables import DatasetTable, SubsetKeys, SubsetTable
 from library.data.items import CaptionOptions, ImageOptions
@@ -33,9 +34,9 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(toml: str, **options: object):
+def load(toml: str, tell=print, **options: object):
     Path("data.toml").write_text(toml, encoding="utf-8")
-    return load_datasets(DatasetOptions(dataset_config=Path("data.toml"), **options), stride=16)
+    return load_datasets(DatasetOptions(dataset_config=Path("data.toml"), **options), stride=16, tell=tell)
 
 
 def one_subset(lines: str = "", dataset: str = "resolution = 512", **options: object):
@@ -198,7 +199,6 @@ batch_size = 0
             "resolution = 512\nenable_bucket = true\nbucket_reso_steps = 1024",
             ["more than the resolution 512"],
         ),
-        ("resolution = 512\nenable_bucket = true\nmin_bucket_reso = 100", ["64 or 128 is"]),
         (
             "resolution = 512\nenable_bucket = true\nmin_bucket_reso = 640",
             ["640 is more than the resolution 512"],
@@ -329,6 +329,63 @@ def test_face_crops_need_whole_pictures() -> None:
     assert "needs enable_bucket = false" in told
 
 
+BUCKETS = "[[datasets]]\nenable_bucket = true\n"
+SUBSET = "[[datasets.subsets]]\nimage_dir = 'a'\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "bounds", "told"),
+    [
+        ("min_bucket_reso = 100\nmax_bucket_reso = 1000", (64, 1024), ["min", "max"]),
+        ("min_bucket_reso = 8", (64, None), ["min"]),
+        ("min_bucket_reso = 128\nmax_bucket_reso = 1024", (128, 1024), []),
+        ("bucket_reso_steps = 48", (240, None), []),
+    ],
+)
+def test_bounds_of_buckets_are_rounded_outwards_to_steps(lines: str, bounds: tuple, told: list) -> None:
+    notes: list[str] = []
+    (dataset,) = load(f"{BUCKETS}resolution = 512\n{lines}\n{SUBSET}", tell=notes.append)
+    assert (dataset.buckets.min_bucket_reso, dataset.buckets.max_bucket_reso) == bounds
+    assert [note.split("_")[0] for note in notes] == [f"datasets[0].{bound}" for bound in told]
+    if notes:
+        assert f"becomes {bounds[0]}, a multiple of bucket_reso_steps 64" in notes[0]
+
+
+def test_bounds_of_the_command_line_are_called_by_their_flags() -> None:
+    notes: list[str] = []
+    Path("b/1_x").mkdir()
+    options = DatasetOptions(
+        train_data_dir=Path("b"), resolution=(512, 512), enable_bucket=True, max_bucket_reso=1000
+    )
+    load_datasets(options, stride=16, tell=notes.append)
+    assert notes == ["--max_bucket_reso: 1000 becomes 1024, a multiple of bucket_reso_steps 64"]
+
+
+def test_with_buckets_only_the_area_of_the_resolution_counts() -> None:
+    (dataset,) = load(f"{BUCKETS}resolution = [1000, 1000]\n{SUBSET}")
+    sizes = bucket_sizes(dataset.buckets)
+    assert (960, 960) in sizes and (960, 1024) in sizes
+    assert all(side % 64 == 0 for size in sizes for side in size)
+    assert all(width * height <= 1000 * 1000 for width, height in sizes)
+
+
+def test_flags_that_the_configuration_always_overrules_are_told() -> None:
+    def told(toml: str) -> set[str]:
+        notes: list[str] = []
+        given = {"resolution": (768, 768), "train_batch_size": 4, "caption_extension": ".txt"}
+        load(toml, tell=notes.append, **given)
+        assert all(note.endswith("has no effect: data.toml says it for all pictures") for note in notes)
+        return {note.partition(" ")[0] for note in notes}
+
+    one = "[[datasets]]\nresolution = 512\nbatch_size = 2\n" + SUBSET
+    decided = {"--resolution", "--train_batch_size"}
+    assert told(one) == decided
+    assert told(one + "caption_extension = '.caption'\n") == decided | {"--caption_extension"}
+    assert told("[general]\ncaption_extension = '.caption'\n" + one) == decided | {"--caption_extension"}
+    assert told(one + "[[datasets]]\nbatch_size = 1\n" + SUBSET) == {"--train_batch_size"}
+    assert told("[[datasets]]\n" + SUBSET) == set()
+
+
 def test_the_smallest_bucket_follows_a_small_resolution() -> None:
     (small,) = load(
         "[[datasets]]\nresolution = 128\nenable_bucket = true\nbucket_reso_steps = 16\n"
@@ -405,6 +462,18 @@ def test_folders_not_named_so_are_explained() -> None:
     (Path("b") / "1_x").mkdir()
     with pytest.raises(ConfigError, match="--resolution: is required"):
         load_datasets(DatasetOptions(train_data_dir=Path("b")), stride=16)
+
+
+def test_a_folder_not_named_so_beside_others_is_left_out() -> None:
+    for name in ("b/1_x", "b/backup", "b/0_y", "b/notes"):
+        Path(name).mkdir()
+        (Path(name) / ("x.png" if name != "b/notes" else "x.txt")).touch()
+    notes: list[str] = []
+    options = DatasetOptions(train_data_dir=Path("b"), resolution=(512, 512))
+    (dataset,) = load_datasets(options, stride=16, tell=notes.append)
+    assert [subset.image_dir for subset in dataset.subsets] == [Path("b/1_x")]
+    assert [note.split()[3] for note in notes] == [os.path.join("b", "0_y"), os.path.join("b", "backup")]
+    assert notes[1].endswith("how often they are to be used, as 1_backup would: it is left out")
 
 
 def test_masks_of_folder_mode_lie_in_folders_of_the_same_names() -> None:

@@ -137,7 +137,7 @@ MISTAKES = {
         "data.toml",
     ),
     "size that does not fit": (toml("resolution", "100"), "100"),
-    "bucket too small": (toml("extra", "enable_bucket = true\nmin_bucket_reso = 8"), "min_bucket_reso"),
+    "bucket too large": (toml("extra", "enable_bucket = true\nmin_bucket_reso = 8000"), "min_bucket_reso"),
     "no pictures": (no_photos, "photos"),
     "caption in Latin-1": (photo("a.txt", "caf\xe9".encode("latin-1")), "a.txt is not UTF-8"),
     "zero-byte picture": (photo("a.png", b""), "a.png"),

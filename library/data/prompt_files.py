@@ -3,8 +3,8 @@
 A line is its text up to the first ` --name`, then options. The text is never searched for anything else, so
 a prompt may begin with "n" or "w 5" and hold dashes; only two dashes followed by a letter start an option.
 
-What sd-scripts takes and draws otherwise than it says (a side of 900 pixels, a sampler for other models) is
-taken here too, and `tell` is given a sentence about it.
+What sd-scripts takes and draws otherwise than it says (a side of 900 pixels, a sampler for other models, a
+picture for a ControlNet) is taken here too, and `tell` is given a sentence about it.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ _INLINE = {
     "m": _Option("lora_multipliers", _multipliers, "numbers separated by commas"),
     "ci": _Option("source", _picture, "the path of a picture"),
 }
-_REFUSED = {
-    "cn": "ControlNet pictures are not supported",
-}
+_NO_CONTROLNET = "has no effect: there are no ControlNets here"
 _TABLE_KEYS: dict[str, tuple[str, type]] = {
     "prompt": ("prompt", str),
     "negative_prompt": ("negative_prompt", str),
@@ -103,6 +101,9 @@ def parse_line(line: str, defaults: ImageRequest, tell: Tell = _log.info) -> Ima
     for written in options:
         name, *rest = written.split(maxsplit=1)
         value = rest[0].strip() if rest else ""
+        if name.lower() == "cn":
+            tell(f"--{name} {value} {_NO_CONTROLNET}")
+            continue
         option = _find_inline(name)
         if name.lower() in found:
             raise ConfigError(f"--{name}: the {option.field} is given twice.")
@@ -130,9 +131,9 @@ def load_prompts(path: Path, defaults: ImageRequest, tell: Tell = _log.info) -> 
     """Read a prompt file.
 
     `.txt`: one prompt a line, empty lines and lines that begin with # are skipped. `.json`: a list of such
-    lines or of tables of keys. `.toml`: [prompt] with keys for all, and a [[prompt.subset]] for each prompt.
-    What a prompt does not set is taken from `defaults`, except the text. A source picture's path is relative
-    to the file's folder.
+    lines or of tables of keys, or a table that gives each of them a name. `.toml`: [prompt] with keys for
+    all, and a [[prompt.subset]] for each prompt. What a prompt does not set is taken from `defaults`, except
+    the text. A source picture's path is relative to the file's folder.
 
     Raises:
         ConfigError: the file cannot be read, holds no prompt, or has a mistake; the message names the place.
@@ -198,8 +199,6 @@ def _beside(file: Path, source: Path | None, *, otherwise: Path | None) -> Path 
 
 def _find_inline(name: str) -> _Option:
     key = name.lower()
-    if key in _REFUSED:
-        raise ConfigError(f"--{name} cannot be used: {_REFUSED[key]}.")
     if key not in _INLINE:
         raise ConfigError(
             f"there is no option --{name}{did_you_mean(key, _INLINE) or '.'} The options of a prompt are "
@@ -251,10 +250,22 @@ def _from_text(path: Path, defaults: ImageRequest, tell: Tell) -> list[ImageRequ
 
 
 def _from_json(path: Path, defaults: ImageRequest, tell: Tell) -> list[ImageRequest]:
-    entries = read_content(path, WHAT)
-    if not isinstance(entries, list):
-        raise ConfigError(f"{WHAT} {path} must hold a list of prompts, not a {type(entries).__name__}.")
-    return [_entry(entry, defaults, f"{path}, prompt {i}", tell) for i, entry in enumerate(entries, start=1)]
+    content = read_content(path, WHAT)
+    placed = enumerate(content, start=1) if isinstance(content, list) else _named(content, path)
+    return [_entry(entry, defaults, f"{path}, prompt {place}", tell) for place, entry in placed]
+
+
+def _named(content: object, path: Path) -> list[tuple[str, object]]:
+    """Return the names and prompts of a table such as SimpleTuner's user_prompt_library."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{WHAT} {path} must hold a list of prompts, not a {type(content).__name__}.")
+    for name, entry in content.items():
+        if name in _TABLE_KEYS and not isinstance(entry, dict):
+            raise ConfigError(
+                f"{WHAT} {path} must hold a list of prompts, or a table of names and prompts, and '{name}' "
+                f"is a setting of one prompt: put the table into a list."
+            )
+    return [(f"'{name}'", entry) for name, entry in content.items()]
 
 
 def _from_toml(path: Path, defaults: ImageRequest, tell: Tell) -> list[ImageRequest]:
@@ -284,6 +295,8 @@ def _from_table(table: Mapping[str, object], defaults: ImageRequest, tell: Tell)
     """Apply a table of keys. The prompt in it is text as it stands, without options."""
     changes: dict[str, object] = {}
     entries = dict(table)
+    if "controlnet_image" in entries:
+        tell(f"controlnet_image {entries.pop('controlnet_image')} {_NO_CONTROLNET}")
     _drop_weaker(entries, "", tell)
     for key, value in entries.items():
         if key not in _TABLE_KEYS:

@@ -101,6 +101,18 @@ def test_samplers_of_other_models_draw_with_euler_as_in_sd_scripts(name: str) ->
     assert request.sampler == "euler" and name in sentence
 
 
+def test_a_picture_for_a_controlnet_is_not_used_and_told(tmp_path: Path) -> None:
+    assert told("x --cn pose.png --w 64") == (
+        replace(DEFAULTS, prompt="x", width=64),
+        ["--cn pose.png has no effect: there are no ControlNets here"],
+    )
+    sentences: list[str] = []
+    path = write(tmp_path, "p.json", '[{"prompt": "a", "controlnet_image": "pose.png"}]')
+    assert load_prompts(path, DEFAULTS, sentences.append) == [replace(DEFAULTS, prompt="a")]
+    (sentence,) = sentences
+    assert sentence.startswith(f"{path}, prompt 1: controlnet_image pose.png has no effect: ")
+
+
 def test_what_is_told_names_the_place_in_the_file(tmp_path: Path) -> None:
     sentences: list[str] = []
     text = write(tmp_path, "p.txt", "# prompts\na\nb --w 90\n")
@@ -161,6 +173,14 @@ def test_text_file(tmp_path: Path) -> None:
     ]
 
 
+def test_json_may_give_prompts_names(tmp_path: Path) -> None:
+    library = {"portrait": "a fox --s 3", "scale": {"prompt": "b", "width": 64}}
+    assert load_prompts(write(tmp_path, "p.json", json.dumps(library)), DEFAULTS) == [
+        replace(DEFAULTS, prompt="a fox", steps=3),
+        replace(DEFAULTS, prompt="b", width=64),
+    ]
+
+
 def test_toml_subset_wins_over_the_table_above_it(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -190,7 +210,10 @@ def test_json_holds_lines_and_tables(tmp_path: Path) -> None:
         ("p.txt", "a\nb --w 7", r"p.txt, line 2: image width 7"),
         ("p.txt", "# nothing\n", "holds no prompt"),
         ("p.yaml", "a", "must end in .txt, .json or .toml"),
-        ("p.json", '{"prompt": "a"}', "must hold a list"),
+        ("p.json", '{"prompt": "a"}', "'prompt' is a setting of one prompt: put the table into a list"),
+        ("p.json", '"a"', "must hold a list of prompts, not a str"),
+        ("p.json", "{}", "holds no prompt"),
+        ("p.json", '{"cat": "a", "dog": 3}', "prompt 'dog': a prompt is text or a table, not a int"),
         ("p.json", '["a", 3]', "prompt 2: a prompt is text or a table, not a int"),
         ("p.json", '[{"prompt": "a", "widht": 64}]', "prompt 1: unknown key 'widht'; did you mean 'width'"),
         ("p.json", '[{"prompt": "a", "width": true}]', "width = True is not a whole number"),
@@ -267,7 +290,6 @@ def test_a_typed_source_stays_until_it_is_taken_back() -> None:
         ("p.json", '[{"prompt": "a", "source": ""}]', "prompt 1: source = '' is not the path of a picture"),
         ("p.json", '[{"prompt": "a", "source": 3}]', "source = 3 is not the path of a picture"),
         ("p.txt", "a --ci x.png --ci y.png", "the source is given twice"),
-        ("p.txt", "a --cn x.png", "ControlNet pictures are not supported"),
     ],
 )
 def test_mistakes_of_sources(tmp_path: Path, name: str, content: str, words: str) -> None:

@@ -34,7 +34,8 @@ Written by `python tools/flag_table.py` from the parser itself; do not edit it b
 The flags of sd-scripts' script of the same name are all here. Each one *works*; is *another name* of one that
 works; has *no effect*, which asks for nothing that could change a result here: it is accepted, and a line of
 the log says why; or is *refused*: accepted at its default, and otherwise answered with the reason and the way
-out. *New* are those that sd-scripts does not have.
+out. *New* are those that sd-scripts does not have. (`--epoch` and `--noise_offset_type` are none of its
+flags, but stand in every file that kohya_ss writes for it.)
 
 A flag that works may have nothing to do in its company (`--vae_batch_size` without `--cache_latents`). If it
 is one of sd-scripts', it is accepted, and a line of the log and of `--dry_run` says so.
@@ -120,10 +121,11 @@ def _counts(rows: list[Flag], theirs: set[str]) -> list[str]:
     refusals = sum(row.refusal is not None for row in known)
     inert = sum(row.inert is not None for row in known)
     aliases = sum(row.alias_of is not None for row in known)
+    new = sum(_state(row, theirs).endswith(", new") for row in rows)
     return [
         f"Of sd-scripts' {len(theirs)} flags {len(known) - refusals - inert - aliases} work, {aliases} "
         f"{'is another name' if aliases == 1 else 'are other names'}, {inert} have no effect, and {refusals} "
-        f"are refused. {len(rows) - len(known)} flags are new."
+        f"are refused. {new} flags are new."
     ]
 
 

@@ -1,12 +1,14 @@
 """Flags of sd-scripts that mean nothing to a flow-matching transformer, or cannot be used yet: each says why.
 
-They are declared so that a command line which was written for sd-scripts is answered with a reason and a way
-out, and never with silence. `refused` are those without which something else would be trained than they ask
-for; `inert` are those that ask for nothing but speed, memory or a wrapper that is not here.
+They are declared so that a command line which was written for sd-scripts, or a file that kohya_ss wrote, is
+answered with a reason and a way out, and never with silence. `refused` are those without which something else
+would be trained than they ask for; `inert` are those that ask for nothing but speed, memory or a wrapper that
+is not here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.options.elsewhere import SIMPLETUNER
@@ -21,6 +23,8 @@ _NO_DDP = (
     "the model is not wrapped in DistributedDataParallel; gradients are summed over the processes after the "
     "last batch of a step"
 )
+_NOISE_TYPE = "it says which of --noise_offset and --multires_noise_iterations kohya_ss shows"
+_NOISE_TYPES = ("Original", "Multires")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,19 @@ class LegacyOptions(OptionGroup):
         "cannot do; describe the data with --dataset_config",
         harmless=("",),
     )
+    noise_offset_type: str | None = refused(
+        f"{_NOISE_TYPE}, and these are Original and Multires; {_LEAVE_OUT}", harmless=_NOISE_TYPES
+    )
+    epoch: int | None = inert(
+        "kohya_ss counts steps with it; --max_train_epochs and --max_train_steps decide"
+    )
     ddp_gradient_as_bucket_view: bool = inert(_NO_DDP, default=False)
     ddp_static_graph: bool = inert(_NO_DDP, default=False)
+
+    def adjustments(self) -> Iterator[str]:
+        """Yield a sentence for each flag that has no effect."""
+        yield from super().adjustments()
+        yield from self.without_effect(("noise_offset_type",), f"{_NOISE_TYPE}; those decide")
 
 
 @dataclass(frozen=True, kw_only=True)

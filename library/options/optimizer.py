@@ -122,7 +122,7 @@ class OptimizerOptions(OptionGroup):
         require_package(self.optimizer_kind.package, f"--optimizer_type {self.optimizer_name}")
         for flag, rate in (("learning_rate", self.learning_rate), ("unet_lr", self.unet_lr)):
             if rate is not None and not 0 < rate < math.inf:
-                raise ConfigError(f"--{flag} is {rate}; it must be above 0.")
+                raise ConfigError(f"--{flag} is {rate}; it must be above 0.{_to_leave_the_dit(flag, rate)}")
         if not 0 <= self.max_grad_norm < math.inf:
             raise ConfigError(f"--max_grad_norm is {self.max_grad_norm}; it must be 0 or more.")
         self.optimizer_settings()
@@ -178,11 +178,12 @@ class OptimizerOptions(OptionGroup):
         return found
 
     def scheduler_settings(self) -> dict[str, object]:
-        """Return `--lr_scheduler_args` as values by name.
+        """Return `--lr_scheduler_args` as values by name, but for last_epoch=-1, which is the default.
 
         Raises ConfigError for a word that is not key=value.
         """
-        return keyed_literals(self.lr_scheduler_args, "--lr_scheduler_args")
+        settings = keyed_literals(self.lr_scheduler_args, "--lr_scheduler_args")
+        return {key: value for key, value in settings.items() if (key, value) != ("last_epoch", -1)}
 
     def step_rules(self) -> tuple[tuple[float, int | None], ...]:
         """Return piecewise_constant's factors, each with the step before which it holds, None for the last.
@@ -226,8 +227,10 @@ class OptimizerOptions(OptionGroup):
         if self.lr_scheduler_type:
             names = ["lr_scheduler", *(name for name in settings if name != "lr_scheduler_args")]
             return names, f"--lr_scheduler_type {self.lr_scheduler_type} makes the whole schedule"
-        used = SCHEDULERS[self.lr_scheduler]
-        return [name for name in settings if name not in used], f"--lr_scheduler {self.lr_scheduler} has none"
+        used, reason = SCHEDULERS[self.lr_scheduler], f"--lr_scheduler {self.lr_scheduler} has none"
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            reason += "; constant_with_warmup has a warm-up"
+        return [name for name in settings if name not in used], reason
 
     def _check_scheduler(self) -> None:
         """Raise ConfigError for a scheduler setting that cannot be, or was meant for another one."""
@@ -243,12 +246,7 @@ class OptimizerOptions(OptionGroup):
             root, dot, _ = self.lr_scheduler_type.partition(".")
             require_package(root if dot else "torch", f"--lr_scheduler_type {self.lr_scheduler_type}")
             return
-        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            raise ConfigError(
-                f"--lr_warmup_steps {self.lr_warmup_steps} would do nothing to --lr_scheduler constant; use "
-                "constant_with_warmup."
-            )
-        if self.lr_scheduler_args and self.lr_scheduler != "piecewise_constant":
+        if self.scheduler_settings() and self.lr_scheduler != "piecewise_constant":
             raise ConfigError(
                 f"--lr_scheduler_args are for --lr_scheduler_type and for --lr_scheduler piecewise_constant; "
                 f"{self.lr_scheduler} takes its settings from the flags --lr_scheduler_..."
@@ -290,6 +288,13 @@ def keyed_literals(words: Sequence[str], flag: str) -> dict[str, object]:
         except (ValueError, SyntaxError):
             found[key] = text
     return found
+
+
+def _to_leave_the_dit(flag: str, rate: float) -> str:
+    """Return the way out for who turns a rate off, as sd-scripts does it."""
+    if flag != "unet_lr" or rate != 0:
+        return ""
+    return " Where a LoRA is trained, --network_train_text_encoder_only leaves the DiT as it is."
 
 
 def _check_adamw(settings: Mapping[str, object]) -> None:

@@ -102,6 +102,18 @@ WITHOUT_EFFECT = {
         ["--lr_scheduler=cosine", "--lr_scheduler_num_cycles=10", "--lr_scheduler_power=2"],
         {"lr_scheduler_num_cycles": "cosine has none", "lr_scheduler_power": "cosine has none"},
     ),
+    "a warm-up of a constant rate": (
+        ["--lr_scheduler=constant", "--lr_warmup_steps=100"],
+        {"lr_warmup_steps": "constant has none; constant_with_warmup has a warm-up"},
+    ),
+    "the default of a scheduler's class": (
+        ["--lr_scheduler=cosine", "--lr_scheduler_args", "last_epoch=-1"],
+        {"lr_scheduler_args": "cosine has none"},
+    ),
+    "what every file of kohya_ss has": (
+        ["--epoch=10", "--noise_offset_type=Original"],
+        {"epoch": "--max_train_steps decide", "noise_offset_type": "kohya_ss shows; those decide"},
+    ),
     "two schedulers": (
         ["--lr_scheduler=cosine", "--lr_scheduler_type=StepLR", "--lr_scheduler_args", "step_size=2"],
         {"lr_scheduler": "--lr_scheduler_type StepLR makes the whole schedule"},
@@ -195,7 +207,9 @@ def test_a_schedule_without_effect_has_none():
     falling = parse("--lr_scheduler=cosine", "--lr_decay_steps=50", "--lr_scheduler_num_cycles=7").optimizer
     plain = parse("--lr_scheduler=cosine").optimizer
     wanted = learning_rate_schedule(plain, 40)
+    constant = learning_rate_schedule(parse("--lr_warmup_steps=20").optimizer, 40)
     for step in range(40):
+        assert constant(step, [1.0]) == [1.0]
         assert learning_rate_schedule(relative, 40)(step, [1.0]) == [1.0]
         assert learning_rate_schedule(falling, 40)(step, [1.0]) == wanted(step, [1.0])
 
@@ -203,7 +217,7 @@ def test_a_schedule_without_effect_has_none():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lr_warmup_steps=10"], "use constant_with_warmup"),
+        (["--noise_offset_type=Pyramid"], "these are Original and Multires"),
         (["--model_prediction_type=additive"], "use raw"),
         (["--full_bf16"], "needs --mixed_precision bf16"),
         (["--network_train_unet_only", "--network_train_text_encoder_only"], "contradict"),

@@ -47,7 +47,8 @@ def test_no_flag_of_sd_scripts_is_refused_that_works_there():
     stable_diffusion = {"v2", "v_parameterization", "clip_skip", "max_token_length", "weighted_captions"}
     noise_prediction = {"min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}
     noise_prediction |= {"debiased_estimation_loss", "zero_terminal_snr"}
-    allowed = missing | deepspeed | foreign | stable_diffusion | noise_prediction
+    of_kohya_ss = {"noise_offset_type"}
+    allowed = of_kohya_ss | missing | deepspeed | foreign | stable_diffusion | noise_prediction
     assert {f.name for f in flags() if f.refusal} <= allowed
     # With whole models, fp8_base rounds the weights that are trained; the groups are said not to work there.
     allowed |= {"fused_optimizer_groups", "base_quant", "fp8_base", "fp8_base_unet", "fp8_scaled"}
@@ -85,7 +86,10 @@ def test_all_refused_flags_of_a_command_line_are_named_at_once():
 
 def test_a_refused_flag_in_a_config_file(tmp_path):
     config = tmp_path / "gui.toml"
-    config.write_text("v2 = false\nclip_skip = 1\nmin_snr_gamma = 0\nzero_terminal_snr = false\n")
+    config.write_text(
+        "epoch = 4\nnoise_offset_type = 'Multires'\n"
+        "v2 = false\nclip_skip = 1\nmin_snr_gamma = 0\nzero_terminal_snr = false\n"
+    )
     parse(f"--config_file={config}")
     config.write_text("min_snr_gamma = 5\n")
     with pytest.raises(ConfigError, match="--min_snr_gamma cannot be used here"):

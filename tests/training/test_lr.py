@@ -91,6 +91,7 @@ def test_piecewise_constant_equals_diffusers() -> None:
     ("kind", "words"),
     [
         ("StepLR", ["step_size=3", "gamma=0.5"]),
+        ("StepLR", ["step_size=3", "last_epoch=-1"]),
         ("CosineAnnealingLR", ["T_max=8", "eta_min=1e-5"]),
         ("CosineAnnealingWarmRestarts", ["T_0=4"]),
         ("torch.optim.lr_scheduler.OneCycleLR", ["max_lr=1e-2", "total_steps=12", "cycle_momentum=False"]),

@@ -81,7 +81,7 @@ def test_the_settings_are_torchs() -> None:
         (["--optimizer_type=adamw_8bit"], "did you mean 'AdamW8bit'"),
         (["--optimizer_type=Lion", "--use_8bit_adam"], "name different optimizers"),
         (["--use_lion_optimizer", "--use_8bit_adam"], "name different optimizers"),
-        (["--unet_lr=0"], "--unet_lr is 0.0; it must be above 0"),
+        (["--unet_lr=0"], "--unet_lr is 0.0; it must be above 0.*--network_train_text_encoder_only"),
         (["--optimizer_type=Lion", "--optimizer_args", "lr=1"], "set by --learning_rate"),
         (["--lr_scheduler=adafactor"], "needs --optimizer_type Adafactor"),
         (
@@ -110,7 +110,7 @@ def test_the_settings_are_torchs() -> None:
         (["--optimizer_args", "amsgrad=1"], "True or False"),
         (["--optimizer_args", "lr=1"], "set by --learning_rate"),
         (["--lr_scheduler=cosin"], "invalid choice"),
-        (["--lr_warmup_steps=10"], "nothing to --lr_scheduler constant; use constant_with_warmup"),
+        (["--lr_scheduler_args", "last_epoch=3"], "and for --lr_scheduler piecewise"),
         (["--lr_scheduler=cosine_with_min_lr"], "needs --lr_scheduler_min_lr_ratio"),
         (["--lr_scheduler=cosine_with_min_lr", "--lr_scheduler_min_lr_ratio=2"], "from 0 to 1"),
         (["--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=0"], "1 or more"),

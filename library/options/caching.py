@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from library.core.errors import ConfigError
@@ -87,6 +87,10 @@ class CachingOptions(LatentPassOptions, TextPassOptions):
     def texts(self) -> bool:
         """Whether text encoder outputs are cached at all."""
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
+
+    def with_implied(self) -> CachingOptions:
+        """Return the options with what ..._to_disk implies."""
+        return replace(self, cache_latents=self.latents, cache_text_encoder_outputs=self.texts)
 
     def __post_init__(self) -> None:
         LatentPassOptions.__post_init__(self)

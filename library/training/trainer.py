@@ -203,7 +203,7 @@ class NetworkTrainer(ABC):
         """Return the groups whose options go into the metadata, under their flags' names."""
         options = self.options
         return (
-            options.caching,
+            options.caching.with_implied(),
             options.training,
             options.compute,
             options.optimizer,

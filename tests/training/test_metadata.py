@@ -127,6 +127,23 @@ def test_has_every_key_of_the_reference(metadata: dict[str, str]) -> None:
     assert all(key.startswith(("ss_", "modelspec.")) for key in metadata)
 
 
+def test_a_cache_on_disk_is_a_cache() -> None:
+    from library.options.group import parse_options
+    from library.options.train import LuminaTrainOptions
+    from lumina_train_network import LuminaTrainer
+
+    needed = ("pretrained_model_name_or_path", "gemma2", "ae", "output_dir", "train_data_dir")
+    words = [*(f"--{name}=x" for name in needed), "--network_module=networks.lora_lumina"]
+    for word, latents, texts in (
+        ("--cache_latents_to_disk", "True", "False"),
+        ("--cache_text_encoder_outputs_to_disk", "False", "True"),
+    ):
+        trainer = LuminaTrainer(parse_options(LuminaTrainOptions, [*words, word]))
+        found = build_metadata(make_facts(recorded=trainer.recorded_options()), step=1, epoch=1, now=0.0)
+        assert (found["ss_cache_latents"], found["ss_cache_text_encoder_outputs"]) == (latents, texts)
+        assert found[f"ss_{word.removeprefix('--')}"] == "True"
+
+
 def test_tells_the_run(metadata: dict[str, str]) -> None:
     expected = {
         "steps": "50",

@@ -19,6 +19,7 @@ from library.options.config_file import config_text
 from library.options.train import TrainOptions
 from library.training.events import Moment
 from library.training.inputs import Inputs
+from library.training.output.saving import final_path
 from library.training.prepare import Prepared
 from library.training.state.resume import Start, plan_start, require_one_start
 
@@ -110,6 +111,17 @@ class RunContext:
         """Epochs in the whole run, the last perhaps not whole."""
         return -(-self.total_steps // self.plan.steps_per_epoch)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about what is hardly meant so."""
+        path, replaced = final_path(self.options.saving), []
+        if self.prepared.resumed is None and path.exists():
+            replaced.append(
+                f"{path} is there already, and this run replaces it when it ends; to keep it, give another "
+                f"--output_name or --output_dir"
+            )
+        return (*self.prepared.manifest.warnings, *replaced)
+
     def moment(self, step: int) -> Moment:
         """Return the moment after `step` steps."""
         epochs, rest = divmod(step, self.plan.steps_per_epoch)
@@ -149,7 +161,7 @@ class RunContext:
         )
         for sentence in manifest.skipped:
             _log.warning("left out: %s", sentence)
-        for sentence in manifest.warnings:
+        for sentence in self.warnings:
             _log.warning("%s", sentence)
         for sentence in (*self.prepared.adjustments, *manifest.notes, *self.start.sentences):
             _log.info("%s", sentence)

@@ -110,6 +110,7 @@ def test_a_rehearsal_says_where_a_resumed_run_goes_on(command, run_script, tmp_p
     out = run_script("lumina_train_network.py", *words).out
     assert "seed 3" in out and "a random one" not in out
     assert "last-state, after step 8 of 12" in out
+    assert "last.safetensors is there already" not in out
     assert out.count("--max_train_epochs is 3 from here on; it was 2") == 1
 
 
@@ -156,3 +157,7 @@ def test_the_saved_configuration_repeats_the_run(command, run_script, tmp_path):
     one, two = (load_file(tmp_path / folder / "first.safetensors") for folder in ("a", "b"))
     assert one.keys() == two.keys()
     assert all(one[key].equal(two[key]) for key in one)
+    told = "first.safetensors is there already, and this run replaces it when it ends"
+    assert told not in first.err + again.err
+    third = run_script("lumina_train_network.py", f"--config_file={config}", "--max_train_epochs=1")
+    assert third.code == 0 and f"WARNING {tmp_path / 'a' / told}" in third.err

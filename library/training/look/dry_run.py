@@ -164,7 +164,7 @@ class Rehearsal:
         """What is done otherwise than the words of the command line say."""
         training, caching, manifest = self.options.training, self.options.caching, self.manifest
         lines = [f"left out: {sentence}" for sentence in manifest.skipped]
-        lines += [f"warning: {sentence}" for sentence in manifest.warnings] + list(manifest.notes)
+        lines += [f"warning: {sentence}" for sentence in self.context.warnings] + list(manifest.notes)
         if training.seed is None and self.prepared.resumed is None:
             lines.append(f"no --seed is given: a random one is drawn, this time {self.seed}")
         if training.max_train_epochs is not None:

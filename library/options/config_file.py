@@ -73,6 +73,8 @@ def _flattened(table: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 def _words(path: Path, key: str, value: object, action: argparse.Action) -> list[str]:
+    if action.nargs in (0, "?") and isinstance(value, int) and value in (0, 1):
+        value = bool(value)  # kohya_ss writes some ticks of its form as numbers
     if isinstance(value, bool) and action.nargs == "?":  # a switch that is on unless it is told to be off
         return [f"--{key}={str(value).lower()}"]
     if isinstance(value, bool):

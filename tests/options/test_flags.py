@@ -96,6 +96,38 @@ def test_a_refused_flag_in_a_config_file(tmp_path):
         parse(f"--config_file={config}")
 
 
+def test_a_file_as_kohya_ss_writes_it(tmp_path):
+    """What its form holds before anything is changed but the paths, and without what is empty there."""
+    config = tmp_path / "config_lora-20250101-120000.toml"
+    config.write_text(
+        "bucket_no_upscale = true\nbucket_reso_steps = 64\ncache_latents = true\ncaption_extension = '.txt'\n"
+        "clip_skip = 1\ndynamo_backend = 'no'\nenable_bucket = true\nepoch = 10\nhuber_c = 0.1\n"
+        "gradient_accumulation_steps = 1\nhuber_scale = 1\nhuber_schedule = 'snr'\nlearning_rate = 0.0001\n"
+        "loss_type = 'l2'\nlr_scheduler = 'constant'\nlr_scheduler_args = []\nlr_scheduler_num_cycles = 1\n"
+        "lr_scheduler_power = 1\nlr_warmup_steps = 160\nmax_bucket_reso = 2000\nmax_grad_norm = 1\n"
+        "max_data_loader_n_workers = 0\nmax_timestep = 1000\nmax_token_length = 75\nmax_train_steps = 1600\n"
+        "min_bucket_reso = 256\nmixed_precision = 'bf16'\nnetwork_alpha = 1\nnetwork_args = []\n"
+        "network_dim = 8\nnetwork_module = 'networks.lora_lumina'\nnetwork_train_unet_only = true\n"
+        "noise_offset_type = 'Original'\noptimizer_args = []\noptimizer_type = 'AdamW'\n"
+        "persistent_data_loader_workers = 1\nprior_loss_weight = 1\nresolution = '512,512'\n"
+        "sample_prompts = 'out/prompt.txt'\nsample_sampler = 'euler_a'\nsave_every_n_epochs = 1\n"
+        "save_model_as = 'safetensors'\nsave_precision = 'fp16'\ntext_encoder_lr = [0.0001]\n"
+        "train_batch_size = 1\nunet_lr = 0.0001\nvae_batch_size = 4\nwandb_run_name = 'last'\n"
+        "xformers = true\n"
+    )
+    options = parse(f"--config_file={config}")
+    assert options.training.persistent_data_loader_workers
+    told = {sentence.partition(" ")[0].removeprefix("--") for sentence in options.adjustments()}
+    nothing_to_do = {
+        "text_encoder_lr",
+        "lr_warmup_steps",
+        "sample_prompts",
+        "sample_sampler",
+        "wandb_run_name",
+    }
+    assert told == nothing_to_do | {"noise_offset_type", "epoch", "xformers"}
+
+
 def test_why_full_fp16_is_refused():
     import torch
 

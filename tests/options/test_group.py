@@ -72,7 +72,7 @@ def test_mistakes_on_the_command_line(words, message):
         ("count = 0", "--count is 0; it must be 1 or more."),
         ("count = true", "argument --count: expected one argument"),
         ("washed = 'true'", "run.toml: washed = 'true' must be true or false, without quotes."),
-        ("washed = 1", "run.toml: washed = 1 must be true or false, without quotes."),
+        ("washed = 2", "run.toml: washed = 2 must be true or false, without quotes."),
         ("count = [", "is not valid TOML"),
     ],
 )
@@ -82,6 +82,13 @@ def test_mistakes_in_a_config_file(tmp_path, line, message):
     with pytest.raises(ConfigError) as caught:
         parse("--config_file", str(config))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "washed"), [("true", True), ("1", True), ("false", False), ("0", False)])
+def test_a_switch_in_a_config_file_is_a_truth_or_kohya_ss_number_for_it(tmp_path, value, washed):
+    config = tmp_path / "run.toml"
+    config.write_text(f"file = 'x'\nwashed = {value}\n")
+    assert parse(f"--config_file={config}").washed is washed
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class RunContext:
                 f"{path} is there already, and this run replaces it when it ends; to keep it, give another "
                 f"--output_name or --output_dir"
             )
-        return (*self.prepared.manifest.warnings, *replaced)
+        return (*self.prepared.manifest.warnings, *self.prepared.warnings, *replaced)
 
     def moment(self, step: int) -> Moment:
         """Return the moment after `step` steps."""
@@ -165,6 +165,4 @@ class RunContext:
             _log.warning("%s", sentence)
         for sentence in (*self.prepared.adjustments, *manifest.notes, *self.start.sentences):
             _log.info("%s", sentence)
-        for sentence in self.prepared.warnings:
-            _log.warning("%s", sentence)
         _log.info("%s, %d process(es), model in %s", self.device, self.processes.world, self.dtype)

@@ -108,7 +108,7 @@ def _rest(budget: str, size: int, reserve: int) -> int:
 
 
 def precisions_for(context: RunContext, estimate: MemoryEstimate) -> tuple[str | None, ...]:
-    """Return the schemes of `library.nn.weights.schemes` that may be chosen for a run, unless it is given one.
+    """Return the schemes of `library.nn.weights.schemes` that may be chosen for a run that is given none.
 
     A model whose own weights are trained, or that is quantised in its file, keeps its precision, and a
     resumed run keeps what it had.

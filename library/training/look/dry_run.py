@@ -112,7 +112,6 @@ class Rehearsal:
             f"on {self.processes.world} process(es)",
             f"{self.total_steps} steps in all, {epochs:.4g} epochs; seed {self.seed}",
             *self.context.start.sentences,
-            *self.context.prepared.warnings,
         ]
 
     def _cached(self, prompts: dict[Prompt, Item]) -> dict[str, Cached]:

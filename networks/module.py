@@ -69,8 +69,12 @@ def load_network_module(name: str) -> NetworkModule:
     try:
         module = importlib.import_module(_STAND_INS.get(name, name))
     except ModuleNotFoundError as error:
+        root, _, algo = name.rpartition(".")
+        way_out = f"there is {there}"
+        if root == "networks" and algo in ("loha", "lokr"):
+            way_out = f"use --network_module {LYCORIS} --network_args algo={algo}"
         raise ConfigError(
-            f"--network_module {name}: there is no module '{error.name}'; there is {there}."
+            f"--network_module {name}: there is no module '{error.name}'; {way_out}."
         ) from error
     if not isinstance(module, NetworkModule):
         raise ConfigError(

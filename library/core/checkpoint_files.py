@@ -70,6 +70,17 @@ class Checkpoint:
         return Checkpoint(self.path, kept, self.metadata, self.config)
 
 
+def _of_the_hub(path: Path) -> str:
+    """Return what to do if a path looks like the name of a repository on the hub."""
+    names_file = path.suffix in (".safetensors", ".json", ".sft")
+    if path.is_absolute() or len(path.parts) != 2 or path.parent.exists() or names_file:
+        return ""
+    return (
+        f" If that is a repository on the Hugging Face hub, run `hf download {path.as_posix()} --local-dir "
+        f"{path.name}` and give that folder: models are not downloaded here."
+    )
+
+
 def open_checkpoint(path: Path, subfolder: str | None = None) -> Checkpoint:
     """Read the headers of a checkpoint.
 
@@ -83,7 +94,7 @@ def open_checkpoint(path: Path, subfolder: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"There is no weight file or folder {path}.")
+        raise CheckpointError(f"There is no weight file or folder {path}.{_of_the_hub(path)}")
     if path.is_dir():
         folder = path / subfolder if subfolder and (path / subfolder).is_dir() else path
         files = _files_of_folder(folder)

@@ -61,6 +61,8 @@ def test_check_names_unknown_modules_and_arguments(tmp_path: Path) -> None:
         check_network(parse("--network_args", "attn_dims=4").network)
     with pytest.raises(ConfigError, match="no module 'networks.lora_sdxl'; there is networks.lora_lumina"):
         load_network_module("networks.lora_sdxl")
+    with pytest.raises(ConfigError, match="use --network_module lycoris.kohya --network_args algo=lokr"):
+        load_network_module("networks.lokr")
     with pytest.raises(ConfigError, match="json is not a module for networks"):
         load_network_module("json")
 

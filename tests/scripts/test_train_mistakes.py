@@ -125,6 +125,10 @@ MISTAKES = {
         flag("ae", "nowhere.safetensors"),
         "There is no weight file or folder nowhere.safetensors",
     ),
+    "repository instead of a model": (
+        flag("ae", "Alpha-VLLM/Lumina-Image-2.0"),
+        "run `hf download Alpha-VLLM/Lumina-Image-2.0 --local-dir Lumina-Image-2.0` and give that folder",
+    ),
     "truncated model": (
         lambda case: case.flags.update(gemma2=copy_of(case, case.flags["gemma2"], truncate)),
         "is not a complete safetensors file",

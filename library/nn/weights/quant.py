@@ -41,7 +41,11 @@ def restore(
     return SCHEMES[scheme].unpack(stored, dtype)
 
 
-@torch.library.custom_op("flow_scripts::restored", mutates_args=())
+@torch.library.custom_op(
+    "flow_scripts::restored",
+    mutates_args=(),
+    schema="(Tensor[] stored, str scheme, ScalarType dtype, Tensor? after=None) -> Tensor",
+)
 def _restored(
     stored: Sequence[Tensor], scheme: str, dtype: torch.dtype, after: Tensor | None = None
 ) -> Tensor:

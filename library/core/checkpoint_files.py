@@ -70,9 +70,12 @@ class Checkpoint:
         return Checkpoint(self.path, kept, self.metadata, self.config)
 
 
+_ENDINGS = (".safetensors", ".sft", ".json", ".gguf", ".pt", ".pth", ".ckpt", ".bin", ".model")  # of files
+
+
 def _of_the_hub(path: Path) -> str:
     """Return what to do if a path looks like the name of a repository on the hub."""
-    names_file = path.suffix in (".safetensors", ".json", ".sft")
+    names_file = path.suffix in _ENDINGS or path.parts[:1] == ("~",)
     if path.is_absolute() or len(path.parts) != 2 or path.parent.exists() or names_file:
         return ""
     return (

@@ -125,7 +125,8 @@ class Lifeline:
         if self._rank > 0:
             if self._cause is None:
                 self._peers[0].tell(own)
-            if self._heard_of_it.wait(_ANSWER_SECONDS):
+            self._all_heard.wait(_ANSWER_SECONDS)
+            if self._heard_of_it.is_set():
                 raise SystemExit(self._cause.code) from None
         elif self._settle(own) is own:
             # Before the others leave: launchers end this process as soon as one of them has.

@@ -102,7 +102,7 @@ def parse_line(line: str, defaults: ImageRequest, tell: Tell = _log.info) -> Ima
         name, *rest = written.split(maxsplit=1)
         value = rest[0].strip() if rest else ""
         if name.lower() == "cn":
-            tell(f"--{name} {value} {_NO_CONTROLNET}")
+            tell(f"--{written.strip()} {_NO_CONTROLNET}")
             continue
         option = _find_inline(name)
         if name.lower() in found:
@@ -260,7 +260,7 @@ def _named(content: object, path: Path) -> list[tuple[str, object]]:
     if not isinstance(content, dict):
         raise ConfigError(f"{WHAT} {path} must hold a list of prompts, not a {type(content).__name__}.")
     for name, entry in content.items():
-        if name in _TABLE_KEYS and not isinstance(entry, dict):
+        if name in _TABLE_KEYS and (name == "prompt" or not isinstance(entry, str | dict)):
             raise ConfigError(
                 f"{WHAT} {path} must hold a list of prompts, or a table of names and prompts, and '{name}' "
                 f"is a setting of one prompt: put the table into a list."

@@ -301,7 +301,7 @@ def _bucket_mistakes(buckets: BucketOptions, stride: int) -> list[tuple[str, str
         mistakes.append(("bucket_reso_steps", f"{step} is not divisible by {stride}"))
     elif step > min(sides):
         mistakes.append(("bucket_reso_steps", f"{step} is more than the resolution {min(sides)}"))
-    if buckets.min_bucket_reso > min(sides):
+    elif buckets.min_bucket_reso > min(sides):
         mistakes.append(
             (
                 "min_bucket_reso",

@@ -64,7 +64,8 @@ class RunContext:
         if dtype == torch.bfloat16 and before_ampere(processes.device):
             _log.warning(
                 "this GPU has no instructions for bf16, which makes steps many times slower than in fp16: "
-                "--mixed_precision fp16 is made for it, as long as nothing overflows (exit code 70)"
+                "--mixed_precision fp16 is made for it, as long as nothing overflows (exit code 70). Or give "
+                "--no_half_vae, as the autoencoder's attention takes much memory in bf16 there"
             )
         require_one_start(processes, resumed)
         seed = resumed.record.seed if resumed else run_seed(options.training.seed, processes)

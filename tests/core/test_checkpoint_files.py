@@ -97,3 +97,13 @@ def test_scales_of_another_kind_are_refused(tmp_path, weight, scale, words):
     path = make(tmp_path / "m.safetensors", **{n: t for n, t in tensors.items() if t is not None})
     with pytest.raises(CheckpointError, match=f"'a.weight_scale' .*{words}.*take a file in bf16"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "advised"),
+    [("Alpha-VLLM/Lumina-Image-2.0", True), ("a/b.gguf", False), ("~/model", False), ("model", False)],
+)
+def test_what_looks_like_a_repository_is_answered_with_how_to_fetch_it(path: str, advised: bool) -> None:
+    with pytest.raises(CheckpointError, match="There is no weight file or folder") as told:
+        open_checkpoint(path)
+    assert ("hf download" in str(told.value)) == advised

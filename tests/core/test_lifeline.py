@@ -140,6 +140,16 @@ def test_whoever_has_heard_all_still_says_farewell(code: int) -> None:
         assert there.recv(100) == b""
 
 
+def test_nobody_waits_for_an_answer_of_who_has_left() -> None:
+    here, there = socket.socketpair()
+    started = time.monotonic()
+    with there:
+        there.sendall(b'{"code": 0, "text": ""}\n')
+        with pytest.raises(ConfigError, match="no such cat"), lifeline.Lifeline(1, {0: here}):
+            raise ConfigError("no such cat")
+    assert time.monotonic() - started < 5
+
+
 def test_a_bug_is_told_with_its_traceback(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["one has a bug"]
     assert outcome.codes == [1, 1, 1]

@@ -204,6 +204,11 @@ def test_json_holds_lines_and_tables(tmp_path: Path) -> None:
     ]
 
 
+def test_a_prompt_may_be_called_like_a_setting(tmp_path):
+    file = write(tmp_path, "p.json", json.dumps({"seed": "a seed in the earth", "other": "b"}))
+    assert [request.prompt for request in load_prompts(file, DEFAULTS)] == ["a seed in the earth", "b"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -12,6 +12,7 @@ from library.options.group import parse_options
 from library.options.train import LuminaTrainOptions
 from library.training.context import RunContext
 from library.training.look.budget import planned
+from library.training.look.dry_run import Rehearsal
 from library.training.look.texts import longest_text
 from library.training.prepare import prepare
 from lumina_train_network import LuminaTrainer
@@ -63,6 +64,17 @@ def test_captions_drawn_anew_can_be_of_any_length(command):
     for option in ("--shuffle_caption", "--caption_tag_dropout_rate=0.1", "--token_warmup_step=10"):
         trainer, prepared = made(command, option)
         assert longest_text(trainer, prepared.manifest) is None
+
+
+def test_a_dry_run_plans_for_what_it_cannot_know(command):
+    reports = {}
+    for words in ("", "--shuffle_caption"):
+        trainer, prepared = made(command, *words.split(), "--gemma2_max_token_length=1000")
+        reports[words] = "\n".join(Rehearsal(trainer, prepared).report())
+    known, examples = reports.values()
+    assert "2 texts of " in known and " examples of the texts of " in examples
+    few, most = (float(re.search(r"largest batch: (\S+) MiB", report)[1]) for report in (known, examples))
+    assert most > 3 * few
 
 
 def test_what_is_cached_is_known_however_it_was_drawn(command):

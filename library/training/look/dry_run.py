@@ -21,7 +21,7 @@ from library.training.context import RunContext
 from library.training.look.budget import planned
 from library.training.look.contact_sheet import PER_SHEET, Shown, first_draws, write_sheet, write_sheets
 from library.training.look.memory_estimate import Manner, MemoryEstimate, free_memory, shown, summed
-from library.training.look.texts import items_of_run, prompts_of_run
+from library.training.look.texts import all_are_known, items_of_run, prompts_of_run
 from library.training.prepare import Prepared
 from library.training.routing import routing_lines
 
@@ -68,12 +68,14 @@ class Rehearsal:
             lengths[prompt.text] = max(counted, lengths.get(prompt.text, counted))
         sources = source_lines(self.manifest, self.trainer.source_dropout())
         cached = self._cached(prompts)
+        known = all_are_known(self.trainer, self.manifest)
+        longest = max(map(min, lengths.values()), default=1) if known else None
         parts = {
             "Pictures": bucket_lines(self.manifest, self.trainer.token_budget) + sources,
-            "Captions": caption_lines(lengths) + self._lines_of_others(prompts),
+            "Captions": caption_lines(lengths, known) + self._lines_of_others(prompts),
             "Steps": self._step_lines(),
             "Caches": cache_lines(cached),
-            "Model": self._model_lines(max(map(min, lengths.values()), default=1), cached),
+            "Model": self._model_lines(longest, cached),
             "Adjusted": self._adjustments() or ["nothing"],
         }
         return [line for title, lines in parts.items() for line in ("", title, *(f"  {x}" for x in lines))]
@@ -125,8 +127,8 @@ class Rehearsal:
             found["texts"] = Cached.of(features.entries, wanted)
         return found
 
-    def _model_lines(self, tokens: int, cached: dict[str, Cached]) -> list[str]:
-        """Trained numbers, and memory of each part at each time; `tokens` of the longest caption."""
+    def _model_lines(self, tokens: int | None, cached: dict[str, Cached]) -> list[str]:
+        """Trained numbers, and memory of each part at each time; `tokens` of the longest text, if known."""
         estimate = MemoryEstimate(self.trainer, self.context, tokens=tokens)
         manner, swap = Manner.of(self.options), self.options.swap
         training = estimate.training(manner, swap)
@@ -246,14 +248,18 @@ def source_lines(manifest: Manifest, dropout: float) -> list[str]:
     return lines
 
 
-def caption_lines(lengths: dict[str, tuple[int, int]]) -> list[str]:
-    """Return lines about the tokens of texts and sources, given as (needed, taken at most) by text."""
+def caption_lines(lengths: dict[str, tuple[int, int]], known: bool = True) -> list[str]:
+    """Return lines about the tokens of texts and sources, given as (needed, taken at most) by text.
+
+    known: whether these are all texts, and not examples.
+    """
     if not lengths:
         return ["there are none"]
+    what = "texts" if known else "examples of the texts"
     needed = sorted(count for count, _ in lengths.values())
     too_long = {text: (count, limit) for text, (count, limit) in lengths.items() if count > limit}
     lines = [
-        f"{len(lengths)} texts of {needed[0]} to {needed[-1]} tokens, half of them up to "
+        f"{len(lengths)} {what} of {needed[0]} to {needed[-1]} tokens, half of them up to "
         f"{needed[(len(needed) - 1) // 2]}",
         f"{len(too_long)} longer than the text encoder takes, which are cut",
     ]

@@ -28,16 +28,20 @@ def prompts_of_run(trainer: NetworkTrainer, manifest: Manifest) -> dict[Prompt, 
     }
 
 
+def all_are_known(trainer: NetworkTrainer, manifest: Manifest) -> bool:
+    """Whether `prompts_of_run` are all, and not examples."""
+    most = _most_variants(trainer)
+    items = () if trainer.options.caching.texts else items_of_run(manifest)
+    return all(item.held_out or all_texts_fit(item, most) for item in items)
+
+
 def longest_text(trainer: NetworkTrainer, manifest: Manifest) -> int | None:
     """Return the tokens of the longest text with its source, as far as the encoder takes them.
 
-    None: not all texts can be looked at, as captions are drawn anew each time.
+    None: not all texts are known, as captions are drawn anew each time.
     """
-    most = _most_variants(trainer)
-    if not trainer.options.caching.texts:
-        items = items_of_run(manifest)
-        if not all(item.held_out or all_texts_fit(item, most) for item in items):
-            return None
+    if not all_are_known(trainer, manifest):
+        return None
     prompts = prompts_of_run(trainer, manifest)
     return max((min(trainer.count_tokens(prompt)) for prompt in prompts), default=None)
 

@@ -170,7 +170,7 @@ def _repeated(x_SKD: Tensor, times: int) -> Tensor:
 
 
 def _torch(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
-    given, dtype = q_THD.dtype, sdpa_dtype(q_THD)
+    given, dtype = q_THD.dtype, _sdpa_dtype(q_THD)
     if dtype != given:
         q_THD, k_SKD, v_SKD = (cheap(_as, x, dtype) for x in (q_THD, k_SKD, v_SKD))
     if q_THD.shape[1] != k_SKD.shape[1] and not _takes_groups(q_THD):
@@ -179,7 +179,7 @@ def _torch(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
     return y_THD if dtype == given else cheap(_as, y_THD, given)
 
 
-def sdpa_dtype(x: Tensor) -> torch.dtype:
+def _sdpa_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype for SDPA to attend in. In bf16, GPUs before Ampere have no kernel but one that makes a
     table of scores, of every query with every key."""
     if x.dtype == torch.bfloat16 and device_kind(x) == "cuda" and not x.is_meta:

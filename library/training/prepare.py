@@ -20,7 +20,7 @@ from library.options.saving import SavingOptions
 from library.training.family import CacheIdentities, ModelFiles
 from library.training.output.hub import check_uploads, fetch_state
 from library.training.state.checkpoint import SavedState, check_state_folders, find_resumed
-from library.training.state.identity import check_resumed, dataset_digest, settings_of, warn_of_changes
+from library.training.state.identity import check_resumed, dataset_digest, settings_of, warnings_of_changes
 from library.training.watch.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def prepare(trainer: NetworkTrainer) -> Prepared:
             new_start=options.trainee.new_start,
             stays=options.trainee.stays,
         )
-        warnings = warn_of_changes(resumed, settings)
+        warnings = warnings_of_changes(resumed, settings)
     told = (tuple(changes), tuple(adjustments), tuple(warnings))
     return Prepared(manifest, files, identities, ledger, settings, resumed, *told)
 

@@ -26,7 +26,7 @@ from library.training.state.identity import (
     TOLD,
     check_resumed,
     settings_of,
-    warn_of_changes,
+    warnings_of_changes,
 )
 from lumina_train_network import LuminaTrainer
 from tests.reliability import legs
@@ -105,12 +105,12 @@ def test_going_on_with_the_model_in_another_precision_is_warned_of(ledger: HashL
         settings_of(options(*flags), FILES, MANIFEST, ledger)
         for flags in ((), ("--base_quant=int8",), ("--fp8_base",))
     )
-    assert warn_of_changes(resumed(int8), int8) == warn_of_changes(resumed(whole), whole) == []
-    (warning,) = warn_of_changes(resumed(int8), fp8)
+    assert warnings_of_changes(resumed(int8), int8) == warnings_of_changes(resumed(whole), whole) == []
+    (warning,) = warnings_of_changes(resumed(int8), fp8)
     assert "kiwi-state were trained on the model in int8, and go on on the model in fp8" in warning
-    (warning,) = warn_of_changes(resumed(int8), whole)
+    (warning,) = warnings_of_changes(resumed(int8), whole)
     assert "and go on on the model in the precision of its file" in warning
-    assert warn_of_changes(resumed(whole), whole | {"learning_rate": 1}) == []
+    assert warnings_of_changes(resumed(whole), whole | {"learning_rate": 1}) == []
 
 
 def test_every_setting_that_changes_is_refused_or_told_by_name(settings) -> None:

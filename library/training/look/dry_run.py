@@ -248,7 +248,7 @@ def source_lines(manifest: Manifest, dropout: float) -> list[str]:
     return lines
 
 
-def caption_lines(lengths: dict[str, tuple[int, int]], known: bool = True) -> list[str]:
+def caption_lines(lengths: dict[str, tuple[int, int]], known: bool) -> list[str]:
     """Return lines about the tokens of texts and sources, given as (needed, taken at most) by text.
 
     known: whether these are all texts, and not examples.

@@ -178,7 +178,7 @@ def check_resumed(
     return changes
 
 
-def warn_of_changes(resumed: SavedState, settings: Mapping[str, object]) -> list[str]:
+def warnings_of_changes(resumed: SavedState, settings: Mapping[str, object]) -> list[str]:
     """Return a warning for each change that is allowed and after which another model is trained on."""
     recorded = resumed.record.settings
     before, now = recorded.get("base_quant"), settings.get("base_quant")

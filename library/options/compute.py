@@ -149,8 +149,8 @@ class ComputeOptions(AttentionOptions):
         """Raise ConfigError if --plan_memory cannot measure such steps."""
         if self.compiles:
             raise ConfigError(
-                "--plan_memory measures steps that are not compiled; leave out --torch_compile. Compiled "
-                "blocks need less memory than it finds."
+                "--plan_memory measures steps that are not compiled: leave out --torch_compile, or leave it "
+                "to --vram_budget alone, whose estimate has what compiled blocks keep more."
             )
 
     @property
